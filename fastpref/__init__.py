@@ -1,0 +1,25 @@
+"""Exact, memory-lean log-probs and preference losses for training language models.
+
+`token_logprobs` and `sequence_logprobs` turn logits into log-probs in one pass; the losses turn those, or rewards, into
+a training signal. `fastpref.reference` states every one of them in plain PyTorch.
+"""
+
+from fastpref import losses, reference
+from fastpref._results import PreferenceLoss
+from fastpref.logprobs import sequence_logprobs, token_logprobs
+from fastpref.losses import best_of_k_loss, dpo_loss, implicit_reward, pairwise_reward_loss, ranking_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PreferenceLoss",
+    "best_of_k_loss",
+    "dpo_loss",
+    "implicit_reward",
+    "losses",
+    "pairwise_reward_loss",
+    "ranking_loss",
+    "reference",
+    "sequence_logprobs",
+    "token_logprobs",
+]

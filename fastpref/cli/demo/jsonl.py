@@ -1,0 +1,67 @@
+"""A user's preference pairs from a JSONL file, read whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fastpref.cli.demo.data import Example
+
+FIELDS = ("prompt", "chosen", "rejected")
+WANTED = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+
+
+class MalformedLineError(ValueError):
+    """A line that is not an object of the wanted fields; the message names file, line and column, counted from 1."""
+
+    def __init__(self, path: Path, line: int, column: int, problem: str) -> None:
+        super().__init__(f"{path}, line {line}, column {column}: {problem}; each line is to be {WANTED}")
+        self.line = line
+        self.column = column
+
+
+def read_pairs(path: Path) -> list[Example]:
+    """Read every line, one object each with the strings `prompt`, `chosen` and `rejected`; other fields are ignored.
+
+    Blank lines are skipped. A prompt may repeat.
+
+    Raises:
+        MalformedLineError: at the first malformed line.
+        ValueError: the file holds no pair.
+    """
+    examples = []
+    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if raw.strip():
+            examples.append(_pair(raw, path, number))
+    if not examples:
+        raise ValueError(f"{path} holds no pair; each line is to be {WANTED}")
+    return examples
+
+
+def _pair(raw: bytes, path: Path, number: int) -> Example:
+    try:
+        line = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        column = len(raw[: error.start].decode("utf-8")) + 1
+        problem = f"the byte 0x{raw[error.start]:02x} is not UTF-8"
+        raise MalformedLineError(path, number, column, problem) from None
+    try:
+        pair = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise MalformedLineError(path, number, error.pos + 1, f"not JSON ({error.msg})") from None
+    start = len(line) - len(line.lstrip()) + 1
+    if not isinstance(pair, dict):
+        raise MalformedLineError(path, number, start, f"not an object but {_type(pair)}")
+    for field in FIELDS:
+        if field not in pair:
+            found = ", ".join(repr(name) for name in pair) or "no field"
+            raise MalformedLineError(path, number, start, f"field {field!r} is missing (the object has {found})")
+        if not isinstance(pair[field], str) or not pair[field].strip():
+            problem = f"field {field!r} must be a string that is not blank; got {_type(pair[field])}"
+            raise MalformedLineError(path, number, max(line.find(json.dumps(field)) + 1, start), problem)
+    return Example(pair["prompt"], (pair["chosen"], pair["rejected"]), group=pair["prompt"])
+
+
+def _type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a blank string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"the number {value!r}")

@@ -1,0 +1,177 @@
+"""The three trainings, each a few lines on fastpref, and the loop they share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastpref
+from fastpref.cli.demo import model as models
+from fastpref.cli.demo.stop import Stop
+from fastpref.cli.demo.tokens import Batch
+
+CLIP_NORM = 1.0
+WARMUP = 0.1
+FINAL_RATE = 0.05
+
+
+@dataclass
+class Curves:
+    """What a training records, one number a step; accuracy and margin stay empty where there are no pairs.
+
+    Attributes:
+        loss: nats.
+        accuracy: share of the batch's pairs ranked right.
+        margin: mean reward of the better answer minus that of the worse.
+        seconds: of the whole step.
+        loss_seconds: of the log-probs, the loss and their gradient alone, where they are timed.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    loss_seconds: list[float] = field(default_factory=list)
+
+
+class Step(NamedTuple):
+    """One step's numbers, on the device."""
+
+    loss: Tensor
+    accuracy: Tensor | None = None
+    margin: Tensor | None = None
+    loss_seconds: float | None = None
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Any],
+    step: Callable[[nn.Module, Any], Step],
+    *,
+    rate: float,
+    curves: Curves,
+    stop: Stop,
+    show: Callable[[Curves], None],
+) -> None:
+    """One AdamW step per batch, with warm-up, cosine decay and clipping; `step` leaves its gradients in the model.
+
+    Args:
+        model: trained in place.
+        batches: what `step` is given, one after the other.
+        step: forward and backward of one batch.
+        rate: the highest learning rate.
+        curves: one number is appended to each curve per step.
+        stop: asked before every step.
+        show: called with the curves after every step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    total = len(batches)
+    warmup = max(1, round(WARMUP * total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / warmup)
+        * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * i / total))),
+    )
+    model.train()
+    for batch in batches:
+        stop.check()
+        start = time.perf_counter()
+        done = step(model, batch)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        curves.loss.append(done.loss.item())
+        curves.seconds.append(time.perf_counter() - start)
+        if done.accuracy is not None and done.margin is not None:
+            curves.accuracy.append(done.accuracy.item())
+            curves.margin.append(done.margin.item())
+        if done.loss_seconds is not None:
+            curves.loss_seconds.append(done.loss_seconds)
+        show(curves)
+
+
+def sft_step(model: nn.Module, batch: Batch) -> Step:
+    """Next-token training on one batch: −log-prob per scored token."""
+    logps = fastpref.sequence_logprobs(models.logits(model, batch), batch.labels, inplace_backward=True)
+    loss = -logps.sum() / (batch.labels[:, 1:] != models.IGNORED).sum()
+    loss.backward()
+    return Step(loss.detach())
+
+
+def reward_step(model: nn.Module, batch: Batch, answers: int) -> Step:
+    """Reward-model training on K answers of every prompt, the best first (arXiv 2203.02155; K = 2: 2009.01325)."""
+    rewards = models.rewards(model, batch).view(-1, answers)
+    if answers == 2:
+        loss = fastpref.pairwise_reward_loss(*rewards.unbind(1))
+    else:
+        ranks = torch.arange(answers, device=rewards.device).expand_as(rewards)
+        loss = fastpref.ranking_loss(rewards, ranks)
+    loss.backward()
+    better, worse = torch.triu_indices(answers, answers, offset=1, device=rewards.device)
+    margins = rewards.detach()[:, better] - rewards.detach()[:, worse]
+    return Step(loss.detach(), (margins > 0).float().mean(), margins.mean())
+
+
+class PairBatch(NamedTuple):
+    """B pairs: 2B sequences, the chosen answers first, and the reference's log-probs of them, (2B,)."""
+
+    batch: Batch
+    ref_logps: Tensor
+
+
+PairLoss = Callable[[Tensor, PairBatch, float], fastpref.PreferenceLoss]
+
+
+def fastpref_loss(logits: Tensor, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
+    """DPO from logits: what a training loop calls. The gradient is written over the logits."""
+    chosen, rejected = fastpref.sequence_logprobs(logits, pairs.batch.labels, inplace_backward=True).chunk(2)
+    return fastpref.dpo_loss(chosen, rejected, *pairs.ref_logps.chunk(2), beta=beta)
+
+
+def eager_loss(logits: Tensor, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
+    """The same in plain PyTorch, as training loops write it."""
+    labels = pairs.batch.labels[:, 1:]
+    scored = labels != models.IGNORED
+    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, labels.masked_fill(~scored, 0)[:, :, None]).squeeze(-1)
+    chosen, rejected = (beta * ((logps * scored).sum(1) - pairs.ref_logps)).chunk(2)
+    return fastpref.PreferenceLoss(-F.logsigmoid(chosen - rejected).mean(), chosen.detach(), rejected.detach())
+
+
+def dpo_step(model: nn.Module, pairs: PairBatch, *, pair_loss: PairLoss, beta: float) -> Step:
+    """DPO on one batch of pairs (arXiv 2305.18290)."""
+    logits = models.logits(model, pairs.batch)
+    # loss.backward() would do; stopping once at the logits is what lets the loss be timed apart from the model.
+    _synchronize(logits)
+    start = time.perf_counter()
+    out = pair_loss(logits, pairs, beta)
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    _synchronize(logits)
+    seconds = time.perf_counter() - start
+    logits.backward(grad)
+    return Step(out.loss.detach(), out.accuracies.mean(), out.margins.mean(), seconds)
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def with_reference(
+    model: nn.Module, batches: Iterable[Batch], *, stop: Stop, show: Callable[[], None]
+) -> list[PairBatch]:
+    """Every batch with the frozen model's log-probs of its answers, made once, before the training."""
+    model.eval()
+    pairs = []
+    for batch in batches:
+        stop.check()
+        pairs.append(PairBatch(batch, models.answer_logps(model, batch)[0]))
+        show()
+    return pairs

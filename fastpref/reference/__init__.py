@@ -1,0 +1,18 @@
+"""Every public function stated in plain PyTorch: same name, same signature, differentiable, exact in float64.
+
+These are the definitions that every kernel is checked against, and what to read to learn what a function computes.
+"""
+
+from fastpref.reference.logprobs import sequence_logprobs, token_logprobs
+from fastpref.reference.losses.preference import dpo_loss, implicit_reward
+from fastpref.reference.losses.reward import best_of_k_loss, pairwise_reward_loss, ranking_loss
+
+__all__ = [
+    "best_of_k_loss",
+    "dpo_loss",
+    "implicit_reward",
+    "pairwise_reward_loss",
+    "ranking_loss",
+    "sequence_logprobs",
+    "token_logprobs",
+]

@@ -1,0 +1,194 @@
+"""Log-probs from logits: the definition in plain PyTorch.
+
+Differentiable, exact in float64, and written to be read. It materialises float32 (or float64) copies of the scored
+rows: `fastpref.token_logprobs` computes the same numbers without them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref._checks import REDUCTIONS, check_boundaries, check_choice, check_labels, check_logits, check_transform
+from fastpref._results import check_stats, result_type
+
+
+def transform_logits(logits: Tensor, *, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
+    """z ← softcap·tanh(z·logit_scale/softcap)/temperature in float32 (float64 for float64), each part optional."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_scale != 1.0:
+        z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if temperature != 1.0:
+        z = z / temperature
+    return z
+
+
+def row_statistic(name: str, z: Tensor, logp: Tensor, targets: Tensor) -> Tensor:
+    """One per-token statistic of rows z (n, V) with log-probs logp (n, V) and targets (n,) -> (n,)."""
+    if name == "entropy":  # -Σ p log p; where p is 0, so is the term
+        p = logp.exp()
+        return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
+    z, logp = z.detach(), logp.detach()
+    if name == "lse":
+        return z.logsumexp(-1)
+    if name == "mean_logits":
+        return z.mean(-1)
+    if name == "is_top1":
+        return z.argmax(-1) == targets
+    return (2 * logp).logsumexp(-1)
+
+
+def scored_targets(
+    labels: Tensor, cu_seqlens: Tensor | None, *, ignore_index: int, shift: bool
+) -> tuple[Tensor, Tensor]:
+    """The label each position is scored against, and whether it is scored at all.
+
+    Args:
+        labels: (..., T).
+        cu_seqlens: None, or the packed boundaries (S+1,): the shift then never crosses one.
+        ignore_index: the label that is not scored.
+        shift: position t is scored against label t+1.
+
+    Returns:
+        targets, scored: (..., T-1) with `shift`, else (..., T).
+    """
+    targets = labels[..., 1:] if shift else labels
+    scored = targets != ignore_index
+    if shift and cu_seqlens is not None:
+        starts = torch.zeros(labels.shape[-1] + 1, dtype=torch.bool, device=labels.device)
+        starts[cu_seqlens.long()] = True
+        scored = scored & ~starts[1:-1]
+    return targets, scored
+
+
+def sequence_index(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sequence every position of `scored` (..., T) belongs to, of the same shape."""
+    if cu_seqlens is None:
+        rows = scored.numel() // max(scored.shape[-1], 1)
+        return torch.arange(rows, device=scored.device).repeat_interleave(scored.shape[-1]).view(scored.shape)
+    positions = torch.arange(scored.shape[-1], device=scored.device)
+    return torch.bucketize(positions, cu_seqlens[1:].long(), right=True).expand(scored.shape)
+
+
+def ld_weights(
+    scored: Tensor, cu_seqlens: Tensor | None, sequences: int, ld_alpha: float, shared_lengths: Tensor | None
+) -> Tensor:
+    """Per-token weights of LD-DPO (arXiv 2409.06411): 1 on a sequence's first `shared_lengths` scored tokens, then α.
+
+    Args:
+        scored: (..., T) bool.
+        cu_seqlens: None, or packed boundaries (S+1,).
+        sequences: S.
+        ld_alpha: α, the weight of the tail.
+        shared_lengths: (S,), or None: the sequences are [chosen; rejected] and each pair shares its shorter length.
+
+    Returns:
+        float32 weights of `scored`'s shape.
+    """
+    index = sequence_index(scored, cu_seqlens).reshape(-1)
+    flat = scored.reshape(-1).long()
+    counts = torch.zeros(sequences, dtype=torch.long, device=scored.device).index_add(0, index, flat)
+    if shared_lengths is None:
+        if sequences % 2:
+            raise ValueError(
+                f"ld_alpha without shared_lengths takes the sequences as [chosen; rejected], an even number; "
+                f"got {sequences}"
+            )
+        chosen, rejected = counts.chunk(2)
+        shared_lengths = torch.minimum(chosen, rejected).repeat(2)
+    elif shared_lengths.shape != (sequences,):
+        raise ValueError(f"shared_lengths must be ({sequences},); got shape {tuple(shared_lengths.shape)}")
+    before = counts.cumsum(0) - counts
+    ordinal = flat.cumsum(0) - flat - before[index]
+    return torch.where(ordinal < shared_lengths[index], 1.0, float(ld_alpha)).to(torch.float32).view(scored.shape)
+
+
+def _score(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, stats: tuple[str, ...],
+    **transform: Any,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Log-probs (..., T'), which of them are scored, and the statistics asked for."""
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, labels.shape[-1])
+    targets, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+    check_labels(targets, scored, logits.shape[-1])
+    # Indexing with the mask, and not multiplying by it, keeps a NaN in a row that is not scored out of every gradient.
+    rows = logits.reshape(*labels.shape, logits.shape[-1])[..., : targets.shape[-1], :][scored]
+    kept = targets[scored].long()
+    z = transform_logits(rows, **transform)
+    logp = z.log_softmax(-1)
+    token = logp.gather(-1, kept[:, None])[:, 0]
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(scored.shape).masked_scatter(scored, values)
+
+    return spread(token), scored, {name: spread(row_statistic(name, z, logp, kept)) for name in stats}
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    stats: tuple[str, ...] = (),
+    inplace_backward: bool = False,
+) -> Any:
+    """`fastpref.token_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
+    del inplace_backward
+    check_logits(logits, labels, None)
+    check_transform(temperature, logit_scale, softcap)
+    names = check_stats(stats)
+    logps, _, extra = _score(
+        logits, labels, None, ignore_index, shift, names,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+    )  # fmt: skip
+    return result_type(names)(logps, *extra.values()) if names else logps
+
+
+def sequence_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    reduction: str = "sum",
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    shared_lengths: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    stats: tuple[str, ...] = (),
+    inplace_backward: bool = False,
+) -> Any:
+    """`fastpref.sequence_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
+    del inplace_backward
+    check_choice("reduction", reduction, REDUCTIONS[1:])
+    check_logits(logits, labels, cu_seqlens)
+    check_transform(temperature, logit_scale, softcap)
+    names = check_stats(stats)
+    logps, scored, extra = _score(
+        logits, labels, cu_seqlens, ignore_index, shift, names,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+    )  # fmt: skip
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+    else:
+        sequences = labels.shape[0] if labels.dim() == 2 else 1
+    weighted = logps
+    if ld_alpha is not None:
+        weighted = logps * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths)
+    index = sequence_index(scored, cu_seqlens).reshape(-1)
+    total = logps.new_zeros(sequences).index_add(0, index, weighted.reshape(-1))
+    if reduction == "mean":
+        counts = torch.zeros(sequences, dtype=torch.long, device=logits.device)
+        total = total / counts.index_add(0, index, scored.reshape(-1).long()).clamp(min=1)
+    return result_type(names)(total, *extra.values()) if names else total

@@ -1,0 +1,1 @@
+"""The losses in plain PyTorch, each stated once."""

@@ -1,0 +1,104 @@
+"""Reward-model losses on scalar rewards: the definitions, which are also what runs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpref._checks import FLOATING, INTEGER, REDUCTIONS, check_choice, check_same_device, check_tensor, describe
+from fastpref.reference.losses.preference import check_vectors, reduce, widen
+
+MAX_K = 64
+
+
+def check_rewards(rewards: Tensor, reduction: str) -> None:
+    """Raise unless `rewards` is floating point and (B, K)."""
+    check_tensor("rewards", rewards, FLOATING, "a floating-point tensor (B, K)")
+    check_choice("reduction", reduction, REDUCTIONS)
+    if rewards.dim() != 2 or rewards.shape[1] == 0:
+        raise ValueError(f"rewards must be (B, K), K answers a prompt; got {describe(rewards)}")
+
+
+def check_like_rewards(name: str, value: Tensor, rewards: Tensor, dtypes: tuple[torch.dtype, ...], wanted: str) -> None:
+    """Raise unless `value` has one of `dtypes`, and rewards' shape and device."""
+    check_tensor(name, value, dtypes, wanted)
+    if value.shape != rewards.shape:
+        raise ValueError(f"{name} must have rewards' shape {tuple(rewards.shape)}; got {describe(value)}")
+    check_same_device(name, value, "rewards", rewards)
+
+
+def check_best(rewards: Tensor, best: Tensor, reduction: str) -> None:
+    """Check `best_of_k_loss`'s arguments."""
+    check_rewards(rewards, reduction)
+    check_tensor("best", best, INTEGER, "an int64 or int32 tensor (B,)")
+    if best.shape != rewards.shape[:1]:
+        raise ValueError(f"best must be (B,) = ({rewards.shape[0]},), one index a prompt; got {describe(best)}")
+    check_same_device("best", best, "rewards", rewards)
+
+
+def check_ranking(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str) -> None:
+    """Check `ranking_loss`'s arguments."""
+    check_rewards(rewards, reduction)
+    if not 2 <= rewards.shape[1] <= MAX_K:
+        raise ValueError(f"rewards must be (B, K) with K from 2 to {MAX_K}; got {describe(rewards)}")
+    check_like_rewards("ranks", ranks, rewards, INTEGER, "an int64 or int32 tensor (B, K), rank 0 the best")
+    if mask is not None:
+        check_like_rewards("mask", mask, rewards, (torch.bool,), "a bool tensor (B, K), True where an answer counts")
+
+
+def check_pairwise(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float | None, center_weight: float, reduction: str
+) -> None:
+    """Check `pairwise_reward_loss`'s arguments."""
+    check_vectors(chosen=chosen, rejected=rejected, margin=margin if isinstance(margin, Tensor) else None)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if center_weight < 0:
+        raise ValueError(f"center_weight must not be below 0; got {center_weight!r}")
+
+
+def pairwise_reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | float | None = None,
+    center_weight: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """`fastpref.pairwise_reward_loss` in plain PyTorch."""
+    check_pairwise(chosen, rejected, margin, center_weight, reduction)
+    chosen, rejected = widen(chosen, rejected)
+    u = chosen - rejected
+    if margin is not None:
+        u = u - (margin.detach() if isinstance(margin, Tensor) else margin)
+    losses = -F.logsigmoid(u)
+    if center_weight:
+        losses = losses + center_weight * (chosen + rejected) ** 2
+    return reduce(losses, reduction)
+
+
+def best_of_k_loss(rewards: Tensor, best: Tensor, *, reduction: str = "mean") -> Tensor:
+    """`fastpref.best_of_k_loss` in plain PyTorch."""
+    check_best(rewards, best, reduction)
+    (rewards,) = widen(rewards)
+    if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (best < 0) | (best >= rewards.shape[1])
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(f"best[{row}] is {int(best[row])}, outside [0, {rewards.shape[1]})")
+    losses = -rewards.log_softmax(-1).gather(-1, best.long()[:, None])[:, 0]
+    return reduce(losses, reduction)
+
+
+def ranking_loss(rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    """`fastpref.ranking_loss` in plain PyTorch."""
+    check_ranking(rewards, ranks, mask, reduction)
+    (rewards,) = widen(rewards)
+    better = ranks[:, :, None] < ranks[:, None, :]
+    if mask is not None:
+        # Zeros, and not only a masked sum, so that an inf or NaN at a masked answer reaches no gradient.
+        rewards = rewards.masked_fill(~mask, 0.0)
+        better = better & mask[:, :, None] & mask[:, None, :]
+    pairs = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
+    losses = pairs.masked_fill(~better, 0.0).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
+    return reduce(losses, reduction)

@@ -1,0 +1,155 @@
+"""Builds the native CPU operators on first use, and loads them.
+
+The library is made for the machine it runs on, so it is cached under everything that decides its code: the source,
+torch, the compiler and the processor. A home folder shared by two machines then holds two libraries, not one that runs
+the wrong instructions on one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = "fastpref_cpu"
+SOURCES = (Path(__file__).with_name("logprobs.cpp"),)
+HEADERS = (Path(__file__).with_name("lanes.h"),)
+
+
+class BuildError(RuntimeError):
+    """The native operators could not be built; says why and what to install."""
+
+
+@functools.cache
+def native() -> Any:
+    """The namespace of the native operators, or None, after one warning, where they cannot be built."""
+    if os.environ.get("FASTPREF_NATIVE", "1") == "0":
+        return None
+    try:
+        torch.ops.load_library(library())
+    except (BuildError, OSError) as error:
+        warnings.warn(
+            f"fastpref runs its slower PyTorch operators on this CPU: {error}", RuntimeWarning, stacklevel=2
+        )
+        return None
+    return getattr(torch.ops, NAME)
+
+
+def cache_root() -> Path:
+    """Where built libraries are kept: FASTPREF_CACHE_DIR, else the user's cache folder."""
+    root = os.environ.get("FASTPREF_CACHE_DIR")
+    if root is None:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastpref")
+    return Path(root)
+
+
+def compiler() -> str:
+    """The C++ compiler, by CXX or the usual names. Raises `BuildError` where there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if shutil.which(name.split()[0]):
+            return name
+    raise BuildError(
+        f"no C++ compiler ({', '.join(names)} not found); install one, such as Debian's g++ or conda's gxx, and "
+        "start again"
+    )
+
+
+def flags() -> list[str]:
+    """Compiler flags for this machine."""
+    result = ["-O3", "-fopenmp", "-DAT_PER_OPERATOR_HEADERS"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        result.append("-march=native")
+    # at::vec picks its instructions by macros that torch's own build sets for each of its files.
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability in ("AVX2", "AVX512"):
+        result += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    else:
+        result.append("-DCPU_CAPABILITY=DEFAULT")
+    return result
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def key() -> str:
+    """A hash of all that decides the library's code."""
+    command = compiler()
+    version = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256()
+    for part in (torch.__version__, sysconfig.get_platform(), command, version, _processor(), *flags()):
+        digest.update(part.encode() + b"\0")
+    for path in (*SOURCES, *HEADERS):
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; unlike a lock file's mere presence, the kernel lets go of it when its holder dies."""
+    import fcntl
+
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def library() -> Path:
+    """The path of the built library, built first if need be. Safe when many processes come at once.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+        OSError: the cache folder cannot be written.
+    """
+    folder = cache_root() / key()
+    built = folder / f"{NAME}.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            if not built.exists():
+                _build(built)
+    return built
+
+
+def _build(target: Path) -> None:
+    import ninja
+    from torch.utils import cpp_extension
+
+    print(f"fastpref: building its CPU operators for this machine, once, into {target.parent}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
+        path = os.environ.get("PATH", "")
+        # torch looks for ninja on PATH, where an environment that was not activated does not put its own.
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
+        try:
+            cpp_extension.load(
+                NAME,
+                [str(source) for source in SOURCES],
+                extra_cflags=flags(),
+                extra_ldflags=["-fopenmp"],
+                build_directory=scratch,
+                is_python_module=False,
+                is_standalone=False,
+            )
+        except RuntimeError as error:
+            raise BuildError(f"{compiler()} failed: {error}") from error
+        finally:
+            os.environ["PATH"] = path
+        os.replace(Path(scratch) / f"{NAME}.so", target)

@@ -1,0 +1,89 @@
+// Vector loads, stores and exp over at::vec, for the four dtypes of logits.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <limits>
+#include <type_traits>
+
+namespace fastpref {
+
+using at::vec::Vectorized;
+
+// What a dtype is computed in: float64 in itself, everything else in float32.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Two vectors at a time: a vector of bf16 or fp16 widens to two of float, and two chains hide the latency of exp.
+template <typename A>
+struct Pair {
+  Vectorized<A> first, second;
+};
+
+template <typename T>
+constexpr int64_t kStep = 2 * Vectorized<acc_t<T>>::size();
+
+template <typename T>
+inline Pair<acc_t<T>> load_pair(const T* p) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return {Vectorized<T>::loadu(p), Vectorized<T>::loadu(p + Vectorized<T>::size())};
+  } else {
+    auto [first, second] = at::vec::convert_to_float<T>(Vectorized<T>::loadu(p));
+    return {first, second};
+  }
+}
+
+template <typename T>
+inline void store_pair(T* p, const Pair<acc_t<T>>& v) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    v.first.store(p);
+    v.second.store(p + Vectorized<T>::size());
+  } else {
+    at::vec::convert_from_float<T>(v.first, v.second).store(p);
+  }
+}
+
+template <typename A, typename F>
+inline Pair<A> map(const Pair<A>& v, const F& f) {
+  return {f(v.first), f(v.second)};
+}
+
+inline Vectorized<double> exp(const Vectorized<double>& x) {
+  return x.exp();
+}
+
+// e^x to 1 ulp. at::vec's own choice is between Sleef's, whose call costs more than everything else of a pass over the
+// logits, and exp_u20, which is wrong by 20 ulp. Below -87.7 it is exactly 0, above 88.7 inf, and a NaN stays one.
+inline Vectorized<float> exp(const Vectorized<float>& x) {
+  using V = Vectorized<float>;
+  // Adding 1.5*2^23 + 127 rounds to an integer and leaves it, biased, in the low bits: shifted into the exponent they
+  // are 2^n. At n = -127 that is +0 and at n = 128 it is inf, which is where the two clamps let x go.
+  const V magic(12583039.0f);
+  // Not written the other way round: min and max give their second operand when either is NaN.
+  const V clamped = at::vec::clamp(x, V(-88.0f), V(89.0f));
+  const V biased = at::vec::fmadd(clamped, V(1.44269504f), magic);
+  const V n = biased - magic;
+  const V high = at::vec::fmadd(n, V(-0.693145752f), clamped);
+  const V r = at::vec::fmadd(n, V(-1.42860677e-6f), high);
+  V q(0x1.6a2434p-10f);  // minimax of (e^r - 1 - r) / r^2 over |r| <= ln(2)/2, relative error of e^r 3e-9
+  q = at::vec::fmadd(q, r, V(0x1.1239e2p-7f));
+  q = at::vec::fmadd(q, r, V(0x1.5558f2p-5f));
+  q = at::vec::fmadd(q, r, V(0x1.555492p-3f));
+  q = at::vec::fmadd(q, r, V(0x1.fffffcp-2f));
+  const V e = at::vec::fmadd(at::vec::fmadd(q, r, V(1.0f)), r, V(1.0f));
+  const auto bits = at::vec::cast<int32_t>(biased) << Vectorized<int32_t>(23);
+  return e * at::vec::cast<float>(bits);
+}
+
+template <typename A>
+inline A sum(const Vectorized<A>& v) {
+  return at::vec::vec_reduce_all<A>([](auto& a, auto& b) { return a + b; }, v);
+}
+
+template <typename A>
+inline A max(const Vectorized<A>& v) {
+  return at::vec::vec_reduce_all<A>([](auto& a, auto& b) { return at::vec::maximum(a, b); }, v);
+}
+
+}  // namespace fastpref

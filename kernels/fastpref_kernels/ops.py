@@ -1,0 +1,135 @@
+"""Every operator of fastpref: its schema, its fake and its dispatch. The one door between the two packages.
+
+PyTorch's dispatcher picks the kernel: C++ for a CPU, Triton for CUDA, ROCm and XPU devices, and the chunked PyTorch of
+`eager.py` for whatever is left. The operators know nothing of autograd: forward and backward are operators of their
+own, and the `torch.autograd.Function`s that pair them live in `fastpref`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels import cpu, eager
+
+NAMESPACE = "fastpref"
+TRITON_KEYS = ("CUDA", "XPU")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# The arguments that forward and backward share, in this order, after the tensors of each.
+_SCORING = "int ignore_index, bool shift, float logit_scale, float temperature, float? softcap, str reduction"
+
+_SCHEMAS = (
+    # logits (B, T, V), labels (B, T), cu_seqlens (S+1,) with B = 1, weights (B, T').  T' = T - 1 with shift, else T.
+    # -> logps (B, T'), sequences (S,), norm (2, B, T'), counts (S,), and the statistics (B, T'), empty where not asked:
+    #    lse, entropy, mean_logits, is_top1, log_sum_sq_probs (bit i of `stats` asks for the i-th)
+    f"logprobs(Tensor logits, Tensor labels, Tensor? cu_seqlens, Tensor? weights, {_SCORING}, int stats) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # grad is (B, T') with reduction "none", else (S,); grad_entropy (B, T'). -> the gradient of logits, (B, T, V)
+    "logprobs_backward(Tensor? grad, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor? cu_seqlens, "
+    f"Tensor? weights, Tensor logps, Tensor norm, Tensor counts, Tensor entropy, {_SCORING}) -> Tensor",
+    "logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, Tensor? cu_seqlens, "
+    f"Tensor? weights, Tensor logps, Tensor norm, Tensor counts, Tensor entropy, {_SCORING}) -> ()",
+    # Losses: the loss, its partial derivatives by every differentiable input, one column each, and what is reported.
+    "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, str loss_type, float beta, "
+    "float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float constant_margin, float center_weight, "
+    "str reduction) -> (Tensor, Tensor)",
+    "best_of_k_loss(Tensor rewards, Tensor best, str reduction) -> (Tensor, Tensor)",
+    "ranking_loss(Tensor rewards, Tensor ranks, Tensor? mask, str reduction) -> (Tensor, Tensor)",
+)
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported; importing it is left to the first launch."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fuses_losses(device: torch.device) -> bool:
+    """Whether the loss operators have a kernel for this device."""
+    return device.type in ("cuda", "xpu") and has_triton()
+
+
+def _launcher(module: str, name: str) -> Any:
+    """The Triton launcher of an operator, imported when it is first called."""
+
+    def call(*arguments: Any) -> Any:
+        kernels = importlib.import_module(f"fastpref_kernels.triton.{module}")
+        return getattr(kernels, name)(*arguments)
+
+    return call
+
+
+def _logprobs_fake(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None, ignore_index: int, shift: bool,
+    logit_scale: float, temperature: float, softcap: float | None, reduction: str, stats: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows = tuple(labels[:, 1:].shape if shift else labels.shape)
+    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def statistic(bit: int, kind: torch.dtype) -> Tensor:
+        return logits.new_empty(rows if stats >> bit & 1 else (0,), dtype=kind)
+
+    reduced = () if reduction == "none" else (sequences,)
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(reduced or (0,), dtype=dtype),
+        logits.new_empty((2, *rows), dtype=dtype),
+        logits.new_empty(reduced or (0,), dtype=torch.int32),
+        *(statistic(bit, torch.bool if bit == 3 else dtype) for bit in range(5)),
+    )
+
+
+def _logprobs_backward_fake(grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _dpo_fake(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    loss, partials = _loss_fake(chosen, rejected, None, rest[-1])
+    columns = 2 if ref_chosen is None else 4
+    return loss, partials.new_empty(chosen.shape[0], columns), loss.new_empty(chosen.shape), loss.new_empty(chosen.shape)
+
+
+def _pairwise_fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _loss_fake(chosen, rejected, None, rest[-1])
+
+
+def _group_fake(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _loss_fake(rewards, rewards, rewards.shape[1], rest[-1])
+
+
+def _loss_fake(first: Tensor, second: Tensor, columns: int | None, reduction: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    loss = first.new_empty(first.shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, loss.new_empty(first.shape[0], 2 if columns is None else columns)
+
+
+def _register() -> None:
+    for schema in _SCHEMAS:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for name in ("logprobs", "logprobs_backward", "logprobs_backward_"):
+        _LIBRARY.impl(name, getattr(cpu, name), "CPU")
+        _LIBRARY.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
+    if has_triton():
+        for key in TRITON_KEYS:
+            for name in ("logprobs", "logprobs_backward", "logprobs_backward_"):
+                _LIBRARY.impl(name, _launcher("logprobs", name), key)
+            for name in ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss"):
+                _LIBRARY.impl(name, _launcher("losses", name), key)
+    for name, fake in {
+        "logprobs": _logprobs_fake,
+        "logprobs_backward": _logprobs_backward_fake,
+        "logprobs_backward_": lambda *_: None,
+        "dpo_loss": _dpo_fake,
+        "pairwise_reward_loss": _pairwise_fake,
+        "best_of_k_loss": _group_fake,
+        "ranking_loss": _group_fake,
+    }.items():
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
+_register()

@@ -1,0 +1,57 @@
+"""What every test runs under: fixed seeds, and memory that holds NaN until something writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20230529)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fill every `torch.empty` with NaN, also those made in C++, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def unpoisoned(poison: None) -> None:
+    """PyTorch as users run it: nothing deterministic but what we make so, and untouched memory left untouched."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def logits(generator: torch.Generator) -> Tensor:
+    """(2, 5, 11) float64."""
+    return 3 * torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def labels(generator: torch.Generator) -> Tensor:
+    """(2, 5) for `logits`: a prompt is ignored in one sequence, padding in the other."""
+    labels = torch.randint(11, (2, 5), generator=generator)
+    labels[0, :2] = -100
+    labels[1, -1] = -100
+    return labels
