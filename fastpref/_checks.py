@@ -7,6 +7,7 @@ would synchronise a GPU and break `torch.compile`'s graph.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -104,5 +105,5 @@ def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     """Raise `ValueError` unless `cu_seqlens` rises from 0 to `tokens`. Reads values."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")

@@ -21,7 +21,7 @@ def _cached_type(stats: tuple[str, ...]) -> Any:
 
 
 def _make_type(stats: tuple[str, ...]) -> Any:
-    return namedtuple("Logprobs", ("logprobs", *stats))  # noqa: PYI024 - the fields are known at run time only
+    return namedtuple("Logprobs", ("logprobs", *stats))
 
 
 def result_type(stats: tuple[str, ...]) -> Any:

@@ -39,7 +39,7 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # A compiled graph hands a zero gradient even to an output that was never asked for.
         grad, grad_entropy = grads[1] if ctx.reduced else grads[0], grads[5] if ctx.with_entropy else None
         none = (None,) * 11

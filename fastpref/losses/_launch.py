@@ -36,7 +36,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (partials,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.arity
         scaled = grad_loss[..., None] * partials

@@ -79,7 +79,7 @@ TABLE: tuple[Loss, ...] = (
         options={"loss_type": "sigmoid"},
         formula="−(1−ε)·log σ(u) − ε·log σ(−u), u = β[(w − rw) − (l − rl)]",
         paper="2305.18290",
-        meaning="DPO: the chosen completion gains on the rejected one, relative to a reference; ε > 0 doubts the labels",
+        meaning="DPO: the chosen completion gains on the rejected one, relative to a reference; ε doubts the labels",
         example=_logps_example,
     ),
     Loss(

@@ -88,24 +88,29 @@ def _logprobs_backward_fake(grad: Tensor | None, grad_entropy: Tensor | None, lo
     return torch.empty_like(logits)
 
 
-def _dpo_fake(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    loss, partials = _loss_fake(chosen, rejected, None, rest[-1])
+def _loss_fake(columns: int, reduction: str, first: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32
+    for tensor in (first, *others):
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    loss = first.new_empty(first.shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, loss.new_empty(first.shape[0], columns)
+
+
+def _dpo_fake(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     columns = 2 if ref_chosen is None else 4
-    return loss, partials.new_empty(chosen.shape[0], columns), loss.new_empty(chosen.shape), loss.new_empty(chosen.shape)
+    loss, partials = _loss_fake(columns, rest[-1], chosen, rejected, ref_chosen, ref_rejected)
+    return loss, partials, loss.new_empty(chosen.shape), loss.new_empty(chosen.shape)
 
 
 def _pairwise_fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _loss_fake(chosen, rejected, None, rest[-1])
+    return _loss_fake(2, rest[-1], chosen, rejected)
 
 
 def _group_fake(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _loss_fake(rewards, rewards, rewards.shape[1], rest[-1])
-
-
-def _loss_fake(first: Tensor, second: Tensor, columns: int | None, reduction: str) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    loss = first.new_empty(first.shape[:1] if reduction == "none" else (), dtype=dtype)
-    return loss, loss.new_empty(first.shape[0], 2 if columns is None else columns)
+    return _loss_fake(rewards.shape[1], rest[-1], rewards)
 
 
 def _register() -> None:

@@ -70,7 +70,7 @@ def pairwise_reward_loss(
     chosen, rejected = widen(chosen, rejected)
     u = chosen - rejected
     if margin is not None:
-        u = u - (margin.detach() if isinstance(margin, Tensor) else margin)
+        u = u - (margin.detach().to(u.dtype) if isinstance(margin, Tensor) else margin)
     losses = -F.logsigmoid(u)
     if center_weight:
         losses = losses + center_weight * (chosen + rejected) ** 2

@@ -41,9 +41,7 @@ def native() -> Any:
     try:
         torch.ops.load_library(library())
     except (BuildError, OSError) as error:
-        warnings.warn(
-            f"fastpref runs its slower PyTorch operators on this CPU: {error}", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"fastpref runs its slower PyTorch operators on this CPU: {error}", RuntimeWarning, stacklevel=2)
         return None
     return getattr(torch.ops, NAME)
 

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, for CUDA, ROCm and XPU devices."""

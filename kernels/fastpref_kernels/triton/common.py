@@ -1,0 +1,82 @@
+"""What every kernel needs: exp and log1p to float32's last digits, and the launch on a tensor's own device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+def split(value: float) -> tuple[float, float]:
+    """`value` as two numbers a kernel can take: Triton passes a Python float as fp32, and float64 needs the rest."""
+    high = float(torch.tensor(value, dtype=torch.float32))
+    return high, value - high
+
+
+@triton.jit
+def join(high, low, ACC: tl.constexpr):
+    """The number that `split` made two of."""
+    return tl.full((), high, ACC) + tl.full((), low, ACC)
+
+
+def on_device(device: torch.device) -> Any:
+    """Make `device` current: Triton launches on the current one. A CPU is the interpreter's."""
+    return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """float64 for float64, float32 for all else."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def power_rate(rate, ACC: tl.constexpr):
+    """What x is multiplied by so that `power` of it is e^(rate * x): the change of base is made once, not per x."""
+    if tl.float64 == ACC:
+        return rate
+    else:
+        return rate * LOG2E
+
+
+@triton.jit
+def power(x, ACC: tl.constexpr):
+    """2^x in fp32, which is what the special-function unit has; e^x in fp64."""
+    if tl.float64 == ACC:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def exp(x, ACC: tl.constexpr):
+    """e^x."""
+    return power(x * power_rate(1.0, ACC), ACC)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0: what 1 + x rounds away is put back to first order, so a small x keeps its digits."""
+    u = 1.0 + x
+    return tl.log(u) - ((u - 1.0) - x) / u
+
+
+@triton.jit
+def tanh(x, ACC: tl.constexpr):
+    """tanh to a few ulp of 1; in fp32, to a few ulp of its own where 1 - 2/(1 + e^2x) would cancel."""
+    a = tl.abs(x)
+    far = 1.0 - 2.0 / (1.0 + exp(2.0 * a, ACC))
+    far = tl.where(x < 0, -far, far)
+    if tl.float64 == ACC:
+        return far
+    else:
+        s = x * x  # minimax of (tanh(x)/x - 1)/x^2 on [0, 0.55], relative error of tanh 1e-9
+        p = -0.00628247 * s + 0.02107775
+        p = p * s - 0.05385386
+        p = p * s + 0.13332602
+        p = p * s - 0.33333318
+        return tl.where(a < 0.55, x + x * s * p, far)
