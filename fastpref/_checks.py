@@ -44,9 +44,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """Raise `ValueError` unless `value` is None or a finite number above zero."""
-    if value is not None and not 0 < value < math.inf:
+def check_positive(name: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is a finite number above zero."""
+    if value is None or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
 
 
@@ -88,7 +88,14 @@ def check_transform(temperature: float, logit_scale: float, softcap: float | Non
     """Check the three scalars of z ← softcap·tanh(z·logit_scale/softcap)/temperature."""
     check_positive("temperature", temperature)
     check_positive("logit_scale", logit_scale)
-    check_positive("softcap", softcap)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+
+
+def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> None:
+    """Check LD-DPO's two arguments."""
+    if ld_alpha is None and shared_lengths is not None:
+        raise ValueError(f"shared_lengths is LD-DPO's and needs ld_alpha; got {describe(shared_lengths)} and no alpha")
 
 
 def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref._checks import REDUCTIONS, check_choice, check_logits, check_transform, describe
+from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, check_transform
 from fastpref._results import STATISTICS, check_stats, result_type
 from fastpref.reference.logprobs import ld_weights, scored_targets
 from fastpref_kernels import ops
@@ -99,7 +99,8 @@ def _logprobs(
     if ld_alpha is not None:
         _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
         sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        weights = ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        weights = ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, dtype)
     bits = sum(1 << STATISTICS.index(name) for name in names)
     logps, sequences, _, _, *statistics = _Logprobs.apply(
         logits, labels, cu_seqlens, weights, ignore_index, shift, float(logit_scale), float(temperature),
@@ -211,8 +212,7 @@ def sequence_logprobs(
         IndexError: a scored label outside [0, V), as in `token_logprobs`.
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    if ld_alpha is None and shared_lengths is not None:
-        raise ValueError(f"shared_lengths is LD-DPO's and needs ld_alpha; got {describe(shared_lengths)} and no alpha")
+    check_ld(ld_alpha, shared_lengths)
     return _logprobs(
         logits, labels, reduction, cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature, logit_scale,
         softcap, stats, inplace_backward,

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpref_kernels import cpu
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -44,14 +46,24 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def logits(generator: torch.Generator) -> Tensor:
-    """(2, 5, 11) float64."""
-    return 3 * torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
+    """(2, 4, 7) float64."""
+    return 3 * torch.randn(2, 4, 7, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture
 def labels(generator: torch.Generator) -> Tensor:
-    """(2, 5) for `logits`: a prompt is ignored in one sequence, padding in the other."""
-    labels = torch.randint(11, (2, 5), generator=generator)
+    """(2, 4) for `logits`: a prompt is ignored in one sequence, padding in the other."""
+    labels = torch.randint(7, (2, 4), generator=generator)
     labels[0, :2] = -100
     labels[1, -1] = -100
     return labels
+
+
+@pytest.fixture(params=["native", "eager"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run on the C++ operators, and again on the PyTorch ones that stand in where there is no compiler."""
+    if request.param == "eager":
+        monkeypatch.setattr(cpu, "native", lambda: None)
+    else:
+        assert cpu.native() is not None
+    return request.param

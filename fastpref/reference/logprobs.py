@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref._checks import REDUCTIONS, check_boundaries, check_choice, check_labels, check_logits, check_transform
+from fastpref._checks import (
+    REDUCTIONS,
+    check_boundaries,
+    check_choice,
+    check_labels,
+    check_ld,
+    check_logits,
+    check_transform,
+)
 from fastpref._results import check_stats, result_type
 
 
@@ -75,7 +83,12 @@ def sequence_index(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def ld_weights(
-    scored: Tensor, cu_seqlens: Tensor | None, sequences: int, ld_alpha: float, shared_lengths: Tensor | None
+    scored: Tensor,
+    cu_seqlens: Tensor | None,
+    sequences: int,
+    ld_alpha: float,
+    shared_lengths: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Per-token weights of LD-DPO (arXiv 2409.06411): 1 on a sequence's first `shared_lengths` scored tokens, then α.
 
@@ -87,7 +100,7 @@ def ld_weights(
         shared_lengths: (S,), or None: the sequences are [chosen; rejected] and each pair shares its shorter length.
 
     Returns:
-        float32 weights of `scored`'s shape.
+        Weights of `scored`'s shape, in `dtype`.
     """
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     flat = scored.reshape(-1).long()
@@ -104,7 +117,8 @@ def ld_weights(
         raise ValueError(f"shared_lengths must be ({sequences},); got shape {tuple(shared_lengths.shape)}")
     before = counts.cumsum(0) - counts
     ordinal = flat.cumsum(0) - flat - before[index]
-    return torch.where(ordinal < shared_lengths[index], 1.0, float(ld_alpha)).to(torch.float32).view(scored.shape)
+    weights = torch.where(ordinal < shared_lengths[index], torch.ones((), dtype=dtype), ld_alpha)
+    return weights.view(scored.shape)
 
 
 def _score(
@@ -172,6 +186,7 @@ def sequence_logprobs(
     """`fastpref.sequence_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
     del inplace_backward
     check_choice("reduction", reduction, REDUCTIONS[1:])
+    check_ld(ld_alpha, shared_lengths)
     check_logits(logits, labels, cu_seqlens)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
@@ -185,7 +200,7 @@ def sequence_logprobs(
         sequences = labels.shape[0] if labels.dim() == 2 else 1
     weighted = logps
     if ld_alpha is not None:
-        weighted = logps * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths)
+        weighted = logps * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype)
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     total = logps.new_zeros(sequences).index_add(0, index, weighted.reshape(-1))
     if reduction == "mean":

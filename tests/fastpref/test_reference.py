@@ -164,7 +164,9 @@ class TestLosses:
         close(rejected.grad, 0.25)
 
     def test_margins_and_accuracies(self) -> None:
-        result = reference.dpo_loss(tensor(-2.0, -4.0), tensor(-3.0, -4.0), tensor(0.0, 0.0), tensor(0.0, 0.0), beta=1.0)
+        result = reference.dpo_loss(
+            tensor(-2.0, -4.0), tensor(-3.0, -4.0), tensor(0.0, 0.0), tensor(0.0, 0.0), beta=1.0
+        )
         close(result.margins, 1, 0)
         assert result.accuracies.tolist() == [1, 0]
 
@@ -200,7 +202,9 @@ class TestLosses:
         close(reference.pairwise_reward_loss(chosen, rejected), (-WIN + math.log(2)) / 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_scale": 0.5, "softcap": 3.0}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "logit_scale": 0.5, "softcap": 3.0}], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("shift", [True, False])
 def test_gradcheck_token_logprobs(logits: Tensor, labels: Tensor, shift: bool, options: dict[str, float]) -> None:
     def call(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,8 +216,8 @@ def test_gradcheck_token_logprobs(logits: Tensor, labels: Tensor, shift: bool, o
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_gradcheck_sequence_logprobs(logits: Tensor, labels: Tensor, reduction: str) -> None:
-    bounds = torch.tensor([0, 4, 4, 7, 10])
-    packed, flat = logits.reshape(10, 11).requires_grad_(), labels.reshape(10)
+    bounds = torch.tensor([0, 4, 4, 6, 8])
+    packed, flat = logits.reshape(8, 7).requires_grad_(), labels.reshape(8)
     assert torch.autograd.gradcheck(
         lambda z: reference.sequence_logprobs(z, flat, cu_seqlens=bounds, reduction=reduction, ld_alpha=0.5), packed
     )

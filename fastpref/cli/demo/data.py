@@ -59,11 +59,13 @@ class Dataset:
         kinds: what the answer of each rank is, K names.
         train: examples to train on.
         held_out: examples of other groups.
+        group: what a group is, a module or a prompt.
     """
 
     kinds: tuple[str, ...]
     train: list[Example]
     held_out: list[Example]
+    group: str
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -175,7 +177,7 @@ def split_groups(groups: Sequence[str], fraction: float, rng: random.Random) -> 
     return held_out
 
 
-def stdlib_dataset(*, held_out: float, seed: int, draws: int, limit: int | None = None) -> Dataset:
+def stdlib_dataset(*, held_out: float, seed: int, draws: int = 1, limit: int | None = None) -> Dataset:
     """Ranked answers for this Python's standard library, split by module.
 
     Args:
@@ -193,6 +195,7 @@ def stdlib_dataset(*, held_out: float, seed: int, draws: int, limit: int | None 
         kinds=ANSWERS,
         train=rank_answers([function for function in functions if function.module not in apart], rng, draws),
         held_out=rank_answers([function for function in functions if function.module in apart], rng),
+        group="module",
     )
 
 
@@ -203,4 +206,5 @@ def pairs_dataset(examples: Sequence[Example], *, held_out: float, seed: int) ->
         kinds=("chosen", "rejected"),
         train=[example for example in examples if example.group not in apart],
         held_out=[example for example in examples if example.group in apart],
+        group="prompt",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from fastpref.cli.demo.data import Example
@@ -49,6 +50,8 @@ def _pair(raw: bytes, path: Path, number: int) -> Example:
         pair = json.loads(line)
     except json.JSONDecodeError as error:
         raise MalformedLineError(path, number, error.pos + 1, f"not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise MalformedLineError(path, number, 1, f"not JSON that can be read ({error})") from None
     start = len(line) - len(line.lstrip()) + 1
     if not isinstance(pair, dict):
         raise MalformedLineError(path, number, start, f"not an object but {_type(pair)}")
@@ -58,8 +61,16 @@ def _pair(raw: bytes, path: Path, number: int) -> Example:
             raise MalformedLineError(path, number, start, f"field {field!r} is missing (the object has {found})")
         if not isinstance(pair[field], str) or not pair[field].strip():
             problem = f"field {field!r} must be a string that is not blank; got {_type(pair[field])}"
-            raise MalformedLineError(path, number, max(line.find(json.dumps(field)) + 1, start), problem)
+            raise MalformedLineError(path, number, _column(line, field, start), problem)
+        if any("\ud800" <= character <= "\udfff" for character in pair[field]):
+            problem = f"field {field!r} must be text; it has half a surrogate pair, which no encoding holds"
+            raise MalformedLineError(path, number, _column(line, field, start), problem)
     return Example(pair["prompt"], (pair["chosen"], pair["rejected"]), group=pair["prompt"])
+
+
+def _column(line: str, field: str, otherwise: int) -> int:
+    key = re.search(rf'"{field}"\s*:', line)
+    return otherwise if key is None else key.start() + 1
 
 
 def _type(value: object) -> str:

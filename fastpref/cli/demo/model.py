@@ -33,13 +33,11 @@ def small_llama(tokenizer: Any, *, hidden: int, layers: int, max_length: int) ->
 
 def load_model(folder: Path, tokenizer: Any) -> nn.Module:
     """The causal language model of a transformers folder, in float32, which is what is trained here."""
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} entries; "
-            f"the model embeds {model.get_input_embeddings().num_embeddings}"
-        )
+    embedded = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embedded:
+        raise ValueError(f"the tokenizer in {folder} has {len(tokenizer)} entries; the model embeds {embedded}")
     return model
 
 
@@ -52,8 +50,9 @@ def reward_model(policy: Any) -> nn.Module:
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)
     model.base_model.load_state_dict(policy.base_model.state_dict())
-    (head,) = (module for name, module in model.named_children() if name != model.base_model_prefix)
-    nn.init.normal_(head.weight, std=(head.weight.shape[1] + 1) ** -0.5)
+    for head in model.children():
+        if isinstance(head, nn.Linear):
+            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return model
 
 
@@ -67,7 +66,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
 
-def answer_logps(model: nn.Module, batch: Batch, *, reduction: str = "sum") -> Tensor:
-    """(B,) log-probs of the answers, without gradients: nats, summed or per token."""
+def answer_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,) summed log-probs of the answers, nats, without gradients."""
     with torch.no_grad():
-        return fastpref.sequence_logprobs(logits(model, batch), batch.labels, reduction=reduction)
+        return fastpref.sequence_logprobs(logits(model, batch), batch.labels)

@@ -8,12 +8,13 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastpref.cli.demo.train import Curves
 
 TITLES = {"sft": "Supervised", "reward": "Reward model", "dpo": "DPO"}
 COLORS = {"sft": "#4C72B0", "reward": "#DD8452", "dpo": "#55A868", "eager": "#C44E52"}
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,33 +36,70 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def _draw(axes: Any, values: Sequence[float], color: str) -> None:
+def _draw(axes: Any, values: Sequence[float], stage: str) -> None:
     steps = range(1, len(values) + 1)
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth(values), color=color, linewidth=2)
+    axes.plot(steps, values, color=COLORS[stage], alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth(values), color=COLORS[stage], linewidth=2, label=TITLES[stage])
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plot_curves(curves: Mapping[str, Curves], path: Path) -> None:
-    """One column a training, one row each for loss, accuracy and margin; batch values pale, their average strong."""
-    rows = (("loss", "loss (nats)"), ("accuracy", "pair accuracy"), ("margin", "reward margin"))
+def plot_curves(
+    curves: Mapping[str, Curves], accuracies: Mapping[str, Mapping[str, float]], path: Path, *, title: str
+) -> None:
+    """Every training's loss above; pair accuracy, reward margin and held-out accuracy below.
+
+    Args:
+        curves: by stage; batch values are drawn pale, their moving average strong.
+        accuracies: held-out accuracy of every kind of pair, by stage; drawn as bars.
+        path: of the PNG.
+        title: of the whole picture.
+    """
+    paired = {stage: curve for stage, curve in curves.items() if curve.accuracy}
+    columns = 3 if paired else len(curves)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(curves), 8), layout="constrained")
-        grid = figure.subplots(len(rows), len(curves), squeeze=False)
-        for column, (name, curve) in enumerate(curves.items()):
-            for row, (attribute, label) in enumerate(rows):
-                axes, values = grid[row, column], getattr(curve, attribute)
-                if row and not values:
-                    axes.set_axis_off()
-                    continue
-                _draw(axes, values, COLORS[name])
-                axes.set(ylabel=label, xlabel="step")
-                if attribute == "accuracy":
-                    axes.set_ylim(0, 1.02)
-                    axes.axhline(0.5, color="grey", linewidth=1, linestyle=":", label="chance")
-                    axes.legend(loc="lower right")
-            grid[0, column].set_title(TITLES[name])
-        figure.suptitle("Training curves: every batch, and their moving average")
+        figure = Figure(figsize=(4.6 * columns, 7.6 if paired else 4), layout="constrained")
+        grid = figure.subplots(2 if paired else 1, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, (stage, curve) in zip(grid[0], curves.items(), strict=False):
+            axes.set_axis_on()
+            _draw(axes, curve.loss, stage)
+            axes.set(title=f"{TITLES[stage]}: loss", ylabel="nats")
+        if paired:
+            _draw_pairs(grid[1], paired)
+            if accuracies:
+                _draw_accuracies(grid[1, 2], accuracies)
+        figure.suptitle(title)
         figure.savefig(path, dpi=130)
+
+
+def _draw_pairs(row: Any, paired: Mapping[str, Curves]) -> None:
+    accuracy, margin = row[0], row[1]
+    for stage, curve in paired.items():
+        _draw(accuracy, curve.accuracy, stage)
+        _draw(margin, curve.margin, stage)
+    accuracy.axhline(0.5, color="grey", linewidth=1, linestyle=":", label="chance")
+    accuracy.set(title="Pair accuracy in training", ylim=(0, 1.02))
+    margin.set(title="Reward margin in training")
+    for axes in (accuracy, margin):
+        axes.set_axis_on()
+        axes.legend(loc="lower right")
+
+
+def _draw_accuracies(axes: Any, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+    kinds = list(next(iter(accuracies.values())))
+    height = 0.8 / len(accuracies)
+    for i, (stage, by_kind) in enumerate(accuracies.items()):
+        places = [row + (i - (len(accuracies) - 1) / 2) * height for row in range(len(kinds))]
+        bars = axes.barh(places, [by_kind[kind] for kind in kinds], height, color=COLORS[stage], label=TITLES[stage])
+        axes.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=2)
+    axes.axvline(0.5, color="grey", linewidth=1, linestyle=":")
+    axes.set_axis_on()
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(title="Pair accuracy, held out", xlim=(0, 1.12))
 
 
 def plot_eager(ours: Curves, eager: Curves, path: Path) -> None:
@@ -74,11 +112,11 @@ def plot_eager(ours: Curves, eager: Curves, path: Path) -> None:
         loss, gap, seconds = figure.subplots(1, 3)
         loss.plot(x, eager.loss[:steps], color=COLORS["eager"], linewidth=4, alpha=0.45, label="eager PyTorch")
         loss.plot(x, ours.loss[:steps], color=COLORS["dpo"], linewidth=1.4, label="fastpref")
-        loss.set(title="DPO loss, same seed and batches", xlabel="step", ylabel="loss (nats)")
+        loss.set(title="DPO loss, same seed and batches", ylabel="nats")
         loss.legend()
         # A difference of exactly zero has no place on a logarithmic axis.
-        gap.plot(x, [value or float("nan") for value in difference], color="#4C4C4C", linewidth=1.4)
-        gap.set(title="Absolute difference of the two", xlabel="step", ylabel="nats")
+        gap.plot(x, [value or float("nan") for value in difference], ".", color="#4C4C4C", markersize=5)
+        gap.set(title="Difference of the two (no dot: none)", ylabel="nats")
         if any(difference):
             gap.set_yscale("log")
         for curve, name, label in ((eager, "eager", "eager PyTorch"), (ours, "dpo", "fastpref")):
@@ -90,6 +128,9 @@ def plot_eager(ours: Curves, eager: Curves, path: Path) -> None:
                 linestyle="--",
                 label=f"{label}, loss alone",
             )
-        seconds.set(title="Time", xlabel="step", ylabel="seconds", yscale="log")
-        seconds.legend(fontsize=8)
+        seconds.set(title="Time a step", ylabel="seconds", yscale="log")
+        seconds.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        for axes in (loss, gap, seconds):
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path, dpi=130)

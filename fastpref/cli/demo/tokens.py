@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fastpref.cli.demo.data import Example
 
 IGNORED = -100
+POOLED_BATCHES = 8
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -49,6 +51,11 @@ class Encoded(NamedTuple):
     prompt: list[int]
     answers: list[list[int]]
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and its longest answer."""
+        return len(self.prompt) + max(map(len, self.answers))
+
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
     """Token ids of every example; a prompt loses its beginning, an answer its end, to fit into `max_length`.
@@ -63,7 +70,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list
         return []
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     answers = [answer for example in examples for answer in example.answers]
-    answer_ids = iter([tokens[: max_length // 2 - 1] + [tokenizer.eos_token_id] for tokens in ids(answers)])
+    answer_ids = iter([[*tokens[: max_length // 2 - 1], tokenizer.eos_token_id] for tokens in ids(answers)])
     encoded = []
     for example, prompt in zip(examples, ids([example.prompt for example in examples]), strict=True):
         kept = [next(answer_ids) for _ in example.answers]
@@ -73,15 +80,33 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list
 
 
 class Batch(NamedTuple):
-    """Right-padded sequences, all (B, T) int64; labels are aligned with input_ids and IGNORED outside the answers."""
+    """Right-padded sequences, all (B, T) int64; labels are aligned with input_ids and IGNORED where not scored."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
 
 
-def collate(sequences: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device) -> Batch:
-    """Pad (prompt, answer) pairs of token ids into a batch."""
+def draw_batches(lengths: Sequence[int], count: int, seed: int) -> Iterator[list[int]]:
+    """Without end, batches of `count` indices: each one once before any comes again, like lengths together.
+
+    Drawn in pools of a few batches; within a pool, batches are cut by length, which saves a third of the padding.
+    """
+    rng = random.Random(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < POOLED_BATCHES * count:
+            waiting += rng.sample(range(len(lengths)), len(lengths))
+        pool, waiting = waiting[: POOLED_BATCHES * count], waiting[POOLED_BATCHES * count :]
+        pool.sort(key=lambda i: lengths[i])
+        for start in rng.sample(range(0, len(pool), count), POOLED_BATCHES):
+            yield pool[start : start + count]
+
+
+def collate(
+    sequences: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device, *, score_prompt: bool = False
+) -> Batch:
+    """Pad (prompt, answer) pairs of token ids into a batch; the labels are the answers, or the prompts too."""
     length = max(len(prompt) + len(answer) for prompt, answer in sequences)
     input_ids = torch.full((len(sequences), length), pad)
     attention_mask = torch.zeros_like(input_ids)
@@ -90,5 +115,6 @@ def collate(sequences: Sequence[tuple[list[int], list[int]]], pad: int, device: 
         end = len(prompt) + len(answer)
         input_ids[row, :end] = torch.tensor(prompt + answer)
         attention_mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
+        first = 0 if score_prompt else len(prompt)
+        labels[row, first:end] = input_ids[row, first:end]
     return Batch(input_ids.to(device), attention_mask.to(device), labels.to(device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastpref
 from fastpref.cli.demo import model as models
 from fastpref.cli.demo.stop import Stop
-from fastpref.cli.demo.tokens import Batch
+from fastpref.cli.demo.tokens import IGNORED, Batch
 
 CLIP_NORM = 1.0
 WARMUP = 0.1
@@ -59,8 +59,10 @@ def train(
     curves: Curves,
     stop: Stop,
     show: Callable[[Curves], None],
-) -> None:
+) -> Iterator[None]:
     """One AdamW step per batch, with warm-up, cosine decay and clipping; `step` leaves its gradients in the model.
+
+    Yields after every step, so that two trainings can go in step with each other.
 
     Args:
         model: trained in place.
@@ -76,8 +78,9 @@ def train(
     warmup = max(1, round(WARMUP * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda i: min(1.0, (i + 1) / warmup)
-        * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * i / total))),
+        lambda i: (
+            min(1.0, (i + 1) / warmup) * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * i / total)))
+        ),
     )
     model.train()
     for batch in batches:
@@ -96,12 +99,13 @@ def train(
         if done.loss_seconds is not None:
             curves.loss_seconds.append(done.loss_seconds)
         show(curves)
+        yield
 
 
 def sft_step(model: nn.Module, batch: Batch) -> Step:
     """Next-token training on one batch: −log-prob per scored token."""
     logps = fastpref.sequence_logprobs(models.logits(model, batch), batch.labels, inplace_backward=True)
-    loss = -logps.sum() / (batch.labels[:, 1:] != models.IGNORED).sum()
+    loss = -logps.sum() / (batch.labels[:, 1:] != IGNORED).sum()
     loss.backward()
     return Step(loss.detach())
 
@@ -117,7 +121,7 @@ def reward_step(model: nn.Module, batch: Batch, answers: int) -> Step:
     loss.backward()
     better, worse = torch.triu_indices(answers, answers, offset=1, device=rewards.device)
     margins = rewards.detach()[:, better] - rewards.detach()[:, worse]
-    return Step(loss.detach(), (margins > 0).float().mean(), margins.mean())
+    return Step(loss.detach(), _accuracy(margins), margins.mean())
 
 
 class PairBatch(NamedTuple):
@@ -139,7 +143,7 @@ def fastpref_loss(logits: Tensor, pairs: PairBatch, beta: float) -> fastpref.Pre
 def eager_loss(logits: Tensor, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
     """The same in plain PyTorch, as training loops write it."""
     labels = pairs.batch.labels[:, 1:]
-    scored = labels != models.IGNORED
+    scored = labels != IGNORED
     logps = logits[:, :-1].float().log_softmax(-1).gather(-1, labels.masked_fill(~scored, 0)[:, :, None]).squeeze(-1)
     chosen, rejected = (beta * ((logps * scored).sum(1) - pairs.ref_logps)).chunk(2)
     return fastpref.PreferenceLoss(-F.logsigmoid(chosen - rejected).mean(), chosen.detach(), rejected.detach())
@@ -156,22 +160,14 @@ def dpo_step(model: nn.Module, pairs: PairBatch, *, pair_loss: PairLoss, beta: f
     _synchronize(logits)
     seconds = time.perf_counter() - start
     logits.backward(grad)
-    return Step(out.loss.detach(), out.accuracies.mean(), out.margins.mean(), seconds)
+    return Step(out.loss.detach(), _accuracy(out.margins), out.margins.mean(), seconds)
+
+
+def _accuracy(margins: Tensor) -> Tensor:
+    # A tie counts one half: DPO starts with nothing but ties.
+    return 0.5 + 0.5 * margins.sign().mean()
 
 
 def _synchronize(tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         torch.accelerator.synchronize()
-
-
-def with_reference(
-    model: nn.Module, batches: Iterable[Batch], *, stop: Stop, show: Callable[[], None]
-) -> list[PairBatch]:
-    """Every batch with the frozen model's log-probs of its answers, made once, before the training."""
-    model.eval()
-    pairs = []
-    for batch in batches:
-        stop.check()
-        pairs.append(PairBatch(batch, models.answer_logps(model, batch)[0]))
-        show()
-    return pairs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,8 +55,8 @@ def check_pairwise(
     """Check `pairwise_reward_loss`'s arguments."""
     check_vectors(chosen=chosen, rejected=rejected, margin=margin if isinstance(margin, Tensor) else None)
     check_choice("reduction", reduction, REDUCTIONS)
-    if center_weight < 0:
-        raise ValueError(f"center_weight must not be below 0; got {center_weight!r}")
+    if not 0 <= center_weight < math.inf:
+        raise ValueError(f"center_weight must be a finite number, not below 0; got {center_weight!r}")
 
 
 def pairwise_reward_loss(

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -127,27 +128,36 @@ def library() -> Path:
     return built
 
 
+def _ninja_file() -> str:
+    """What to build and how, for a folder that will hold nothing else."""
+    from torch.utils import cpp_extension
+
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    includes = [f"-isystem {shlex.quote(path)}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{shlex.quote(path)}" for path in cpp_extension.library_paths()]
+    compile_flags = " ".join(["-std=c++20", "-fPIC", abi, *flags(), *includes])
+    link_flags = " ".join(["-shared", "-fopenmp", *libraries, "-lc10", "-ltorch_cpu"])
+    objects = {f"{source.stem}.o": source for source in SOURCES}
+    lines = [
+        "rule compile",
+        f"  command = {compiler()} {compile_flags} -c $in -o $out",
+        "rule link",
+        f"  command = {compiler()} $in {link_flags} -o $out",
+        *(f"build {name}: compile {str(source).replace(' ', '$ ')}" for name, source in objects.items()),
+        f"build {NAME}.so: link {' '.join(objects)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _build(target: Path) -> None:
     import ninja
-    from torch.utils import cpp_extension
 
     print(f"fastpref: building its CPU operators for this machine, once, into {target.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-        path = os.environ.get("PATH", "")
-        # torch looks for ninja on PATH, where an environment that was not activated does not put its own.
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
-        try:
-            cpp_extension.load(
-                NAME,
-                [str(source) for source in SOURCES],
-                extra_cflags=flags(),
-                extra_ldflags=["-fopenmp"],
-                build_directory=scratch,
-                is_python_module=False,
-                is_standalone=False,
-            )
-        except RuntimeError as error:
-            raise BuildError(f"{compiler()} failed: {error}") from error
-        finally:
-            os.environ["PATH"] = path
+        Path(scratch, "build.ninja").write_text(_ninja_file())
+        # The package's own ninja: an environment that was not activated does not put it on PATH.
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", scratch]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise BuildError(f"{compiler()} failed:\n{(result.stdout + result.stderr).strip()}")
         os.replace(Path(scratch) / f"{NAME}.so", target)

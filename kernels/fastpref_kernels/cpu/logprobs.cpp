@@ -425,7 +425,7 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
       int32_t* count = counts.mutable_data_ptr<int32_t>();
       const Tensor weight = weights ? weights->contiguous() : Tensor();
       for (int64_t i = 0; i < rows.size(); ++i) {
-        const double w = weights ? weight.const_data_ptr<float>()[rows.index[i]] : 1.0;
+        const double w = weights ? weight.const_data_ptr<A>()[rows.index[i]] : 1.0;
         sums[rows.sequence[i]] += w * out_logp[rows.index[i]];
         ++count[rows.sequence[i]];
       }
@@ -467,7 +467,7 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
         r.logp = logp.const_data_ptr<A>()[place];
         if (g.defined()) {
           r.g = g.const_data_ptr<A>()[reduced ? s : place];
-          if (weight.defined()) r.g *= weight.const_data_ptr<float>()[place];
+          if (weight.defined()) r.g *= weight.const_data_ptr<A>()[place];
           if (reduction == "mean") r.g /= A(std::max(count.const_data_ptr<int32_t>()[s], 1));
         }
         if (gh.defined()) {

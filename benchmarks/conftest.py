@@ -1,0 +1,18 @@
+"""What every benchmark's report states, and what the peers may do that our own tests may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import peers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))  # peers warn
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(peers.provenance())

@@ -1,0 +1,253 @@
+"""Triton kernels compiled without a GPU and read back: loops, instructions, registers, spills, width of every access.
+
+A launcher is called on CPU tensors as it would be on a GPU's; Triton specialises and compiles what it launches for the
+target, and nothing runs. So what is read here is what a launch would use, not a copy of its signature.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Which pipe executes an NVIDIA opcode. What is in no set issues like the rest and loads none of these three.
+_FMA = {"FADD", "FADD2", "FFMA", "FFMA2", "FMUL", "FMUL2", "FSWZADD", "HADD2", "HFMA2", "HMUL2", "IMAD", "IDP"}
+_SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"}
+_ALU = {
+    "BMSK", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "I2FP", "IABS", "IADD3",
+    "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VABSDIFF", "VIADD",
+    "VIADDMNMX", "VIMNMX", "VIMNMX3",
+}  # fmt: skip
+# AMD has one vector pipe, and these at a quarter of its rate.
+_AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+
+_SASS = re.compile(
+    r"^\s*(?:(?P<label>\.L\w+):|/\*(?P<at>[0-9a-f]+)\*/\s+(?P<guard>@!?U?P\w+)?\s*(?P<op>[A-Z]\S*)(?P<args>.*?)\s*;)"
+)
+_AMDGCN = re.compile(r"^(?:(?P<label>\.L\w+):|\t(?P<op>[a-z]\w+)(?P<args>[^;]*))")
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?([us]?byte|[us]?short|dword)(?:x(\d))?")
+_AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction; `access` is ("load" or "store", bytes a lane) where it touches global memory."""
+
+    opcode: str
+    guarded: bool
+    access: tuple[str, int] | None
+    pipe: str  # "fma", "alu", "special", "other"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A stretch of instructions that one iteration issues: a loop's body, or all of a program that has no loop."""
+
+    instructions: tuple[Instruction, ...]
+    whole: bool = False
+
+    def count(self, pipe: str) -> int:
+        """Instructions of one pipe."""
+        return sum(i.pipe == pipe for i in self.instructions)
+
+    def widths(self, kind: str) -> Counter[int]:
+        """How many accesses ("load" or "store") there are of each width in bytes.
+
+        Of a whole program, the widest ones: the rest are its row's scalars, one address for all lanes.
+        """
+        found = Counter(i.access[1] for i in self.instructions if i.access and i.access[0] == kind)
+        return Counter(dict([max(found.items())])) if self.whole and found else found
+
+    def bytes(self, kind: str) -> int:
+        """Bytes one lane moves."""
+        return sum(width * n for width, n in self.widths(kind).items())
+
+    @property
+    def guarded(self) -> bool:
+        """Whether any access is under a predicate. AMD's never is: its masks are in the address or in EXEC."""
+        return any(i.guarded for i in self.instructions if i.access)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled kernel."""
+
+    name: str
+    target: str
+    constants: dict[str, Any]
+    threads: int
+    registers: int
+    spills: int  # instructions that move registers to or from memory
+    stack: int  # bytes of it
+    shared: int  # bytes
+    instructions: tuple[Instruction, ...]
+    loops: tuple[Loop, ...]  # the innermost ones, in the program's order
+
+    @cached_property
+    def passes(self) -> tuple[Loop, ...]:
+        """The loops over the logits: innermost, reading global memory and taking exponentials. The main one first.
+
+        Masked loops are tails and fallbacks, so those without a predicated access come first; then those that read
+        most per iteration, which a compiler that unrolled has made the hot ones; then in the program's order. A program
+        without such a loop works on one block, and is its own pass.
+        """
+        reading = [loop for loop in self.loops if loop.bytes("load")]
+        # In float64 an exponential is arithmetic.
+        found = [loop for loop in reading if loop.count("special")] or reading
+        ordered = sorted(found, key=lambda loop: (loop.guarded, -loop.bytes("load")))
+        return tuple(ordered) or (Loop(self.instructions, whole=True),)
+
+    def logits(self, loop: Loop, itemsize: int) -> int:
+        """Logits that a thread handles in one iteration: its share of a block, times what the compiler unrolled."""
+        block = next(v for name, v in self.constants.items() if name.startswith("BLOCK"))
+        share = block // self.threads
+        unrolled = 1 if loop.whole else round(loop.bytes("load") / (share * itemsize))
+        return share * max(unrolled, 1)
+
+
+class _Offline:
+    """As much of a Triton driver as a compilation asks for. Its device is the target, which keys Triton's caches."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> GPUTarget:
+        return self.target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Any]]:
+    """Compile every kernel launched inside for `target` and launch none; yields the list they are added to."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    # Restored by hand: resetting the driver would look for a GPU.
+    with mock.patch.dict(vars(driver)), mock.patch.object(JITFunction, "run", compile_only):
+        driver.set_active(cast(Any, _Offline(TARGETS[target])))
+        yield compiled
+
+
+def read(compiled: Any, target: str) -> Program:
+    """Disassemble what Triton compiled."""
+    names = compiled.src.fn.arg_names
+    describe = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
+    lines, resources = describe(compiled)
+    instructions, loops = _loops(lines)
+    spilled = sum(i.opcode.split(".")[0] in ("LDL", "STL") or i.opcode.startswith("scratch_") for i in instructions)
+    return Program(
+        name=compiled.name,
+        target=target,
+        constants={names[path[0]]: value for path, value in compiled.src.constants.items()},
+        threads=compiled.metadata.num_warps * TARGETS[target].warp_size,
+        registers=resources["registers"],
+        spills=spilled,
+        stack=resources["stack"],
+        shared=compiled.metadata.shared,
+        instructions=instructions,
+        loops=loops,
+    )
+
+
+# A line is a label, or an instruction with the label it may branch to.
+_Line = str | tuple[Instruction, str | None]
+
+
+def _read_nvidia(compiled: Any) -> tuple[list[_Line], dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        listing = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+    lines: list[_Line] = []
+    for match in filter(None, map(_SASS.match, listing.splitlines())):
+        if match["label"]:
+            lines.append(match["label"])
+            continue
+        name, *modifiers = match["op"].split(".")
+        if name == "NOP":  # pads the program's end
+            continue
+        pipe = next((p for p, ops in (("fma", _FMA), ("alu", _ALU), ("special", _SPECIAL)) if name in ops), "other")
+        access = None
+        if name in ("LDG", "STG", "LDGSTS"):
+            width = next((m for m in modifiers if re.fullmatch(r"[US]?(8|16|64|128|256)", m)), "32")
+            access = ("store" if name == "STG" else "load", int(width.lstrip("US")) // 8)
+        branch = re.search(r"`\((\.L\w+)\)", match["args"]) if name == "BRA" else None
+        guarded = match["guard"] is not None
+        lines.append((Instruction(match["op"], guarded, access, pipe), branch[1] if branch else None))
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return lines, {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+
+
+def _read_amd(compiled: Any) -> tuple[list[_Line], dict[str, int]]:
+    listing = compiled.asm["amdgcn"]
+    lines: list[_Line] = []
+    for match in filter(None, map(_AMDGCN.match, listing.partition(".section\t.rodata")[0].splitlines())):
+        if match["label"]:
+            lines.append(match["label"])
+            continue
+        name = match["op"]
+        pipe = "special" if _AMD_SPECIAL.match(name) else "alu" if name.startswith("v_") else "other"
+        access = None
+        if found := _AMD_ACCESS.match(name):
+            access = (found[1], _AMD_BYTES[found[2]] * int(found[3] or 1))
+        branch = match["args"].strip() if "branch" in name else None
+        lines.append((Instruction(name, False, access, pipe), branch))
+
+    def resource(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", listing)[0])
+
+    return lines, {"registers": resource("vgpr_count"), "stack": resource("private_segment_fixed_size")}
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _loops(lines: list[_Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...]]:
+    """Every instruction, and the innermost stretches from a label to a branch back to it."""
+    labels: dict[str, int] = {}
+    instructions: list[Instruction] = []
+    spans: list[tuple[int, int]] = []
+    for line in lines:
+        if isinstance(line, str):
+            labels[line] = len(instructions)
+            continue
+        instruction, branch = line
+        instructions.append(instruction)
+        if branch in labels:
+            spans.append((labels[branch], len(instructions)))
+    innermost = [
+        (begin, end)
+        for begin, end in spans
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
+    ]
+    return tuple(instructions), tuple(Loop(tuple(instructions[begin:end])) for begin, end in innermost)

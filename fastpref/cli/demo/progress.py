@@ -1,0 +1,71 @@
+"""Progress bars with the loss and the accuracy in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+RECENT = 20
+
+
+class Advance(Protocol):
+    """Moves a bar on and shows the means of the latest losses and accuracies."""
+
+    def __call__(self, by: int = 1, *, loss: Sequence[float] = (), accuracy: Sequence[float] = ()) -> None:
+        """Move on by so much."""
+        ...
+
+
+class Bars:
+    """The bars of a run, one below the other."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+        self._unfinished: dict[str, str] = {}
+
+    @property
+    def current(self) -> str:
+        """What is going on and how far it came, as text; after an exception, what was."""
+        return next((f"{name}, {done}" for name, done in self._unfinished.items()), "the start")
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Advance]:
+        """A bar of `total`; its name says what is going on."""
+        task = self._progress.add_task(name, total=total, numbers="")
+        done = 0
+        self._unfinished[name] = f"0 of {total}"
+
+        def advance(by: int = 1, *, loss: Sequence[float] = (), accuracy: Sequence[float] = ()) -> None:
+            nonlocal done
+            done += by
+            self._unfinished[name] = f"{done} of {total}"
+            shown: dict[str, Any] = {"loss": loss, "acc": accuracy}
+            numbers = "  ".join(f"{key} {_recent(values):.3f}" for key, values in shown.items() if values)
+            self._progress.update(task, advance=by, numbers=numbers)
+
+        yield advance
+        # Not in a `finally`: what an exception ended stays the current one.
+        del self._unfinished[name]
+
+
+def _recent(values: Sequence[float]) -> float:
+    recent = values[-RECENT:]
+    return sum(recent) / len(recent)

@@ -1,0 +1,290 @@
+import json
+import os
+import random
+import signal
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+import torch
+from typer.testing import CliRunner
+
+from fastpref import cli
+from fastpref.cli.demo import data, evaluate, train
+from fastpref.cli.demo.data import Example
+from fastpref.cli.demo.jsonl import MalformedLineError, read_pairs
+from fastpref.cli.demo.settings import parse_stages
+from fastpref.cli.demo.tokens import IGNORED, collate, encode, train_tokenizer
+
+MODULE = '''
+class Shelf:
+    @property
+    def weight(self, unit="kg"):
+        """Return the weight of all books.
+
+        In kilograms, unless told otherwise.
+        """
+        # Books are weighed once.
+        total = sum(book.weight for book in self.books)
+        return convert(total, unit)
+
+    def undocumented(self):
+        return 1
+
+async def {name}(x):
+    """Do what the name {name} says."""
+    return x
+'''
+
+
+@pytest.fixture
+def library(tmp_path):
+    for path in ("shelf.py", "pack/one.py", "pack/two.py", "test/skipped.py", "pack/tests/skipped.py"):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(MODULE.format(name=file.stem))
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def functions():
+    return data.stdlib_functions()
+
+
+@pytest.fixture
+def demo(functions, monkeypatch):
+    """Runs `fastpref demo --quick` with more arguments; reading the library once is enough."""
+    monkeypatch.setattr(data, "stdlib_functions", lambda: functions)
+    return lambda *arguments: CliRunner().invoke(
+        cli._app(), ["demo", "--quick", "--device", "cpu", *map(str, arguments)]
+    )
+
+
+def test_functions_are_read_in_order_without_docstring_tests_or_repeats(library):
+    functions = data.stdlib_functions(library)
+    assert [(function.module, function.docstring) for function in functions] == [
+        ("shelf", "Return the weight of all books."),
+        ("shelf", "Do what the name shelf says."),
+        ("pack", "Do what the name one says."),
+        ("pack", "Do what the name two says."),
+    ]
+    weight, shelf = functions[:2]
+    assert weight.prompt == (
+        'def weight(self, unit="kg"):\n    # Books are weighed once.\n'
+        '    total = sum(book.weight for book in self.books)\n"""'
+    )
+    assert weight.code == "return convert(total, unit)"
+    assert (shelf.prompt, shelf.code) == ('async def shelf(x):\n"""', "return x")
+    assert data.stdlib_functions(library) == functions
+
+
+def test_the_standard_library_is_found_in_one_order(functions):
+    assert len(functions) > 2000
+    assert len({function.module for function in functions}) > 50
+    assert not any('"""\n' in function.prompt[:-3] and function.docstring in function.prompt for function in functions)
+
+
+def test_answers_are_ranked_by_construction(functions):
+    some = functions[::50]
+    examples = data.rank_answers(some, random.Random(0), draws=2)
+    by_docstring = {function.docstring: function for function in some}
+    assert len(examples) == 2 * len(some)
+    for function, example in zip(some * 2, examples, strict=True):
+        own, other, shuffled, code = example.answers
+        assert (example.prompt, own, code) == (function.prompt, function.docstring, function.code)
+        assert by_docstring[other].module != function.module
+        assert sorted(shuffled.split()) == sorted(own.split())
+        assert shuffled != own or len(set(own.split())) == 1
+    assert data.rank_answers(some, random.Random(0), draws=2) == examples
+
+
+def test_no_module_and_no_docstring_is_on_both_sides(functions, monkeypatch):
+    monkeypatch.setattr(data, "stdlib_functions", lambda: functions)
+    dataset = data.stdlib_dataset(held_out=0.12, seed=3)
+    assert {example.group for example in dataset.train}.isdisjoint(example.group for example in dataset.held_out)
+    seen = {example.answers[rank] for example in dataset.train for rank in (0, 1)}
+    assert seen.isdisjoint(example.answers[rank] for example in dataset.held_out for rank in (0, 1))
+    share = len(dataset.held_out) / (len(dataset.train) + len(dataset.held_out))
+    assert share == pytest.approx(0.12, abs=0.07)
+    assert dataset.pairs == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert dataset.pair_name((0, 3)) == "own > code"
+
+
+def test_pairs_of_one_prompt_stay_together():
+    examples = [Example(f"prompt {i % 5}", (f"good {i}", f"bad {i}"), f"prompt {i % 5}") for i in range(40)]
+    dataset = data.pairs_dataset(examples, held_out=0.2, seed=0)
+    assert {example.group for example in dataset.train}.isdisjoint(example.group for example in dataset.held_out)
+    assert len(dataset.train) + len(dataset.held_out) == 40
+    assert dataset.held_out
+    with pytest.raises(ValueError, match="at least two different groups"):
+        data.pairs_dataset(examples[:1], held_out=0.2, seed=0)
+
+
+GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "problem"),
+    [
+        ('{"prompt": "p", "chosen": "c" "rejected": "r"}', 31, "not JSON"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "r"', 47, "not JSON"),
+        ('{"prompt": "p", "chosen": "c"}', 1, "field 'rejected' is missing"),
+        ('{"prompt": "p", "chosen": 3, "rejected": "r"}', 17, "field 'chosen' must be a string"),
+        ('{"prompt": "p", "chosen": "c", "rejected": null}', 32, "got null"),
+        ('{"prompt": " ", "chosen": "c", "rejected": "r"}', 2, "got a blank string"),
+        ('{"prompt": "chosen", "chosen": "\\ud800", "rejected": "r"}', 22, "half a surrogate pair"),
+        pytest.param("[" * 200_000, 1, "not JSON that can be read", id="nested too deep"),
+        ('  ["p", "c", "r"]', 3, "not an object but a list"),
+        (b'{"prompt": "\xc3\xa9\xff"}', 14, "0xff is not UTF-8"),
+    ],
+)
+def test_a_malformed_line_is_named_and_nothing_is_trained(tmp_path, line, column, problem):
+    path = tmp_path / "prefs.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b"\n".join([GOOD.encode(), b"", line, GOOD.encode()]))
+    with pytest.raises(MalformedLineError, match=problem) as raised:
+        read_pairs(path)
+    assert (raised.value.line, raised.value.column) == (3, column)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(cli._app(), ["demo", "--quick", "--data", str(path), "--out", str(out)])
+    assert result.exit_code == 1
+    assert f"{path}, line 3, column {column}: " in result.output
+    assert not out.exists()
+
+
+def test_pairs_are_read_whole(tmp_path):
+    path = tmp_path / "prefs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\n" + GOOD.replace('"p"', '"q"').encode())
+    assert [example.answers for example in read_pairs(path)] == [("c", "r"), ("c", "r")]
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no pair"):
+        read_pairs(path)
+
+
+def test_labels_are_the_answer_and_the_prompt_gives_way_first():
+    tokenizer = train_tokenizer(["a line of text"], 300)
+    examples = [Example("x" * 40, ("a line", "b" * 40), "x"), Example("y", ("c", "d"), "y")]
+    long, short = encode(examples, tokenizer, 16)
+    assert [len(answer) for answer in long.answers][1] == 8
+    assert len(long.prompt) + 8 == 16
+    assert all(answer[-1] == tokenizer.eos_token_id for answer in long.answers)
+    assert tokenizer.decode(short.answers[0][:-1]) == "c"
+    batch = collate([(long.prompt, long.answers[1]), (short.prompt, short.answers[0])], 0, torch.device("cpu"))
+    assert batch.input_ids.shape == (2, 16)
+    assert batch.attention_mask[1].sum() == len(short.prompt) + 2
+    assert batch.labels[0, :8].eq(IGNORED).all()
+    assert batch.labels[0, 8:].tolist() == long.answers[1]
+    assert (batch.labels[1] != IGNORED).sum() == 2
+    whole = collate([(short.prompt, short.answers[0])], 0, torch.device("cpu"), score_prompt=True)
+    assert torch.equal(whole.labels, whole.input_ids)
+
+
+def test_a_tie_counts_one_half():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]])
+    assert evaluate.pair_accuracy(scores, (0, 1)) == 0.625
+    assert evaluate.pair_margin(scores, (0, 1)) == 0.5
+
+
+def test_stages_are_checked():
+    assert parse_stages("dpo, sft") == ("sft", "dpo")
+    with pytest.raises(ValueError, match="got 'sft,ppo'"):
+        parse_stages("sft,ppo")
+
+
+def test_a_run_from_end_to_end_and_another_on_the_users_own(demo, tmp_path):
+    out = tmp_path / "out"
+    result = demo("--out", out)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["stopped"] is None
+    assert {name: len(curve["loss"]) for name, curve in metrics["curves"].items()} == dict.fromkeys(
+        ("sft", "reward", "dpo", "eager"), 4
+    )
+    assert metrics["eager"]["largest_loss_difference"] < 1e-4
+    assert set(metrics["held_out"]["reward_after"]) == set(metrics["held_out"]["implicit"])
+    assert len(metrics["held_out"]["implicit"]) == 6
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert (out / "eager.png").stat().st_size > 10_000
+    assert "Reward model: held-out pair accuracy" in result.output
+
+    pairs = tmp_path / "prefs.jsonl"
+    pairs.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"Add {i}.", "chosen": f"{i} + 1", "rejected": "I would not"}) for i in range(40)
+        )
+    )
+    mine = tmp_path / "mine"
+    result = demo("--out", mine, "--data", pairs, "--model", out / "dpo", "--stages", "reward,dpo", "--no-eager")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((mine / "metrics.json").read_text())
+    assert list(metrics["curves"]) == ["reward", "dpo"]
+    assert list(metrics["held_out"]["reward_after"]) == ["chosen > rejected"]
+    assert metrics["data"]["vocabulary"] == 512
+    assert {path.name for path in mine.iterdir()} == {"reward", "dpo", "metrics.json", "curves.png"}
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_training(demo, tmp_path):
+    (tmp_path / "file").touch()
+    result = demo("--out", tmp_path / "file")
+    assert result.exit_code == 1
+    assert "File exists" in result.output
+    assert "supervised training" not in result.output
+
+
+def test_the_same_seed_trains_the_same(demo, tmp_path):
+    losses = []
+    for name in ("one", "two"):
+        assert demo("--out", tmp_path / name, "--stages", "reward").exit_code == 0
+        losses.append(json.loads((tmp_path / name / "metrics.json").read_text())["curves"]["reward"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_ctrl_c_keeps_what_was_trained(demo, tmp_path, monkeypatch):
+    step, made = train.reward_step, []
+
+    def interrupted_step(*arguments, **options):
+        made.append(1)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(train, "reward_step", interrupted_step)
+    before = signal.getsignal(signal.SIGINT)
+    result = demo("--out", tmp_path)
+    assert result.exit_code == 130, result.output
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Stopped at: reward model, 2 of 4." in result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: len(curve["loss"]) for name, curve in metrics["curves"].items()} == {"sft": 4, "reward": 2}
+    for stage in ("sft", "reward"):
+        assert (tmp_path / stage / "model.safetensors").exists()
+    assert (tmp_path / "curves.png").exists()
+    assert not (tmp_path / "dpo").exists()
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    line = "fastpref: {} is not installed: pip install 'fastpref[demo]'"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "typer", None)
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+    assert raised.value.code == line.format("typer")
+
+    def missing(name):
+        def app():
+            raise ModuleNotFoundError(name=name)
+
+        return lambda: app
+
+    monkeypatch.setattr(cli, "_app", missing("transformers.models"))
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == line.format("transformers")
+    monkeypatch.setattr(cli, "_app", missing("fastpref_kernels"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()

@@ -1,0 +1,141 @@
+"""The public functions on CUDA tensors: dispatch, autograd, compilation, capture, launches and synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref import reference
+from fastpref.losses import TABLE, Loss
+from tests.tolerance import assert_matches_reference
+
+pytestmark = pytest.mark.usefixtures("unpoisoned")
+every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
+
+
+def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(shape[-1], shape[:-1], device="cuda")
+    labels[..., 1] = -100
+    return (3 * torch.randn(shape, device="cuda")).to(dtype), labels
+
+
+def step(logits: Tensor, labels: Tensor) -> Tensor:
+    """A DPO loss of [chosen; rejected] logits, against a reference of zeros."""
+    chosen, rejected = fastpref.sequence_logprobs(logits, labels).chunk(2)
+    return fastpref.dpo_loss(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(rejected)).loss
+
+
+def arguments(loss: Loss, batch: int) -> tuple[list[Tensor], dict[str, Any]]:
+    tensors, options = loss.example(torch.Generator().manual_seed(batch), batch)
+    moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
+    return [t.cuda().requires_grad_(t.is_floating_point()) for t in tensors], {**loss.options, **moved}
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def launches(function: Callable[[], object]) -> int:
+    function()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vocabulary", [50257, 128256])
+def test_real_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
+    logits, labels = make(2, 9, vocabulary, dtype=dtype)
+    assert_matches_reference("token_logprobs", logits, labels)
+    assert_matches_reference("sequence_logprobs", logits, labels, reduction="mean", stats=("entropy",))
+
+
+@every_loss
+def test_loss(loss: Loss) -> None:
+    results = []
+    for function in (loss.function, loss.reference):
+        tensors, options = arguments(loss, 37)
+        result = function(*tensors, **options)
+        value = result.loss if isinstance(result, tuple) else result
+        value.backward()
+        results.append([value.detach(), *(t.grad for t in tensors if t.grad is not None)])
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)
+
+
+@every_loss
+def test_a_loss_is_a_launch_and_a_scale(loss: Loss) -> None:
+    tensors, options = arguments(loss, 8)
+
+    def both_ways() -> None:
+        result = loss.function(*tensors, **options)
+        (result.loss if isinstance(result, tuple) else result).backward()
+        for tensor in tensors:
+            tensor.grad = None
+
+    assert launches(both_ways) <= 5  # the launch, its scale, autograd's ones and the accumulation of two leaves
+
+
+def test_nothing_waits_for_the_device() -> None:
+    logits, labels = make(4, 8, 1000)
+    leaf = logits.requires_grad_()
+    step(leaf, labels).backward()
+    with no_synchronisation():
+        step(leaf, labels).backward()
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    logits, labels = make(4, 64, 50257)
+    gradients = []
+    for _ in range(2):
+        leaf = logits.clone().requires_grad_()
+        step(leaf, labels).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_compiles_whole() -> None:
+    logits, labels = make(4, 8, 1000, dtype=torch.float32)
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        function(leaf, labels).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_captured_in_a_graph() -> None:
+    logits, labels = make(4, 8, 1000, dtype=torch.float32)
+    static = logits.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(step(static, labels), static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(static, labels)
+        (gradient,) = torch.autograd.grad(loss, static)
+    with torch.no_grad():
+        static.copy_(torch.randn_like(logits))
+    graph.replay()
+    leaf = static.detach().clone().requires_grad_()
+    chosen, rejected = reference.sequence_logprobs(leaf, labels).chunk(2)
+    truth = reference.dpo_loss(chosen, rejected, reference_free=True).loss
+    (wanted,) = torch.autograd.grad(truth, leaf)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)

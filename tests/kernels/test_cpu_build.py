@@ -1,0 +1,221 @@
+"""The native CPU operators are built once, on first use, by whoever comes first; or not, and nothing breaks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpref_kernels.cpu import build
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the lock is POSIX's")
+
+# Two steps through forward and backward: 2·log(1/3), and a gradient of 1 − 1/3 from each.
+USE = """
+import torch, fastpref
+logits = torch.zeros(1, 3, 3, requires_grad=True)
+for _ in range(2):
+    logps = fastpref.sequence_logprobs(logits, torch.tensor([[0, 1, 2]]))
+    logps.sum().backward()
+print(f"{logps.item():.6f} {logits.grad[0, 0, 1].item():.6f}")
+"""
+RIGHT = "-2.197225 1.333333\n"
+HOLD = """
+import fcntl, sys, time
+handle = open(sys.argv[1], "w")
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+FAKE_COMPILER = """#!/bin/sh
+echo "$@" >> "{log}"
+case "$*" in *-c\\ *) echo "fake: cannot compile" >&2; exit 1;; esac
+echo "g++ (fake) 99.0"
+"""
+
+
+def use(**environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", USE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FASTPREF_CACHE_DIR", str(folder))
+    return folder
+
+
+def fake_compiler(folder: Path, name: str) -> Path:
+    """A compiler that tells its version, writes down how it is called, and compiles nothing. Returns its log."""
+    folder.mkdir()
+    log = folder / "log"
+    (folder / name).write_text(FAKE_COMPILER.format(log=log))
+    (folder / name).chmod(0o755)
+    return log
+
+
+@pytest.mark.slow
+def test_processes_that_come_at_once_build_once(cache: Path) -> None:
+    folder = cache / build.key()
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()  # left by a process that was killed
+    processes = [use() for _ in range(3)]
+    results = [process.communicate(timeout=240) for process in processes]
+    assert [out for out, _ in results] == [RIGHT] * 3
+    said = [line for _, err in results for line in err.splitlines()]
+    assert len(said) == 1
+    assert said[0].startswith("fastpref: building")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{build.NAME}.so", "lock"]
+    # And one that comes later finds it, says nothing, and needs no compiler but to know it is the same.
+    assert use().communicate(timeout=60) == (RIGHT, "")
+
+
+def test_threads_that_come_at_once_build_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, meet = [], threading.Barrier(4)
+
+    def slow_build(target: Path) -> None:
+        built.append(target)
+        threading.Event().wait(0.2)
+        target.write_bytes(b"a library")
+
+    def come(_: int) -> Path:
+        meet.wait()
+        return build.library()
+
+    monkeypatch.setattr(build, "_build", slow_build)
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(come, range(4)))
+    assert built == list(paths)
+    assert paths == {cache / build.key() / f"{build.NAME}.so"}
+
+
+def test_a_build_that_dies_lets_the_next_one_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cache / build.key()
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    monkeypatch.setattr(build, "_build", lambda target: target.write_bytes(b"a library"))
+    waiting = threading.Thread(target=build.library, daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_a_failed_build_leaves_nothing_behind_and_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(target: Path) -> None:
+        raise build.BuildError("no space")
+
+    monkeypatch.setattr(build, "_build", fail)
+    with pytest.raises(build.BuildError):
+        build.library()
+    monkeypatch.setattr(build, "_build", lambda target: target.write_bytes(b"a library"))
+    assert build.library().read_bytes() == b"a library"
+
+
+def test_what_decides_the_code_decides_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {build.key()}
+    assert keys == {build.key()}
+    source = tmp_path / "logprobs.cpp"
+    source.write_text(build.SOURCES[0].read_text() + "\n")
+    log = fake_compiler(tmp_path / "bin", "other++")
+    changes = (
+        (build, "SOURCES", (source,)),
+        (build, "HEADERS", ()),
+        (torch, "__version__", "0.0.0"),
+        (build, "flags", lambda: ["-O0"]),
+        (build, "_processor", lambda: "flags: none"),
+        (build, "compiler", lambda: str(log.with_name("other++"))),
+    )
+    for i, (where, name, value) in enumerate(changes, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            keys.add(build.key())
+        assert len(keys) == i, name
+    assert build.key() in keys
+
+
+def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FASTPREF_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert build.cache_root() == Path("/home/someone/.cache/fastpref")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert build.cache_root() == Path("/caches/fastpref")
+    monkeypatch.setenv("FASTPREF_CACHE_DIR", "/here")
+    assert build.cache_root() == Path("/here")
+
+
+class TestFallback:
+    """Where the library cannot be had: one warning that says why, and the same answers."""
+
+    def test_without_a_compiler(self, cache: Path, tmp_path: Path) -> None:
+        empty = tmp_path / "bin"
+        empty.mkdir()
+        out, err = use(PATH=str(empty), CXX="").communicate(timeout=60)
+        assert out == RIGHT
+        assert err.count("RuntimeWarning") == 1
+        assert "no C++ compiler" in err
+        assert "g++" in err
+        assert not cache.exists()
+
+    @pytest.mark.parametrize("name", ["c++", "g++", "clang++"])
+    def test_the_compiler_that_was_found_is_the_one_that_is_called(
+        self, name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log = fake_compiler(tmp_path / "bin", name)
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(log.parent))
+        with pytest.warns(RuntimeWarning, match=r"fastpref.*slower(?s:.*)fake: cannot compile"):
+            assert build.native.__wrapped__() is None
+        assert "logprobs.cpp" in log.read_text()
+        assert os.environ["PATH"] == str(log.parent)
+        assert "CXX" not in os.environ
+        assert [path.name for path in (cache / build.key()).iterdir()] == ["lock"]
+
+    def test_cxx_with_a_launcher(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        log = fake_compiler(tmp_path / "bin", "made-to-measure++")
+        monkeypatch.setenv("CXX", f"env {log.with_name('made-to-measure++')}")
+        with pytest.warns(RuntimeWarning, match="fastpref"):
+            assert build.native.__wrapped__() is None
+        assert "logprobs.cpp" in log.read_text()
+
+    def test_a_compiler_that_does_not_even_start(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "false")
+        with pytest.warns(RuntimeWarning, match=r"fastpref.*slower.*false"):
+            assert build.native.__wrapped__() is None
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("FASTPREF_CACHE_DIR", str(tmp_path / "file"))
+        with pytest.warns(RuntimeWarning, match=r"fastpref.*slower.*file"):
+            assert build.native.__wrapped__() is None
+
+    def test_a_library_that_cannot_be_loaded(self, cache: Path) -> None:
+        folder = cache / build.key()
+        folder.mkdir(parents=True)
+        (folder / f"{build.NAME}.so").write_bytes(b"no library")
+        with pytest.warns(RuntimeWarning, match=r"fastpref.*slower"):
+            assert build.native.__wrapped__() is None
+
+    def test_switched_off(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FASTPREF_NATIVE", "0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert build.native.__wrapped__() is None
+        assert not cache.exists()

@@ -1,0 +1,72 @@
+"""Puts the Triton launchers where a CPU's operators are, so that the public functions run them on CPU tensors.
+
+Under the interpreter they take the CPU tensors themselves; on a machine with a GPU, copies that travel there and back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastpref_kernels import cpu, ops
+from fastpref_kernels.triton import logprobs, losses
+
+LOGPROB_OPERATORS = ("logprobs", "logprobs_backward", "logprobs_backward_")
+LOSS_OPERATORS = ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # numpy warns where a GPU is silent: infinities and NaNs are what several of these tests are about.
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
+def travelling(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """`launcher` on the GPU's copies of its CPU tensors, strides and all; what it wrote in place comes back too."""
+    if INTERPRETED:
+        return launcher
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+
+    def there(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        storage = torch.empty(0, dtype=value.dtype, device=device)
+        flat = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
+        return storage.set_(flat.to(device)).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    def call(*arguments: Any) -> Any:
+        sent = tree_map(there, arguments)
+        result = launcher(*sent)
+        if result is None:  # in place, over the logits
+            arguments[2].copy_(sent[2])
+        return tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, result)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
+    for launches in ("FORWARD_LAUNCH", "BACKWARD_LAUNCH"):
+        monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
+    monkeypatch.setattr(losses, "TILE", 64)
+    kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_OPERATORS})
+    monkeypatch.setattr(cpu, "native", lambda: kernels)
+    monkeypatch.setattr(ops, "fuses_losses", lambda device: True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def loss_operators() -> Iterator[None]:
+    library = torch.library.Library("fastpref", "IMPL")
+    for name in LOSS_OPERATORS:
+        library.impl(name, travelling(getattr(losses, name)), "CPU")
+    yield
+    library._destroy()

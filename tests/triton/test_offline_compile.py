@@ -1,0 +1,111 @@
+"""Every kernel compiled, not run, for the GPUs it is meant for: nothing spills, memory is accessed 16 bytes at a time,
+and the loops over the logits are short enough to be bound by memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import sass
+from fastpref_kernels.triton import logprobs, losses
+
+TARGETS = tuple(sass.TARGETS)
+ALL_STATS = 31
+
+
+def score(
+    dtype: torch.dtype, V: int, *, row: int | None = None, stats: int = 0, reduction: str = "none",
+    softcap: float | None = None, packed: bool = False, stride: int = 1, in_place: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    """What launches the forward and the backward as their operators do; a row lies in `row` elements, V where None."""
+
+    def launch() -> None:
+        logits = torch.zeros(2, 8, row or V, stride, dtype=dtype)[..., :V, 0]
+        labels = torch.zeros(2, 8, dtype=torch.int64)
+        cu_seqlens = weights = None
+        if packed:
+            logits, labels = logits.view(1, 16, V), labels.view(1, 16)
+            cu_seqlens, weights = torch.tensor([0, 5, 16]), torch.ones(1, 15)
+        scoring = (-100, True, 1.0, 1.0, softcap, reduction)
+        logps, sequences, norm, counts, _, entropy, *_ = logprobs.logprobs(
+            logits, labels, cu_seqlens, weights, *scoring, stats
+        )
+        grad = torch.ones_like(logps if reduction == "none" else sequences)
+        backward: Any = logprobs.logprobs_backward_ if in_place else logprobs.logprobs_backward
+        saved = (logits, labels, cu_seqlens, weights, logps, norm, counts, entropy)
+        backward(grad, torch.ones_like(logps) if stats else None, *saved, *scoring)
+
+    return launch
+
+
+def rank(K: int, masked: bool) -> Callable[[], object]:
+    rewards, ranks = torch.zeros(64, K), torch.zeros(64, K, dtype=torch.int64)
+    return lambda: losses.ranking_loss(rewards, ranks, ranks == 0 if masked else None, "mean")
+
+
+ALIGNED = {
+    "bf16": score(torch.bfloat16, 128256),
+    "bf16, V of no multiple of 8": score(torch.bfloat16, 50257, row=50304, in_place=True),
+    "bf16, every statistic": score(torch.bfloat16, 128256, stats=ALL_STATS),
+    "fp16, weighted sums of packed sequences": score(torch.float16, 128256, reduction="sum", packed=True),
+    "fp32, means of sequences, capped": score(torch.float32, 50304, reduction="mean", softcap=30.0),
+}
+UNALIGNED = {
+    "bf16, rows of no multiple of 8": score(torch.bfloat16, 50257),
+    "fp64, strided vocabulary": score(torch.float64, 4096, stride=2),
+}
+LOSSES = {
+    "dpo": lambda: losses.dpo_loss(*torch.zeros(4, 4096).unbind(), "sigmoid", 0.1, 0.1, "mean"),
+    "pairwise reward": lambda: losses.pairwise_reward_loss(*torch.zeros(3, 64).unbind(), 0.0, 0.01, "mean"),
+    "best of k": lambda: losses.best_of_k_loss(torch.zeros(64, 4), torch.zeros(64, dtype=torch.int64), "mean"),
+    "ranking, K=4": rank(4, masked=False),
+    "ranking, K=64, masked": rank(64, masked=True),
+}
+CASES = {**ALIGNED, **UNALIGNED, **LOSSES}
+
+
+@cache
+def programs(name: str, target: str) -> tuple[sass.Program, ...]:
+    with sass.compiling(target) as compiled:
+        CASES[name]()
+    assert compiled
+    return tuple(sass.read(kernel, target) for kernel in compiled)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_spills(name: str, target: str) -> None:
+    found = {program.name: (program.spills, program.stack) for program in programs(name, target)}
+    assert found == dict.fromkeys(found, (0, 0)), "(instructions that spill, bytes of stack) of every kernel"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ALIGNED)
+def test_logits_move_16_bytes_at_a_time(name: str, target: str) -> None:
+    forward, backward = (program.passes[0] for program in programs(name, target))
+    assert set(forward.widths("load")) == {16}
+    assert set(backward.widths("load")) == {16}
+    assert set(backward.widths("store")) == {16}
+
+
+def instructions_per_logit(program: sass.Program) -> float:
+    loop = program.passes[0]
+    return len(loop.instructions) / program.logits(loop, itemsize=2)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16, V of no multiple of 8"])
+def test_instructions_per_logit(name: str) -> None:
+    forward, backward = map(instructions_per_logit, programs(name, "sm_90"))
+    assert forward <= 7
+    assert backward <= 16
+
+
+def test_unaligned_rows_are_still_bound_by_memory() -> None:
+    """An H200 issues 15.5 instructions in the time of a bf16 logit read, and 31 where one is written too."""
+    forward, backward = map(instructions_per_logit, programs("bf16, rows of no multiple of 8", "sm_90"))
+    assert forward <= 15.5
+    assert backward <= 31
