@@ -68,10 +68,11 @@ def _overlaps(logits: Tensor) -> bool:
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.requires_grad and logits.is_leaf:
+    base = logits if logits._base is None else logits._base
+    if base.requires_grad and base.is_leaf:
         raise ValueError(
-            "inplace_backward=True writes the gradient over the logits, and these logits are a leaf that requires "
-            "grad: pass a model's output, or inplace_backward=False"
+            "inplace_backward=True writes the gradient over the logits, and these are a leaf that requires grad, or a "
+            "view of one: pass a model's output, or inplace_backward=False"
         )
     if _overlaps(logits):
         raise ValueError(

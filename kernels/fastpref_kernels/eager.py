@@ -54,11 +54,13 @@ def _sequence_of(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.bucketize(positions, cu_seqlens[1:].long(), right=True)[None]
 
 
-def _check(labels: Tensor, targets: Tensor, scored: Tensor, cu_seqlens: Tensor | None, vocabulary: int) -> None:
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != labels.shape[1] or sorted(bounds) != bounds:
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {labels.shape[1]}; got {bounds}")
+def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")
+
+
+def _check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
     bad = scored & ((targets < 0) | (targets >= vocabulary))
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
@@ -82,8 +84,10 @@ def logprobs(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::logprobs`."""
     transform = _Transform.of(logit_scale, temperature, softcap)
+    if cu_seqlens is not None:
+        _check_boundaries(cu_seqlens, labels.shape[1])
     targets, scored = _targets(labels, cu_seqlens, ignore_index, shift)
-    _check(labels, targets, scored, cu_seqlens, logits.shape[-1])
+    _check_labels(targets, scored, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps, anchor, inverse, lse, entropy, mean, log_sum_sq = logits.new_zeros((7, *targets.shape), dtype=dtype)
     top1 = torch.zeros_like(scored)

@@ -423,7 +423,7 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
     if (reduced) {
       std::vector<double> sums(rows.n_sequences, 0);
       int32_t* count = counts.mutable_data_ptr<int32_t>();
-      const Tensor weight = weights ? weights->contiguous() : Tensor();
+      const Tensor weight = weights ? weights->to(dtype).contiguous() : Tensor();
       for (int64_t i = 0; i < rows.size(); ++i) {
         const double w = weights ? weight.const_data_ptr<A>()[rows.index[i]] : 1.0;
         sums[rows.sequence[i]] += w * out_logp[rows.index[i]];
@@ -448,7 +448,7 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
   const bool reduced = reduction != "none";
   // These are (B, T') or (S,), and may be expanded: made contiguous, unlike the logits.
   const Tensor g = grad ? grad->contiguous() : Tensor(), gh = grad_entropy ? grad_entropy->contiguous() : Tensor();
-  const Tensor weight = weights ? weights->contiguous() : Tensor(), saved = norm.contiguous(),
+  const Tensor weight = weights ? weights->to(logps.scalar_type()).contiguous() : Tensor(), saved = norm.contiguous(),
                logp = logps.contiguous(), h = entropy.contiguous(), count = counts.contiguous();
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "fastpref::logprobs_backward", [&] {
