@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of one chunk of logits. 2^20 float32 are 4 MiB, and a chunk has a handful of temporaries.
-CHUNK_ELEMENTS = 1 << 20
+# Elements of one chunk of logits. 2^18 float32 are 1 MiB, and a chunk has a handful of temporaries.
+CHUNK_ELEMENTS = 1 << 18
 
 
 class _Transform(NamedTuple):

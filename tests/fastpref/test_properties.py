@@ -43,6 +43,9 @@ def inputs(draw: st.DrawFn, time: int) -> tuple[Tensor, Tensor, int]:
     return logits, labels.to(draw(st.sampled_from([torch.int32, torch.int64]))), ignore_index
 
 
+# On a handful of numbers eager's own error is a matter of luck, and hypothesis looks for bad luck. What it is to find
+# here, a wrong index, mask or tail, is wrong by far more.
+SLACK = 8.0
 statistics = st.lists(st.sampled_from(ALL_STATS), unique=True).map(tuple)
 layouts = st.sampled_from(
     [
@@ -62,7 +65,15 @@ def test_token_logprobs(data: Any, time: int, options: dict[str, Any], stats: tu
     logits, labels, ignore_index = data.draw(inputs(time))
     layout = data.draw(layouts)
     assert_matches_reference(
-        "token_logprobs", logits, labels, layout, ignore_index=ignore_index, shift=shift, stats=stats, **options
+        "token_logprobs",
+        logits,
+        labels,
+        layout,
+        slack=SLACK,
+        ignore_index=ignore_index,
+        shift=shift,
+        stats=stats,
+        **options,
     )
 
 
@@ -81,7 +92,7 @@ def test_sequence_logprobs(
         lengths = torch.tensor(data.draw(st.lists(st.integers(0, 8), min_size=(n := logits.shape[0]), max_size=n)))
     assert_matches_reference(
         "sequence_logprobs", logits, labels, ignore_index=ignore_index, shift=shift, stats=stats, reduction=reduction,
-        ld_alpha=ld_alpha, shared_lengths=lengths, **options,
+        ld_alpha=ld_alpha, shared_lengths=lengths, slack=SLACK, **options,
     )  # fmt: skip
 
 
@@ -97,7 +108,7 @@ def test_packed(data: Any, lengths: list[int], options: dict[str, Any], shift: b
     row = labels[:1] if labels.shape[0] else labels.new_zeros(1, labels.shape[1])
     assert_matches_reference(
         "sequence_logprobs", first, row, cu_seqlens=bounds.to(data.draw(st.sampled_from([torch.int32, torch.int64]))),
-        ignore_index=ignore_index, shift=shift, reduction=reduction, stats=("entropy",), **options,
+        ignore_index=ignore_index, shift=shift, reduction=reduction, stats=("entropy",), slack=SLACK, **options,
     )  # fmt: skip
 
 
@@ -123,6 +134,6 @@ def test_ranking_loss(data: Any, batch: int, answers: int, dtype: torch.dtype) -
             kept = rewards[b, keep].to(kind)[None].requires_grad_()
             loss = reference.ranking_loss(kept, ranks[b, keep][None])
             alone[kind] = (loss, torch.autograd.grad(loss, kept)[0][0])
-        assert_accurate(losses[b], alone[dtype][0], alone[torch.float64][0], "loss")
-        assert_accurate(gradient[b, keep], alone[dtype][1], alone[torch.float64][1], "gradient")
+        assert_accurate(losses[b], alone[dtype][0], alone[torch.float64][0], "loss", slack=SLACK)
+        assert_accurate(gradient[b, keep], alone[dtype][1], alone[torch.float64][1], "gradient", slack=SLACK)
         assert not gradient[b, ~keep].any()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: dispatch, streams, graphs and launches. The kernels' numbers are in tests/triton/launched."""
+"""What only a GPU can show: dispatch, graphs and launches. What the kernels compute is in tests/triton/launched."""
 
 import torch
 
