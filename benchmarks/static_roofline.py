@@ -179,7 +179,7 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {', '.join(sass.TARGETS)}")
     # Peers leave it unset, and Triton then warns and fuses.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     written: list[Row] = []
     for name in targets:
         found: list[Row | tuple[str, str]] = []
