@@ -55,19 +55,24 @@ inline Pair<A> map(const Pair<A>& v, const F& f) {
   return {f(v.first), f(v.second)};
 }
 
+// Whether an argument of exp may be so large that the result is inf.
+enum class Range { kAny, kBounded };
+
+template <Range range = Range::kAny>
 inline Vectorized<double> exp(const Vectorized<double>& x) {
   return x.exp();
 }
 
 // e^x to 1 ulp. at::vec's own choice is between Sleef's, whose call costs more than everything else of a pass over the
 // logits, and exp_u20, which is wrong by 20 ulp. Below -87.7 it is exactly 0, above 88.7 inf, and a NaN stays one.
+template <Range range = Range::kAny>
 inline Vectorized<float> exp(const Vectorized<float>& x) {
   using V = Vectorized<float>;
   // Adding 1.5*2^23 + 127 rounds to an integer and leaves it, biased, in the low bits: shifted into the exponent they
   // are 2^n. At n = -127 that is +0 and at n = 128 it is inf, which is where the two clamps let x go.
   const V magic(12583039.0f);
-  // Not written the other way round: min and max give their second operand when either is NaN.
-  const V clamped = at::vec::clamp(x, V(-88.0f), V(89.0f));
+  const V clamped =
+      range == Range::kAny ? at::vec::clamp(x, V(-88.0f), V(89.0f)) : at::vec::clamp_min(x, V(-88.0f));
   const V biased = at::vec::fmadd(clamped, V(1.44269504f), magic);
   const V n = biased - magic;
   const V high = at::vec::fmadd(n, V(-0.693145752f), clamped);

@@ -32,6 +32,8 @@ using at::Tensor;
 constexpr int64_t kChunk = 2048;
 // Sums above this are redone from the maximum: 1/(1+s) must stay a normal float32, and so must what it multiplies.
 constexpr double kAnchorLimit = 0x1p60;
+// Bytes to prefetch ahead: the hardware's own prefetchers stop at the end of a 4 KiB page.
+constexpr int64_t kAhead = 2048;
 // Rows of one thread's share hold at least this many logits.
 constexpr int64_t kGrain = 1 << 15;
 // A gradient larger than this is worth asking for huge pages: its page faults cost more than its arithmetic.
@@ -147,7 +149,12 @@ inline const T* columns(const T* row, int64_t width, int64_t begin, int64_t n, T
 template <typename T, typename F, typename Tail>
 inline void for_each(const T* x, int64_t n, const F& f, const Tail& tail) {
   int64_t j = 0;
-  for (; j + kStep<T> <= n; j += kStep<T>) f(load_pair(x + j), j);
+  for (; j + kStep<T> <= n; j += kStep<T>) {
+    const char* ahead = reinterpret_cast<const char*>(x + j) + kAhead;
+    __builtin_prefetch(ahead);
+    if constexpr (sizeof(T) * kStep<T> > 64) __builtin_prefetch(ahead + 64);
+    f(load_pair(x + j), j);
+  }
   if (j < n) {
     T padded[kStep<T>] = {};
     std::copy(x + j, x + n, padded);
@@ -160,9 +167,9 @@ template <bool Cap, typename T>
 double sum_exp(const T* x, int64_t n, acc_t<T> anchor, const Transform& t) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
-  const V a(anchor), rate{A(t.rate)};
+  const V rate{A(t.rate)}, shift{A(anchor * A(t.rate))};
   V first(A(0)), second(A(0));
-  const auto term = [&](const V& v) { return exp((u_of<Cap>(v, t) - a) * rate); };
+  const auto term = [&](const V& v) { return exp(at::vec::fmsub(u_of<Cap>(v, t), rate, shift)); };
   double rest = 0;
   for_each(
       x, n,
@@ -331,20 +338,20 @@ void backward_row(const T* row, T* grad, int64_t V, int64_t width, int64_t grad_
   using Vec = Vectorized<A>;
   // Read before `grad` is written, which may be the same memory.
   const A u_y = u_of<Cap>(A(row[y * width]), t);
-  const Vec a(r.anchor), rate{A(t.rate)};
+  const Vec rate{A(t.rate)}, shift{A(r.anchor * A(t.rate))};
   const Vec scale(Cap || Entropy ? -r.inverse : A(-r.g * r.inverse * t.rate)), g(r.g), g_entropy(r.g_entropy);
   const Vec surprise(std::log(r.inverse) + r.entropy), floor(A(-1e30));
   const auto gradient = [&](const Vec& x) {
     const Vec u = u_of<Cap>(x, t);
-    const Vec d = (u - a) * rate;
+    const Vec d = at::vec::fmsub(u, rate, shift);
     if constexpr (Entropy) {
       const Vec clamped = at::vec::maximum(d, floor);
       const Vec weight = at::vec::fmadd(g_entropy, clamped + surprise, g);
-      return exp(clamped) * scale * weight * derivative<Cap>(u, t);
+      return exp<Range::kBounded>(clamped) * scale * weight * derivative<Cap>(u, t);
     } else if constexpr (Cap) {
-      return exp(d) * scale * g * derivative<Cap>(u, t);
+      return exp<Range::kBounded>(d) * scale * g * derivative<Cap>(u, t);
     } else {
-      return exp(d) * scale;
+      return exp<Range::kBounded>(d) * scale;
     }
   };
   T in[kChunk], out[kChunk];
@@ -459,7 +466,8 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
     const auto capped = gh.defined() ? &backward_row<true, true, scalar_t> : &backward_row<true, false, scalar_t>;
     const auto backward = softcap ? capped : plain;
     at::parallel_for(0, rows.size(), rows.grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+      // Last row first: what the forward read last is what may still be in the cache.
+      for (int64_t i = end - 1; i >= begin; --i) {
         const int64_t place = rows.index[i], s = rows.sequence[i];
         RowGradient<A> r{};
         r.anchor = saved.const_data_ptr<A>()[place];
