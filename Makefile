@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench roofline wheel clean
+.PHONY: demo test lint format bench bench-logprobs roofline wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
@@ -23,6 +23,9 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-logprobs: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/bench_logprobs.py $(ARGS)
 
 roofline: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/static_roofline.py $(ARGS)
