@@ -127,7 +127,7 @@ def logprobs(
     return logps.clone(), sums, norm, counts, *asked
 
 
-def _write_gradient(
+def write_gradient(
     out: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor,
     cu_seqlens: Tensor | None, weights: Tensor | None, logps: Tensor, norm: Tensor, counts: Tensor, entropy: Tensor,
     ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None, reduction: str,
@@ -157,19 +157,3 @@ def _write_gradient(
     keep = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
     keep[:, : scored.shape[1]] = scored
     out[~keep] = 0
-
-
-def logprobs_backward(
-    grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: object
-) -> Tensor:  # fmt: skip
-    """`fastpref::logprobs_backward`: the gradient in a fresh tensor."""
-    out = torch.empty_like(logits)
-    _write_gradient(out, grad, grad_entropy, logits, *rest)  # type: ignore[arg-type]
-    return out
-
-
-def logprobs_backward_(
-    grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: object
-) -> None:  # fmt: skip
-    """`fastpref::logprobs_backward_`: the gradient over the logits."""
-    _write_gradient(logits, grad, grad_entropy, logits, *rest)  # type: ignore[arg-type]

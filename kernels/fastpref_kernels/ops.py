@@ -113,16 +113,30 @@ def _group_fake(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _loss_fake(rewards.shape[1], rest[-1], rewards)
 
 
+def _implement(key: str, logprobs: Any, write_gradient: Any) -> None:
+    """Register a backend's log-probs, and its gradient both in fresh memory and over the logits."""
+
+    def fresh(grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
+        out = torch.empty_like(logits)
+        write_gradient(out, grad, grad_entropy, logits, *rest)
+        return out
+
+    def in_place(grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> None:
+        write_gradient(logits, grad, grad_entropy, logits, *rest)
+
+    _LIBRARY.impl("logprobs", logprobs, key)
+    _LIBRARY.impl("logprobs_backward", fresh, key)
+    _LIBRARY.impl("logprobs_backward_", in_place, key)
+
+
 def _register() -> None:
     for schema in _SCHEMAS:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for name in ("logprobs", "logprobs_backward", "logprobs_backward_"):
-        _LIBRARY.impl(name, getattr(cpu, name), "CPU")
-        _LIBRARY.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
+    _implement("CPU", cpu.logprobs, cpu.write_gradient)
+    _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
     if has_triton():
         for key in TRITON_KEYS:
-            for name in ("logprobs", "logprobs_backward", "logprobs_backward_"):
-                _LIBRARY.impl(name, _launcher("logprobs", name), key)
+            _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
             for name in ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss"):
                 _LIBRARY.impl(name, _launcher("losses", name), key)
     for name, fake in {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -35,9 +34,9 @@ def score(
             logits, labels, cu_seqlens, weights, *scoring, stats
         )
         grad = torch.ones_like(logps if reduction == "none" else sequences)
-        backward: Any = logprobs.logprobs_backward_ if in_place else logprobs.logprobs_backward
+        out = logits if in_place else torch.empty_like(logits)
         saved = (logits, labels, cu_seqlens, weights, logps, norm, counts, entropy)
-        backward(grad, torch.ones_like(logps) if stats else None, *saved, *scoring)
+        logprobs.write_gradient(out, grad, torch.ones_like(logps) if stats else None, *saved, *scoring)
 
     return launch
 

@@ -19,11 +19,6 @@ def logprobs(*arguments: Any) -> tuple[Tensor, ...]:
     return _implementation().logprobs(*arguments)
 
 
-def logprobs_backward(*arguments: Any) -> Tensor:
-    """`fastpref::logprobs_backward`."""
-    return _implementation().logprobs_backward(*arguments)
-
-
-def logprobs_backward_(*arguments: Any) -> None:
-    """`fastpref::logprobs_backward_`."""
-    _implementation().logprobs_backward_(*arguments)
+def write_gradient(*arguments: Any) -> None:
+    """Write the gradient of logits to the first argument, which may be the logits themselves."""
+    _implementation().write_gradient(*arguments)

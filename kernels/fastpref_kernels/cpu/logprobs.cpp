@@ -11,13 +11,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -377,6 +375,7 @@ void backward_row(const T* row, T* grad, int64_t V, int64_t width, int64_t grad_
   grad[y * grad_width] = T(own * derivative<Cap>(u_y, t));
 }
 
+// Before memory is first touched; where it already has been, nothing changes.
 void advise_huge_pages(const Tensor& fresh) {
 #ifdef MADV_HUGEPAGE
   const auto begin = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
@@ -445,12 +444,14 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
   return {logps, sequences, norm, counts, lse, entropy, mean, top1, log_sum_sq};
 }
 
+// Writes the gradient of logits to `out`, which may be the logits themselves.
 void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_entropy,
                     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& cu_seqlens,
                     const std::optional<Tensor>& weights, const Tensor& logps, const Tensor& norm,
                     const Tensor& counts, const Tensor& entropy, int64_t ignore_index, bool shift, double logit_scale,
                     double temperature, std::optional<double> softcap, std::string_view reduction) {
   const Rows rows(logits, labels, cu_seqlens, ignore_index, shift);
+  if (!out.is_same(logits)) advise_huge_pages(out);
   const Transform transform(logit_scale, temperature, softcap);
   const bool reduced = reduction != "none";
   // These are (B, T') or (S,), and may be expanded: made contiguous, unlike the logits.
@@ -458,7 +459,7 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
   const Tensor weight = weights ? weights->to(logps.scalar_type()).contiguous() : Tensor(), saved = norm.contiguous(),
                logp = logps.contiguous(), h = entropy.contiguous(), count = counts.contiguous();
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "fastpref::logprobs_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "fastpref::write_gradient", [&] {
     using A = acc_t<scalar_t>;
     const scalar_t* data = logits.const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
@@ -500,32 +501,10 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
   });
 }
 
-void logprobs_backward_(
-    const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_entropy, const Tensor& logits,
-    const Tensor& labels, const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& weights,
-    const Tensor& logps, const Tensor& norm, const Tensor& counts, const Tensor& entropy, int64_t ignore_index,
-    bool shift, double logit_scale, double temperature, std::optional<double> softcap, std::string_view reduction) {
-  write_gradient(logits, grad, grad_entropy, logits, labels, cu_seqlens, weights, logps, norm, counts, entropy, ignore_index,
-                 shift, logit_scale, temperature, softcap, reduction);
-}
-
-Tensor logprobs_backward(
-    const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_entropy, const Tensor& logits,
-    const Tensor& labels, const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& weights,
-    const Tensor& logps, const Tensor& norm, const Tensor& counts, const Tensor& entropy, int64_t ignore_index,
-    bool shift, double logit_scale, double temperature, std::optional<double> softcap, std::string_view reduction) {
-  const Tensor out = at::empty_like(logits);
-  advise_huge_pages(out);
-  write_gradient(out, grad, grad_entropy, logits, labels, cu_seqlens, weights, logps, norm, counts, entropy, ignore_index,
-                 shift, logit_scale, temperature, softcap, reduction);
-  return out;
-}
-
 }  // namespace
 }  // namespace fastpref
 
 TORCH_LIBRARY(fastpref_cpu, m) {
   m.def("logprobs", &fastpref::logprobs);
-  m.def("logprobs_backward", &fastpref::logprobs_backward);
-  m.def("logprobs_backward_", &fastpref::logprobs_backward_);
+  m.def("write_gradient", &fastpref::write_gradient);
 }

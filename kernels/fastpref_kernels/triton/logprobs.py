@@ -402,11 +402,12 @@ def logprobs(
     return logps, sequences, norm, counts, *statistics
 
 
-def _write_gradient(
+def write_gradient(
     out: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor,
     cu_seqlens: Tensor | None, weights: Tensor | None, logps: Tensor, norm: Tensor, counts: Tensor, entropy: Tensor,
     ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None, reduction: str,
 ) -> None:  # fmt: skip
+    """Write the gradient of logits to `out`, which may be the logits themselves."""
     B, T, V = logits.shape
     if B * T == 0:
         return
@@ -429,19 +430,3 @@ def _write_gradient(
             WIDE=logits.stride(2) != 1 or out.stride(2) != 1, BLOCK=block, num_warps=warps,
             enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def logprobs_backward(
-    grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: object
-) -> Tensor:  # fmt: skip
-    """`fastpref::logprobs_backward`: the gradient in a fresh tensor."""
-    out = torch.empty_like(logits)
-    _write_gradient(out, grad, grad_entropy, logits, *rest)  # type: ignore[arg-type]
-    return out
-
-
-def logprobs_backward_(
-    grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: object
-) -> None:  # fmt: skip
-    """`fastpref::logprobs_backward_`: the gradient over the logits."""
-    _write_gradient(logits, grad, grad_entropy, logits, *rest)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from fastpref_kernels import cpu, ops
 from fastpref_kernels.triton import logprobs, losses
 
-LOGPROB_OPERATORS = ("logprobs", "logprobs_backward", "logprobs_backward_")
+LOGPROB_FUNCTIONS = ("logprobs", "write_gradient")
 LOSS_OPERATORS = ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -43,10 +43,11 @@ def travelling(launcher: Callable[..., Any]) -> Callable[..., Any]:
         return storage.set_(flat.to(device)).as_strided(value.shape, value.stride(), value.storage_offset())
 
     def call(*arguments: Any) -> Any:
-        sent = tree_map(there, arguments)
-        result = launcher(*sent)
-        if result is None:  # in place, over the logits
-            arguments[2].copy_(sent[2])
+        # One copy of a tensor that is given twice: a gradient over the logits is written where they are read.
+        copies = {id(value): there(value) for value in arguments}
+        result = launcher(*(copies[id(value)] for value in arguments))
+        if result is None:  # what is written is the first argument
+            arguments[0].copy_(copies[id(arguments[0])])
         return tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, result)
 
     return call
@@ -58,7 +59,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     for launches in ("FORWARD_LAUNCH", "BACKWARD_LAUNCH"):
         monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
     monkeypatch.setattr(losses, "TILE", 64)
-    kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_OPERATORS})
+    kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_FUNCTIONS})
     monkeypatch.setattr(cpu, "native", lambda: kernels)
     monkeypatch.setattr(ops, "fuses_losses", lambda device: True)
 
