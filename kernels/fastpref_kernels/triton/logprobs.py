@@ -24,6 +24,8 @@ from fastpref_kernels.triton.common import accumulator, exp, join, log1p, on_dev
 # By the bytes of a logit, (logits of one iteration, warps): enough loads in flight to cover the memory's latency with a
 # few programs a multiprocessor, and few enough registers for nothing to spill.
 FORWARD_LAUNCH = {2: (4096, 8), 4: (4096, 4), 8: (2048, 8)}
+# With statistics a thread holds three more sums, and every block waits for its maximum: smaller programs, more of them.
+STATISTICS_LAUNCH = {2: (2048, 4), 4: (2048, 4), 8: (1024, 4)}
 BACKWARD_LAUNCH = {2: (4096, 4), 4: (4096, 4), 8: (2048, 8)}
 # Above this the sum is redone from the maximum: 1/(1+s) must stay a normal float32, and so must what it multiplies.
 ANCHOR_LIMIT: tl.constexpr = tl.constexpr(float(2**60))
@@ -66,16 +68,41 @@ def _locate(cu_seqlens, n_sequences, t, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _fold(u, m, rest, weighted, squares, rate, STATS: tl.constexpr, ACC: tl.constexpr):
+    """Add a block to a row's sums, and rescale them where it raises the row's maximum, which few blocks do."""
+    top = tl.max(u)
+    if top > m:
+        # Nothing has been summed while the maximum is -inf, and nothing then has to be rescaled.
+        gap = tl.where(m == -float("inf"), 0.0, (m - top) * rate)
+        f = power(gap, ACC)
+        if ENTROPY & STATS:
+            weighted = f * (weighted + gap * rest)
+        if LOG_SUM_SQ & STATS:
+            squares = f * f * squares
+        rest = f * rest
+        m = top
+    d = (u - tl.where(m == -float("inf"), 0.0, m)) * rate
+    e = power(d, ACC)
+    if ENTROPY & STATS:
+        # The floor keeps 0 * -inf out; a NaN that it swallows is in e.
+        weighted += e * tl.maximum(d, -1e30)
+    if LOG_SUM_SQ & STATS:
+        squares += e * e
+    return m, top, rest + e, weighted, squares
+
+
+@triton.jit
 def _online(
-    row, stride_v, V, label, u_y, rate, inner, cap,
+    row, stride_v, V, n, label, u_y, rate, inner, cap,
     STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row anchored at its running maximum.
+    """A row of n logits, which is V or, where it is not scored, 0, anchored at its running maximum.
 
-    Returns the maximum of u; the sums over j != y of e, e*d and e*e with d = rate*(u - maximum) and e = exp(d); the sum
-    of u; and the maxima of u before and after the label.
+    Returns the maximum of u; the sums over j != y of e, e*d and e*e, where e = exp(d) and d = rate*(u - maximum), the
+    second as e times what `power` takes; the sum of u; and the maxima of u before and after the label.
     """
     minus_inf = -float("inf")
+    rate = power_rate(rate, ACC)
     m = u_y
     rest = tl.zeros((BLOCK,), ACC)
     weighted = tl.zeros((BLOCK,), ACC)
@@ -83,30 +110,32 @@ def _online(
     total = tl.zeros((BLOCK,), ACC)
     before = tl.full((), minus_inf, ACC)
     after = tl.full((), minus_inf, ACC)
-    for start in range(0, V, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+    last = tl.cdiv(n, BLOCK) - 1
+    special = tl.maximum(label, 0) // BLOCK
+    skip = special < last
+    for i in range(0, last - skip.to(tl.int32)):
+        block = i + (skip & (i >= special)).to(tl.int32)
+        k = block * BLOCK + tl.arange(0, BLOCK)
+        offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
+        u = _squash(tl.load(row + offset), inner, cap, CAP, ACC)
+        if MEAN & STATS:
+            total += u
+        m, top, rest, weighted, squares = _fold(u, m, rest, weighted, squares, rate, STATS, ACC)
+        if TOP1 & STATS:
+            before = tl.maximum(before, tl.where(block < special, top, minus_inf))
+            after = tl.maximum(after, tl.where(block > special, top, minus_inf))
+    # The label's block and the last, which may be the same one.
+    for block in range(special, last + 1, tl.maximum(last - special, 1)):
+        k = block * BLOCK + tl.arange(0, BLOCK)
         offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
         u = _squash(tl.load(row + offset, mask=k < V, other=0.0), inner, cap, CAP, ACC)
         if MEAN & STATS:
             total += tl.where(k < V, u, 0.0)
-        u = tl.where(k < V, u, minus_inf)
+        u = tl.where((k < V) & (k != label), u, minus_inf)
+        m, top, rest, weighted, squares = _fold(u, m, rest, weighted, squares, rate, STATS, ACC)
         if TOP1 & STATS:
             before = tl.maximum(before, tl.max(tl.where(k < label, u, minus_inf)))
             after = tl.maximum(after, tl.max(tl.where(k > label, u, minus_inf)))
-        higher = tl.maximum(m, tl.max(u))
-        # Nothing has been summed while the maximum is -inf, and nothing then has to be rescaled.
-        gap = tl.where(m == higher, 0.0, tl.where(m == minus_inf, 0.0, (m - higher) * rate))
-        m = higher
-        f = exp(gap, ACC)
-        gap_u = u - tl.where(m == minus_inf, 0.0, m)
-        d = gap_u * rate
-        e = tl.where(k == label, 0.0, power(gap_u * power_rate(rate, ACC), ACC))
-        if ENTROPY & STATS:
-            # The floor keeps 0 * -inf out; a NaN that it swallows is in e.
-            weighted = f * (weighted + gap * rest) + e * tl.maximum(d, -1e30)
-        if LOG_SUM_SQ & STATS:
-            squares = f * f * squares + e * e
-        rest = f * rest + e
     return m, tl.sum(rest), tl.sum(weighted), tl.sum(squares), tl.sum(total), before, after
 
 
@@ -175,7 +204,7 @@ def logprobs_forward_kernel(
     # Written so that a NaN takes this way too: it then reaches the outputs by the sums themselves.
     if (LSE < STATS) | (((s < ANCHOR_LIMIT) & finite) == 0):
         m, rest, weighted, squares, total, before, after = _online(
-            row, stride_v, n, label, u_y, rate, inner, cap, STATS, CAP, ACC, WIDE, BLOCK
+            row, stride_v, V, n, label, u_y, rate, inner, cap, STATS, CAP, ACC, WIDE, BLOCK
         )
         d_y = (u_y - m) * rate  # NaN where the row's maximum is not finite
         e_y = exp(d_y, ACC)
@@ -186,6 +215,7 @@ def logprobs_forward_kernel(
         inverse = 1.0 / sum_all
         if ENTROPY & STATS:
             own_term = tl.where(e_y == 0.0, 0.0, e_y * d_y)
+            weighted = weighted * (rate / rate_power)  # from powers of 2, where they are that, to nats
             tl.store(entropy + r, tl.where(scored, log_total - (weighted + own_term) / sum_all, 0.0))
         if MEAN & STATS:
             tl.store(mean_logits + r, tl.where(scored, total * rate / V, 0.0))
@@ -388,7 +418,8 @@ def logprobs(
     statistics = [statistic(bit, torch.bool if bit == 3 else dtype) for bit in range(5)]
     if B * rows:
         rate, inner, cap, _ = _transform(logit_scale, temperature, softcap)
-        block, warps = FORWARD_LAUNCH[logits.element_size()]
+        launches = FORWARD_LAUNCH if stats <= LSE.value else STATISTICS_LAUNCH
+        block, warps = launches[logits.element_size()]
         with on_device(logits.device):
             logprobs_forward_kernel[(B * rows,)](
                 logits, labels, cu_seqlens, weights, logps, norm, sequences, counts, tickets, *statistics,

@@ -56,7 +56,7 @@ def travelling(launcher: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
-    for launches in ("FORWARD_LAUNCH", "BACKWARD_LAUNCH"):
+    for launches in ("FORWARD_LAUNCH", "STATISTICS_LAUNCH", "BACKWARD_LAUNCH"):
         monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
     monkeypatch.setattr(losses, "TILE", 64)
     kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_FUNCTIONS})
