@@ -34,7 +34,8 @@ class _Logprobs(torch.autograd.Function):
             constant.append(entropy)
         ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, cu_seqlens, weights, logps, norm, counts, entropy)
+        # What the backward needs of the outputs has a copy in `norm`: users may write to theirs.
+        ctx.save_for_backward(logits, labels, cu_seqlens, weights, norm, counts)
         ctx.scoring, ctx.reduced, ctx.inplace = scoring, reduced, inplace
 
     @staticmethod
@@ -58,12 +59,12 @@ class _Logprobs(torch.autograd.Function):
 
 def _overlaps(logits: Tensor) -> bool:
     """Whether two elements of a strided tensor may share memory: a stride steps inside what smaller ones span."""
-    span = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < span:
-                return True
-            span += stride * (size - 1)
+    axes = [(stride, size, axis) for axis, (stride, size) in enumerate(zip(logits.stride(), logits.shape, strict=True))]
+    for stride, size, axis in axes:
+        # Compared one by one and not sorted: in a compiled graph of dynamic shapes these are symbols.
+        smaller = [(s, n) for s, n, other in axes if s < stride or (s == stride and other < axis)]
+        if size > 1 and stride < 1 + sum(s * (n - 1) for s, n in smaller):
+            return True
     return False
 
 
@@ -149,8 +150,8 @@ def token_logprobs(
         stats: names of per-token statistics made in the same pass, 0 (or False) where not scored: "lse" (log Σ exp z),
             "entropy" (−Σ p log p, differentiable), "mean_logits" (the mean of z over the vocabulary), "is_top1" (the
             label is the first argmax), "log_sum_sq_probs" (log Σ p²).
-        inplace_backward: write the gradient over the logits, which saves their memory; any later use of them in a
-            backward then raises.
+        inplace_backward: write the gradient over the logits, which saves its memory. Any later use of them in a
+            backward then raises; a read after it reads the gradient.
 
     Returns:
         (B, T−1), or (B, T) without `shift`; float32 (float64 for float64 logits), never above 0. With `stats`, a named

@@ -60,7 +60,7 @@ def best_of_k_loss(rewards: Tensor, best: Tensor, *, reduction: str = "mean") ->
     Raises:
         TypeError: a wrong dtype.
         ValueError: shapes or devices differ, or an option is out of range.
-        IndexError: `best` is outside [0, K); on a CPU, outside of `torch.compile`.
+        IndexError: `best` is outside [0, K); on a CPU, outside of `torch.compile`. A GPU gives NaN.
     """
     if not fused(rewards):
         return reference.best_of_k_loss(rewards, best, reduction=reduction)

@@ -67,9 +67,8 @@ def scored_targets(
     targets = labels[..., 1:] if shift else labels
     scored = targets != ignore_index
     if shift and cu_seqlens is not None:
-        starts = torch.zeros(labels.shape[-1] + 1, dtype=torch.bool, device=labels.device)
-        starts[cu_seqlens.long()] = True
-        scored = scored & ~starts[1:-1]
+        following = torch.arange(labels.shape[-1], device=labels.device)[1:]
+        scored = scored & ~torch.isin(following, cu_seqlens)
     return targets, scored
 
 
@@ -79,7 +78,9 @@ def sequence_index(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         rows = scored.numel() // max(scored.shape[-1], 1)
         return torch.arange(rows, device=scored.device).repeat_interleave(scored.shape[-1]).view(scored.shape)
     positions = torch.arange(scored.shape[-1], device=scored.device)
-    return torch.bucketize(positions, cu_seqlens[1:].long(), right=True).expand(scored.shape)
+    index = torch.bucketize(positions, cu_seqlens[1:].long().contiguous(), right=True)
+    # Boundaries that do not reach the end are refused where values are checked, not by an index here.
+    return index.clamp(max=max(cu_seqlens.shape[0] - 2, 0)).expand(scored.shape)
 
 
 def ld_weights(

@@ -51,7 +51,7 @@ def _sequence_of(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return torch.arange(rows.shape[0], device=rows.device)[:, None].expand(rows.shape)
     positions = torch.arange(rows.shape[1], device=rows.device)
-    return torch.bucketize(positions, cu_seqlens[1:].long(), right=True)[None]
+    return torch.bucketize(positions, cu_seqlens[1:].long().contiguous(), right=True)[None]
 
 
 def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
@@ -113,7 +113,7 @@ def logprobs(
             log_sum_sq[rows] = (e * e).sum(-1).log() - 2 * total.log()[:, 0]
     statistics = (lse, entropy, mean, top1, log_sum_sq)
     asked = tuple(s.clone() if stats >> bit & 1 else s.new_empty(0) for bit, s in enumerate(statistics))
-    norm = torch.stack((anchor, inverse))
+    norm = torch.stack((anchor, inverse, logps, *([entropy] if stats & 2 else [])))
     if reduction == "none":
         return logps.clone(), logps.new_empty(0), norm, labels.new_empty(0, dtype=torch.int32), *asked
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -129,11 +129,12 @@ def logprobs(
 
 def write_gradient(
     out: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor,
-    cu_seqlens: Tensor | None, weights: Tensor | None, logps: Tensor, norm: Tensor, counts: Tensor, entropy: Tensor,
+    cu_seqlens: Tensor | None, weights: Tensor | None, norm: Tensor, counts: Tensor,
     ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None, reduction: str,
 ) -> None:  # fmt: skip
     """Write the gradient of logits to `out`, which may be the logits themselves."""
     transform = _Transform.of(logit_scale, temperature, softcap)
+    anchor, inverse, logps, *entropy = norm
     targets, scored = _targets(labels, cu_seqlens, ignore_index, shift)
     if grad is not None and reduction != "none":
         if reduction == "mean":
@@ -144,14 +145,14 @@ def write_gradient(
     for rows in _chunks(scored, logits.shape[-1]):
         u = transform.u(logits[rows].to(logps.dtype))
         y = targets[rows].long()[:, None]
-        d = (u - norm[0][rows][:, None]) * transform.rate
-        p = d.exp() * norm[1][rows][:, None]
+        d = (u - anchor[rows][:, None]) * transform.rate
+        p = d.exp() * inverse[rows][:, None]
         out_rows = torch.zeros_like(u)
         if grad is not None:
             g = grad[rows][:, None]
             out_rows = (-g * p).scatter(-1, y, -g * torch.expm1(logps[rows][:, None]))
         if grad_entropy is not None:
-            surprise = d + norm[1][rows][:, None].log() + entropy[rows][:, None]
+            surprise = d + inverse[rows][:, None].log() + entropy[0][rows][:, None]
             out_rows -= grad_entropy[rows][:, None] * p * surprise.masked_fill(p == 0, 0)
         out[rows] = (out_rows * transform.derivative(u)).to(out.dtype)
     keep = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)

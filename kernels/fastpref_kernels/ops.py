@@ -17,6 +17,8 @@ from fastpref_kernels import cpu, eager
 
 NAMESPACE = "fastpref"
 TRITON_KEYS = ("CUDA", "XPU")
+# Importing it is left to the first launch.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # The arguments that forward and backward share, in this order, after the tensors of each.
@@ -24,15 +26,16 @@ _SCORING = "int ignore_index, bool shift, float logit_scale, float temperature, 
 
 _SCHEMAS = (
     # logits (B, T, V), labels (B, T), cu_seqlens (S+1,) with B = 1, weights (B, T').  T' = T - 1 with shift, else T.
-    # -> logps (B, T'), sequences (S,), norm (2, B, T'), counts (S,), and the statistics (B, T'), empty where not asked:
-    #    lse, entropy, mean_logits, is_top1, log_sum_sq_probs (bit i of `stats` asks for the i-th)
+    # -> logps (B, T'), sequences (S,), norm (3 or 4, B, T'), counts (S,), and the statistics (B, T'), empty where not
+    #    asked: lse, entropy, mean_logits, is_top1, log_sum_sq_probs (bit i of `stats` asks for the i-th). norm is what
+    #    the backward needs: the anchor a and 1/S of softmax_j = exp(z_j - a)/S, logp, and with it the entropy.
     f"logprobs(Tensor logits, Tensor labels, Tensor? cu_seqlens, Tensor? weights, {_SCORING}, int stats) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # grad is (B, T') with reduction "none", else (S,); grad_entropy (B, T'). -> the gradient of logits, (B, T, V)
     "logprobs_backward(Tensor? grad, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor? cu_seqlens, "
-    f"Tensor? weights, Tensor logps, Tensor norm, Tensor counts, Tensor entropy, {_SCORING}) -> Tensor",
+    f"Tensor? weights, Tensor norm, Tensor counts, {_SCORING}) -> Tensor",
     "logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, Tensor? cu_seqlens, "
-    f"Tensor? weights, Tensor logps, Tensor norm, Tensor counts, Tensor entropy, {_SCORING}) -> ()",
+    f"Tensor? weights, Tensor norm, Tensor counts, {_SCORING}) -> ()",
     # Losses: the loss, its partial derivatives by every differentiable input, one column each, and what is reported.
     "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, str loss_type, float beta, "
     "float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -43,14 +46,9 @@ _SCHEMAS = (
 )
 
 
-def has_triton() -> bool:
-    """Whether Triton can be imported; importing it is left to the first launch."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def fuses_losses(device: torch.device) -> bool:
     """Whether the loss operators have a kernel for this device."""
-    return device.type in ("cuda", "xpu") and has_triton()
+    return device.type in ("cuda", "xpu") and _HAS_TRITON
 
 
 def _launcher(module: str, name: str) -> Any:
@@ -78,7 +76,7 @@ def _logprobs_fake(
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(reduced or (0,), dtype=dtype),
-        logits.new_empty((2, *rows), dtype=dtype),
+        logits.new_empty((4 if stats & 2 else 3, *rows), dtype=dtype),
         logits.new_empty(reduced or (0,), dtype=torch.int32),
         *(statistic(bit, torch.bool if bit == 3 else dtype) for bit in range(5)),
     )
@@ -134,7 +132,7 @@ def _register() -> None:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implement("CPU", cpu.logprobs, cpu.write_gradient)
     _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
-    if has_triton():
+    if _HAS_TRITON:
         for key in TRITON_KEYS:
             _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
             for name in ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss"):

@@ -87,12 +87,12 @@ CASES = ("tokens", "tokens, statistics, transformed", "sequences, weighted", "pa
 
 def backward_arguments(logits: Tensor, labels: Tensor, case: str) -> tuple[Any, ...]:
     forward = forward_arguments(logits, labels, case)
-    logps, sequences, norm, counts, _, entropy, *_ = torch.ops.fastpref.logprobs(*forward)
+    logps, sequences, norm, counts, *_ = torch.ops.fastpref.logprobs(*forward)
     *tensors, stats = forward[:4], forward[-1]
     reduced = forward[-2] != "none"
     grad = torch.randn_like(sequences if reduced else logps)
-    grad_entropy = torch.randn_like(entropy) if stats else None
-    return (grad, grad_entropy, *tensors[0], logps, norm, counts, entropy, *forward[4:-1])
+    grad_entropy = torch.randn_like(logps) if stats else None
+    return (grad, grad_entropy, *tensors[0], norm, counts, *forward[4:-1])
 
 
 class TestOpcheck:
@@ -175,6 +175,20 @@ class TestCompile:
                 for wanted, got in zip(*both, strict=True):
                     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
 
+    def test_dynamic_shapes_in_place(self) -> None:
+        def step(logits: Tensor, labels: Tensor) -> Tensor:
+            return sequence_logprobs(logits * 1, labels, inplace_backward=True).sum()
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for time in (5, 6, 8):
+            logits, labels = torch.randn(2, time, 11), torch.randint(11, (2, time))
+            gradients = []
+            for function in (step, compiled):
+                leaf = logits.clone().requires_grad_()
+                function(leaf, labels).backward()
+                gradients.append(leaf.grad)
+            torch.testing.assert_close(*gradients)
+
     @pytest.mark.slow
     def test_inductor(self) -> None:
         compiled = torch.compile(dpo_step, fullgraph=True)
@@ -232,6 +246,19 @@ class TestGraph:
         changed.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             logps.sum().backward()
+
+    def test_results_may_be_written_to(self, logits: Tensor, labels: Tensor) -> None:
+        gradients = []
+        for write in (False, True):
+            leaf = logits.clone().requires_grad_()
+            out = token_logprobs(leaf, labels, stats=("entropy",))
+            values, entropy = out.logprobs, out.entropy
+            if write:
+                values[:, 0] = 0
+                entropy[:, 0] = 0
+            (values[:, 1:].sum() + entropy[:, 1:].sum()).backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
 
     def test_labels_changed_before_the_backward_are_noticed(self, logits: Tensor, labels: Tensor) -> None:
         logps = token_logprobs(logits.requires_grad_(), labels)

@@ -91,6 +91,22 @@ def _(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@edge("logits filled with the dtype's lowest number, the label and the first tokens among them")
+def _(dtype: torch.dtype) -> None:
+    logits, labels = make(dtype, 2, 4, 160)
+    logits[:, :, :-2] = torch.finfo(dtype).min
+    labels[:] = 3
+    if dtype == torch.float16:  # 65504 below the top is not so low
+        assert_matches_reference("token_logprobs", logits, labels)
+        return
+    found = token_logprobs(logits, labels, stats=("entropy", "lse"))
+    truth = reference.token_logprobs(logits.double(), labels, stats=("entropy", "lse"))
+    for ours, wanted in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
+    _, _, gradient = both(logits, labels)
+    assert gradient.isfinite().all()
+
+
 @edge("logits −inf at every token but the label: logp 0")
 def _(dtype: torch.dtype) -> None:
     logits = torch.full((1, 2, V), -math.inf, dtype=dtype)

@@ -182,7 +182,7 @@ class TestFallback:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", str(log.parent))
         with pytest.warns(RuntimeWarning, match=r"fastpref.*slower(?s:.*)fake: cannot compile"):
-            assert build.native.__wrapped__() is None
+            assert build._load.__wrapped__() is None
         assert "logprobs.cpp" in log.read_text()
         assert os.environ["PATH"] == str(log.parent)
         assert "CXX" not in os.environ
@@ -192,30 +192,30 @@ class TestFallback:
         log = fake_compiler(tmp_path / "bin", "made-to-measure++")
         monkeypatch.setenv("CXX", f"env {log.with_name('made-to-measure++')}")
         with pytest.warns(RuntimeWarning, match="fastpref"):
-            assert build.native.__wrapped__() is None
+            assert build._load.__wrapped__() is None
         assert "logprobs.cpp" in log.read_text()
 
     def test_a_compiler_that_does_not_even_start(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "false")
         with pytest.warns(RuntimeWarning, match=r"fastpref.*slower.*false"):
-            assert build.native.__wrapped__() is None
+            assert build._load.__wrapped__() is None
 
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("FASTPREF_CACHE_DIR", str(tmp_path / "file"))
         with pytest.warns(RuntimeWarning, match=r"fastpref.*slower.*file"):
-            assert build.native.__wrapped__() is None
+            assert build._load.__wrapped__() is None
 
     def test_a_library_that_cannot_be_loaded(self, cache: Path) -> None:
         folder = cache / build.key()
         folder.mkdir(parents=True)
         (folder / f"{build.NAME}.so").write_bytes(b"no library")
         with pytest.warns(RuntimeWarning, match=r"fastpref.*slower"):
-            assert build.native.__wrapped__() is None
+            assert build._load.__wrapped__() is None
 
     def test_switched_off(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTPREF_NATIVE", "0")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert build.native.__wrapped__() is None
+            assert build._load.__wrapped__() is None
         assert not cache.exists()

@@ -30,12 +30,10 @@ def score(
             logits, labels = logits.view(1, 16, V), labels.view(1, 16)
             cu_seqlens, weights = torch.tensor([0, 5, 16]), torch.ones(1, 15)
         scoring = (-100, True, 1.0, 1.0, softcap, reduction)
-        logps, sequences, norm, counts, _, entropy, *_ = logprobs.logprobs(
-            logits, labels, cu_seqlens, weights, *scoring, stats
-        )
+        logps, sequences, norm, counts, *_ = logprobs.logprobs(logits, labels, cu_seqlens, weights, *scoring, stats)
         grad = torch.ones_like(logps if reduction == "none" else sequences)
         out = logits if in_place else torch.empty_like(logits)
-        saved = (logits, labels, cu_seqlens, weights, logps, norm, counts, entropy)
+        saved = (logits, labels, cu_seqlens, weights, norm, counts)
         logprobs.write_gradient(out, grad, torch.ones_like(logps) if stats else None, *saved, *scoring)
 
     return launch

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,15 +35,23 @@ class BuildError(RuntimeError):
     """The native operators could not be built; says why and what to install."""
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def native() -> Any:
     """The namespace of the native operators, or None, after one warning, where they cannot be built."""
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> Any:
     if os.environ.get("FASTPREF_NATIVE", "1") == "0":
         return None
     try:
         torch.ops.load_library(library())
-    except (BuildError, OSError) as error:
-        warnings.warn(f"fastpref runs its slower PyTorch operators on this CPU: {error}", RuntimeWarning, stacklevel=2)
+    except (BuildError, ImportError, OSError) as error:
+        warnings.warn(f"fastpref runs its slower PyTorch operators on this CPU: {error}", RuntimeWarning, stacklevel=3)
         return None
     return getattr(torch.ops, NAME)
 
@@ -130,11 +139,11 @@ def library() -> Path:
 
 def _ninja_file() -> str:
     """What to build and how, for a folder that will hold nothing else."""
-    from torch.utils import cpp_extension
-
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    includes = [f"-isystem {shlex.quote(path)}" for path in cpp_extension.include_paths()]
-    libraries = [f"-L{shlex.quote(path)}" for path in cpp_extension.library_paths()]
+    # torch.utils.cpp_extension would name these, but cannot be imported where setuptools is not installed.
+    root = Path(torch.__file__).parent
+    includes = [f"-isystem {shlex.quote(str(root / path))}" for path in ("include", "include/torch/csrc/api/include")]
+    libraries = [f"-L{shlex.quote(str(root / 'lib'))}"]
     compile_flags = " ".join(["-std=c++20", "-fPIC", abi, *flags(), *includes])
     link_flags = " ".join(["-shared", "-fopenmp", *libraries, "-lc10", "-ltorch_cpu"])
     objects = {f"{source.stem}.o": source for source in SOURCES}

@@ -64,7 +64,7 @@ inline Vectorized<double> exp(const Vectorized<double>& x) {
 }
 
 // e^x to 1 ulp. at::vec's own choice is between Sleef's, whose call costs more than everything else of a pass over the
-// logits, and exp_u20, which is wrong by 20 ulp. Below -87.7 it is exactly 0, above 88.7 inf, and a NaN stays one.
+// logits, and exp_u20, which is wrong by 20 ulp. Below -87.7 it is exactly 0, above 88.4 inf, and a NaN stays one.
 template <Range range = Range::kAny>
 inline Vectorized<float> exp(const Vectorized<float>& x) {
   using V = Vectorized<float>;

@@ -399,7 +399,7 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
     return stats & bit ? at::zeros(shape, options.dtype(dtype)) : at::empty({0}, options.dtype(dtype));
   };
   const auto dtype = options.dtype().toScalarType();
-  const Tensor logps = at::zeros(shape, options), norm = at::zeros({2, shape[0], shape[1]}, options);
+  const Tensor logps = at::zeros(shape, options), norm = at::zeros({stats & kEntropy ? 4 : 3, shape[0], shape[1]}, options);
   const Tensor lse = statistic(kLse, dtype), entropy = statistic(kEntropy, dtype), mean = statistic(kMean, dtype),
                top1 = statistic(kTop1, at::kBool), log_sum_sq = statistic(kLogSumSq, dtype);
   const Tensor sequences = at::zeros({reduced ? rows.n_sequences : 0}, options);
@@ -419,6 +419,8 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
         out_logp[place] = result.logp;
         out_norm[place] = result.anchor;
         out_norm[logps.numel() + place] = result.inverse;
+        out_norm[2 * logps.numel() + place] = result.logp;
+        if (stats & kEntropy) out_norm[3 * logps.numel() + place] = result.entropy;
         if (stats & kLse) lse.mutable_data_ptr<A>()[place] = result.lse;
         if (stats & kEntropy) entropy.mutable_data_ptr<A>()[place] = result.entropy;
         if (stats & kMean) mean.mutable_data_ptr<A>()[place] = result.mean;
@@ -447,17 +449,18 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
 // Writes the gradient of logits to `out`, which may be the logits themselves.
 void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_entropy,
                     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& cu_seqlens,
-                    const std::optional<Tensor>& weights, const Tensor& logps, const Tensor& norm,
-                    const Tensor& counts, const Tensor& entropy, int64_t ignore_index, bool shift, double logit_scale,
-                    double temperature, std::optional<double> softcap, std::string_view reduction) {
+                    const std::optional<Tensor>& weights, const Tensor& norm, const Tensor& counts, int64_t ignore_index,
+                    bool shift, double logit_scale, double temperature, std::optional<double> softcap,
+                    std::string_view reduction) {
   const Rows rows(logits, labels, cu_seqlens, ignore_index, shift);
   if (!out.is_same(logits)) advise_huge_pages(out);
   const Transform transform(logit_scale, temperature, softcap);
   const bool reduced = reduction != "none";
   // These are (B, T') or (S,), and may be expanded: made contiguous, unlike the logits.
   const Tensor g = grad ? grad->contiguous() : Tensor(), gh = grad_entropy ? grad_entropy->contiguous() : Tensor();
-  const Tensor weight = weights ? weights->to(logps.scalar_type()).contiguous() : Tensor(), saved = norm.contiguous(),
-               logp = logps.contiguous(), h = entropy.contiguous(), count = counts.contiguous();
+  const Tensor weight = weights ? weights->to(norm.scalar_type()).contiguous() : Tensor(), saved = norm.contiguous(),
+               count = counts.contiguous();
+  const int64_t plane = norm.size(1) * norm.size(2);
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "fastpref::write_gradient", [&] {
     using A = acc_t<scalar_t>;
@@ -471,9 +474,8 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
       for (int64_t i = end - 1; i >= begin; --i) {
         const int64_t place = rows.index[i], s = rows.sequence[i];
         RowGradient<A> r{};
-        r.anchor = saved.const_data_ptr<A>()[place];
-        r.inverse = saved.const_data_ptr<A>()[logps.numel() + place];
-        r.logp = logp.const_data_ptr<A>()[place];
+        const A* of_row = saved.const_data_ptr<A>() + place;
+        r.anchor = of_row[0], r.inverse = of_row[plane], r.logp = of_row[2 * plane];
         if (g.defined()) {
           r.g = g.const_data_ptr<A>()[reduced ? s : place];
           if (weight.defined()) r.g *= weight.const_data_ptr<A>()[place];
@@ -481,7 +483,7 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
         }
         if (gh.defined()) {
           r.g_entropy = gh.const_data_ptr<A>()[place];
-          r.entropy = h.const_data_ptr<A>()[place];
+          r.entropy = of_row[3 * plane];
         }
         backward(data + rows.offset(i, logits), to + rows.offset(i, out), rows.V, rows.width, out.stride(2),
                  rows.label[i], transform, r);

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -27,6 +28,11 @@ def join(high, low, ACC: tl.constexpr):
 def on_device(device: torch.device) -> Any:
     """Make `device` current: Triton launches on the current one. A CPU is the interpreter's."""
     return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, which may be strided or expanded, contiguous: for what is small, unlike logits."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

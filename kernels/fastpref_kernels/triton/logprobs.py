@@ -19,7 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.triton.common import accumulator, exp, join, log1p, on_device, power, power_rate, split, tanh
+from fastpref_kernels.triton.common import (
+    accumulator,
+    dense,
+    exp,
+    join,
+    log1p,
+    on_device,
+    power,
+    power_rate,
+    split,
+    tanh,
+)
 
 # By the bytes of a logit, (logits of one iteration, warps): enough loads in flight to cover the memory's latency with a
 # few programs a multiprocessor, and few enough registers for nothing to spill.
@@ -51,9 +62,10 @@ def _squash(x, inner, cap, CAP: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _locate(cu_seqlens, n_sequences, t, PACKED: tl.constexpr):
-    """The sequence of token t, and whether token t + 1 begins another one."""
+    """The sequence of token t, whether it is in one, and whether token t + 1 begins another."""
     sequence = 0
-    boundary = False
+    inside = t >= 0
+    boundary = t < 0
     if PACKED:
         before = tl.zeros((SUM_BLOCK,), tl.int32)
         at_next = tl.zeros((SUM_BLOCK,), tl.int32)
@@ -64,7 +76,11 @@ def _locate(cu_seqlens, n_sequences, t, PACKED: tl.constexpr):
             at_next += (bound == t + 1).to(tl.int32)
         sequence = tl.sum(before)
         boundary = tl.sum(at_next) > 0
-    return sequence, boundary
+        # Boundaries are not checked on a GPU; a token that they leave out must still lead to no memory but ours.
+        inside = (sequence < n_sequences) & (t >= tl.load(cu_seqlens))
+        tl.device_assert(inside, "cu_seqlens must rise from 0 to the number of tokens")
+        sequence = tl.where(inside, sequence, 0)
+    return sequence, inside, boundary
 
 
 @triton.jit
@@ -76,7 +92,8 @@ def _fold(u, m, rest, weighted, squares, rate, STATS: tl.constexpr, ACC: tl.cons
         gap = tl.where(m == -float("inf"), 0.0, (m - top) * rate)
         f = power(gap, ACC)
         if ENTROPY & STATS:
-            weighted = f * (weighted + gap * rest)
+            # Where f is 0 so is the sum, however far below the maximum has been: 0 * inf otherwise.
+            weighted = tl.where(f == 0.0, 0.0, f * (weighted + gap * rest))
         if LOG_SUM_SQ & STATS:
             squares = f * f * squares
         rest = f * rest
@@ -139,10 +156,14 @@ def _online(
     return m, tl.sum(rest), tl.sum(weighted), tl.sum(squares), tl.sum(total), before, after
 
 
-@triton.jit(do_not_specialize=["rows", "n_sequences", "ignore_index"])
+# What changes with a batch's length: a new value must not be a new kernel. Alignment is ALIGN's to say.
+LENGTHS = ["rows", "n_sequences", "n_rows", "ignore_index", "stride_b", "stride_lb"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def logprobs_forward_kernel(
     logits, labels, cu_seqlens, weights,  # (B, T, V), (B, T), (S+1,), (B, T')
-    logps, norm, sequences, counts, tickets,  # (B, T'), (2, B, T'), (S,), (S,), (S,) zeros
+    logps, norm, sequences, counts, tickets,  # (B, T'), (3 or 4, B, T'), (S,), (S,), (S,) zeros
     lse, entropy, mean_logits, is_top1, log_sum_sq_probs,  # (B, T')
     V, rows, n_sequences, n_rows,  # V, T', S, B*T'
     stride_b, stride_t, stride_v, stride_lb, stride_lt,
@@ -160,13 +181,15 @@ def logprobs_forward_kernel(
     rate_power = power_rate(rate, ACC)
     minus_inf = -float("inf")
 
-    sequence, boundary = _locate(cu_seqlens, n_sequences, t, PACKED)
+    sequence, inside, boundary = _locate(cu_seqlens, n_sequences, t, PACKED)
     if not PACKED:
         sequence = b
     label = tl.load(labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt)
     scored = label != ignore_index
-    if SHIFT and PACKED:
-        scored = scored & (boundary == 0)
+    if PACKED:
+        scored = scored & inside
+        if SHIFT:
+            scored = scored & (boundary == 0)
     valid = (label >= 0) & (label < V)
     tl.device_assert(valid | (scored == 0), "a label is outside [0, V) and is not ignore_index")
     # Nothing of a row that is not scored is read; a label that is out of range makes its row NaN.
@@ -216,11 +239,14 @@ def logprobs_forward_kernel(
         if ENTROPY & STATS:
             own_term = tl.where(e_y == 0.0, 0.0, e_y * d_y)
             weighted = weighted * (rate / rate_power)  # from powers of 2, where they are that, to nats
-            tl.store(entropy + r, tl.where(scored, log_total - (weighted + own_term) / sum_all, 0.0))
+            h = tl.where(scored, log_total - (weighted + own_term) / sum_all, 0.0)
+            tl.store(entropy + r, h)
+            tl.store(norm + 3 * n_rows.to(tl.int64) + r, h)
         if MEAN & STATS:
             tl.store(mean_logits + r, tl.where(scored, total * rate / V, 0.0))
         if TOP1 & STATS:
-            tl.store(is_top1 + r, scored & (before < u_y) & (after <= u_y))
+            # A maximum leaves NaNs out, and nothing is on top of one.
+            tl.store(is_top1 + r, scored & (before < u_y) & (after <= u_y) & (logp == logp))
         if LOG_SUM_SQ & STATS:
             tl.store(log_sum_sq_probs + r, tl.where(scored, tl.log(squares + e_y * e_y) - 2.0 * log_total, 0.0))
     if LSE & STATS:
@@ -228,23 +254,26 @@ def logprobs_forward_kernel(
     tl.store(logps + r, tl.where(scored, logp, 0.0))
     tl.store(norm + r, tl.where(scored, anchor, 0.0))
     tl.store(norm + n_rows + r, tl.where(scored, inverse, 0.0))
+    tl.store(norm + 2 * n_rows.to(tl.int64) + r, tl.where(scored, logp, 0.0))
 
     if REDUCTION:
         begin = 0
         end = rows
         if PACKED:
-            begin = tl.load(cu_seqlens + sequence).to(tl.int32)
-            end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int32), rows)
-        tl.debug_barrier()  # the store above must be seen before the ticket is
-        if tl.atomic_add(tickets + sequence, 1) == end - begin - 1:
+            begin = tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int32), 0)
+            end = tl.minimum(tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int32), rows)
+        tl.debug_barrier()  # the stores above must be seen before the ticket is
+        # A token outside of every sequence takes no ticket of one.
+        ticket = tl.atomic_add(tickets + sequence, 1, mask=inside)
+        if inside & (ticket == end - begin - 1):
             sums = tl.zeros((SUM_BLOCK,), ACC)
             count = tl.zeros((SUM_BLOCK,), tl.int32)
             first = b.to(tl.int64) * rows
             for start in range(begin, end, SUM_BLOCK):
                 token = start + tl.arange(0, SUM_BLOCK)
-                inside = token < end
+                within = token < end
                 at = labels + b.to(tl.int64) * stride_lb + (token + SHIFT).to(tl.int64) * stride_lt
-                counts_here = inside & (tl.load(at, mask=inside, other=0) != ignore_index)
+                counts_here = within & (tl.load(at, mask=within, other=0) != ignore_index)
                 if SHIFT and PACKED:
                     counts_here = counts_here & (token + 1 < tl.load(cu_seqlens + sequence + 1))
                 # Volatile: other programs wrote these while this one ran.
@@ -261,10 +290,10 @@ def logprobs_forward_kernel(
             tl.store(counts + sequence, scored_tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "n_sequences", "ignore_index"])
+@triton.jit(do_not_specialize=[*LENGTHS, "tokens", "out_b"])
 def logprobs_backward_kernel(
     out, grad, grad_entropy, logits, labels, cu_seqlens, weights,  # (B, T, V), (B, T') or (S,), (B, T'), ...
-    logps, norm, counts, entropy,  # (B, T'), (2, B, T'), (S,), (B, T')
+    norm, counts,  # (3 or 4, B, T'), (S,)
     V, tokens, rows, n_sequences, n_rows,  # V, T, T', S, B*T'
     out_b, out_t, out_v, stride_b, stride_t, stride_v, stride_lb, stride_lt,
     ignore_index, rate_high, rate_low, inner_high, inner_low, cap_high, cap_low, slope_high, slope_low,
@@ -281,14 +310,16 @@ def logprobs_backward_kernel(
     cap = join(cap_high, cap_low, ACC)
     slope = join(slope_high, slope_low, ACC)
 
-    sequence, boundary = _locate(cu_seqlens, n_sequences, t, PACKED)
+    sequence, inside, boundary = _locate(cu_seqlens, n_sequences, t, PACKED)
     if not PACKED:
         sequence = b
     at = labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt
     label = tl.load(at, mask=t < rows, other=0)
     scored = (t < rows) & (label != ignore_index)
-    if SHIFT and PACKED:
-        scored = scored & (boundary == 0)
+    if PACKED:
+        scored = scored & inside
+        if SHIFT:
+            scored = scored & (boundary == 0)
     row = logits + tl.multiple_of(b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t, ALIGN)
     to = out + tl.multiple_of(b.to(tl.int64) * out_b + t.to(tl.int64) * out_t, OUT_ALIGN)
 
@@ -296,7 +327,7 @@ def logprobs_backward_kernel(
         r = b.to(tl.int64) * rows + t
         anchor = tl.load(norm + r)
         inverse = tl.load(norm + n_rows + r)
-        logp = tl.load(logps + r)
+        logp = tl.load(norm + 2 * n_rows.to(tl.int64) + r)
         g = tl.zeros((), ACC)
         if GRAD:
             if REDUCTION:
@@ -311,11 +342,13 @@ def logprobs_backward_kernel(
         surprise = g
         if GRAD_ENTROPY:
             h = tl.load(grad_entropy + r)
-            surprise = tl.log(inverse) + tl.load(entropy + r)
+            surprise = tl.log(inverse) + tl.load(norm + 3 * n_rows.to(tl.int64) + r)
         valid = (label >= 0) & (label < V)
         own = tl.where(valid, label, 0).to(tl.int64) * stride_v
-        u_y = _squash(tl.load(row + own), inner, cap, CAP, ACC)
-        tl.debug_barrier()  # in place, no thread may write before every thread has the label's logit
+        u_y = anchor
+        if CAP:
+            u_y = _squash(tl.load(row + own), inner, cap, CAP, ACC)
+            tl.debug_barrier()  # in place, no thread may write before every thread has the label's logit
         factor = -inverse * slope
         if not (GRAD_ENTROPY or CAP):
             factor *= g
@@ -383,8 +416,13 @@ def _one_minus_exp(x, ACC: tl.constexpr):
 
 
 def _alignment(*strides: int, itemsize: int) -> int:
-    """How many elements every row's start is a multiple of, up to 16 bytes."""
-    return math.gcd(16 // itemsize, *strides)
+    """Elements of 16 bytes where every row starts at a multiple of them, else 1.
+
+    Nothing between: how wide loads are decides which thread sums what, and with less than 16 bytes it would depend on
+    where a tensor begins.
+    """
+    whole = 16 // itemsize
+    return whole if math.gcd(whole, *strides) == whole else 1
 
 
 def _transform(logit_scale: float, temperature: float, softcap: float | None) -> tuple[float, float, float, float]:
@@ -409,7 +447,7 @@ def logprobs(
         return logits.new_empty((B, rows) if stats >> bit & 1 else (0,), dtype=kind)
 
     logps = logits.new_empty((B, rows), dtype=dtype)
-    norm = logits.new_empty((2, B, rows), dtype=dtype)
+    norm = logits.new_empty((4 if stats & ENTROPY.value else 3, B, rows), dtype=dtype)
     # A sequence without tokens has no program that would write its sum.
     fresh = logits.new_zeros if cu_seqlens is not None or rows == 0 else logits.new_empty
     sequences = fresh((reduced,), dtype=dtype)
@@ -422,7 +460,7 @@ def logprobs(
         block, warps = launches[logits.element_size()]
         with on_device(logits.device):
             logprobs_forward_kernel[(B * rows,)](
-                logits, labels, cu_seqlens, weights, logps, norm, sequences, counts, tickets, *statistics,
+                logits, labels, *dense(cu_seqlens, weights), logps, norm, sequences, counts, tickets, *statistics,
                 V, rows, n_sequences, B * rows, *logits.stride(), *labels.stride(),
                 ignore_index, *split(rate), *split(inner), *split(cap),
                 SHIFT=int(shift), PACKED=cu_seqlens is not None, WEIGHTED=weights is not None,
@@ -435,7 +473,7 @@ def logprobs(
 
 def write_gradient(
     out: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor,
-    cu_seqlens: Tensor | None, weights: Tensor | None, logps: Tensor, norm: Tensor, counts: Tensor, entropy: Tensor,
+    cu_seqlens: Tensor | None, weights: Tensor | None, norm: Tensor, counts: Tensor,
     ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None, reduction: str,
 ) -> None:  # fmt: skip
     """Write the gradient of logits to `out`, which may be the logits themselves."""
@@ -447,9 +485,7 @@ def write_gradient(
     block, warps = BACKWARD_LAUNCH[logits.element_size()]
     with on_device(logits.device):
         logprobs_backward_kernel[(B * T,)](
-            # (B, T') or (S,), perhaps expanded: made contiguous, unlike the logits.
-            out, *(None if g is None else g.contiguous() for g in (grad, grad_entropy)),
-            logits, labels, cu_seqlens, weights, logps.contiguous(), norm.contiguous(), counts, entropy.contiguous(),
+            out, *dense(grad, grad_entropy), logits, labels, *dense(cu_seqlens, weights, norm, counts),
             V, T, rows, B if cu_seqlens is None else cu_seqlens.shape[0] - 1, B * rows,
             *out.stride(), *logits.stride(), *labels.stride(),
             ignore_index, *split(rate), *split(inner), *split(cap), *split(slope),

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.triton.common import accumulator, exp, join, log1p, on_device, split
+from fastpref_kernels.triton.common import accumulator, dense, exp, join, log1p, on_device, split
 
 # Elements of a program's tile: pairs, prompts x K, or prompts x K x K.
 TILE = 1024
+# Programs whose losses are summed at a time.
+SUM_BLOCK: tl.constexpr = tl.constexpr(128)
 LOSS_TYPES = {"sigmoid": 0}
 
 
@@ -43,10 +45,11 @@ def _finish(losses, total, scratch, ticket, loss, index, inside, N, SUMMED: tl.c
             tl.debug_barrier()
             last = tl.atomic_add(ticket, 1) == programs - 1
             if last:
-                acc = tl.zeros_like(total)
-                for i in range(0, programs):
-                    acc += tl.load(scratch + i, volatile=True)
-                total = acc
+                acc = tl.zeros((SUM_BLOCK,), total.dtype)
+                for start in range(0, programs, SUM_BLOCK):
+                    i = start + tl.arange(0, SUM_BLOCK)
+                    acc += tl.load(scratch + i, mask=i < programs, other=0.0, volatile=True)
+                total = tl.sum(acc)
         if last:
             if MEAN:
                 total = total / N
@@ -77,7 +80,7 @@ def dpo_kernel(
     u = beta * (w - l)
     tl.static_assert(LOSS_TYPE == 0)
     losses = -(1.0 - smoothing) * _log_sigmoid(u, ACC)
-    # 0 * log 0 is 0, which matters at ε = 0 and ε = 1.
+    # Left out at ε = 0, as in the formula's code: log σ(-u) may be -inf.
     losses -= tl.where(smoothing == 0.0, 0.0, smoothing * _log_sigmoid(-u, ACC))
     by_u = smoothing * _sigmoid(u, ACC) - (1.0 - smoothing) * _sigmoid(-u, ACC)
 
@@ -147,8 +150,10 @@ def best_of_k_kernel(
     e = exp(r - m[:, None], ACC)
     s = tl.sum(e, axis=1)
     s = tl.where(inside, s, 1.0)
-    losses = tl.where(inside, m + tl.log(s) - chosen, 0.0)
+    known = (y >= 0) & (y < K)
+    losses = tl.where(inside, tl.where(known, m + tl.log(s) - chosen, float("nan")), 0.0)
     partial = e / s[:, None] - tl.where(k[None, :] == y[:, None], 1.0, 0.0)
+    partial = tl.where(known[:, None], partial, float("nan"))
     if MEAN:
         partial = partial / N
     tl.store(partials + at, partial, mask=tile)
@@ -208,10 +213,6 @@ def _launch(kernel: Any, programs: int, loss: Tensor, reduction: str, tensors: l
         )  # fmt: skip
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
 def _widest(*tensors: Tensor | None) -> torch.dtype:
     dtype = torch.float32
     for tensor in tensors:
@@ -230,8 +231,8 @@ def dpo_loss(
     chosen_rewards, rejected_rewards = (chosen.new_empty(chosen.shape, dtype=dtype) for _ in range(2))
     _launch(
         dpo_kernel, triton.cdiv(chosen.shape[0], TILE), loss, reduction,
-        [*_dense(chosen, rejected, ref_chosen, ref_rejected), loss, partials, chosen_rewards, rejected_rewards],
-        [chosen.shape[0], *split(beta), *split(label_smoothing)], LOSS_TYPE=LOSS_TYPES[loss_type], BLOCK=TILE,
+        [*dense(chosen, rejected, ref_chosen, ref_rejected), loss, partials, chosen_rewards, rejected_rewards],
+        [chosen.shape[0], *split(beta), *split(label_smoothing)], LOSS_TYPE=LOSS_TYPES[loss_type], BLOCK=TILE, warps=8,
     )  # fmt: skip
     return loss, partials, chosen_rewards, rejected_rewards
 
@@ -244,7 +245,7 @@ def pairwise_reward_loss(
     loss, partials = _outputs(chosen, _widest(chosen, rejected), 2, reduction)
     _launch(
         pairwise_reward_kernel, triton.cdiv(chosen.shape[0], TILE), loss, reduction,
-        [*_dense(chosen, rejected, margin), loss, partials],
+        [*dense(chosen, rejected, margin), loss, partials],
         [chosen.shape[0], *split(constant_margin), *split(center_weight)], BLOCK=TILE,
     )  # fmt: skip
     return loss, partials
@@ -257,7 +258,7 @@ def best_of_k_loss(rewards: Tensor, best: Tensor, reduction: str) -> tuple[Tenso
     block = triton.next_power_of_2(K)
     prompts = max(1, TILE // block)
     _launch(
-        best_of_k_kernel, triton.cdiv(N, prompts), loss, reduction, [*_dense(rewards, best), loss, partials],
+        best_of_k_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, best), loss, partials],
         [N, K], PROMPTS=prompts, BLOCK_K=block,
     )  # fmt: skip
     return loss, partials
@@ -270,7 +271,7 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction:
     block = triton.next_power_of_2(K)
     prompts = max(1, TILE // block**2)
     _launch(
-        ranking_kernel, triton.cdiv(N, prompts), loss, reduction, [*_dense(rewards, ranks, mask), loss, partials],
+        ranking_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, ranks, mask), loss, partials],
         [N, K], PROMPTS=prompts, BLOCK_K=block, warps=8 if block > 32 else 4,
     )  # fmt: skip
     return loss, partials

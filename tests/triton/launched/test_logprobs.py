@@ -134,6 +134,44 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch() -> None:
     assert torch.equal(packed, together)
 
 
+def test_strided_boundaries() -> None:
+    logits, labels = make(9, 75)
+    bounds = torch.tensor([0, 7, 4, 7, 9, 7])[::2]
+    assert_matches_reference("sequence_logprobs", logits, labels, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [0, 3, 5], [2, 5, 8], [0]])
+def test_tokens_that_the_boundaries_leave_out_touch_no_memory(bounds: list[int]) -> None:
+    logits, labels = make(8, 75)
+    n = len(bounds) - 1
+    # Room behind what a launch is given, so that a write past its end is seen.
+    sequences, counts, tickets = torch.full((8,), 7.0), torch.full((8,), 7), torch.full((8,), 7)
+    given = iter((sequences[:n].zero_(), counts[:n].zero_(), tickets[:n].zero_()))
+
+    class Watched(torch.Tensor):
+        def new_zeros(self, *size: Any, **options: Any) -> Tensor:
+            return next(given)
+
+    result = kernels.logprobs(
+        logits[None].as_subclass(Watched),
+        labels[None],
+        torch.tensor(bounds),
+        None,
+        -100,
+        True,
+        1.0,
+        1.0,
+        None,
+        "sum",
+        0,
+    )
+    assert all((watched[n:] == 7).all() for watched in (sequences, counts, tickets))
+    logps = result[0].as_subclass(Tensor)[0]
+    inside = torch.zeros(7, dtype=torch.bool)
+    inside[bounds[0] : bounds[-1]] = True
+    assert (logps[~inside] == 0).all()
+
+
 def test_a_label_out_of_range_is_nan_and_reads_nothing() -> None:
     logits, labels = make(2, 5, 75)
     clean = token_logprobs(logits, labels)

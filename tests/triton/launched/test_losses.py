@@ -57,6 +57,13 @@ def test_dpo_options(smoothing: float, reference_free: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+def test_a_best_that_is_no_answer_is_nan() -> None:
+    rewards = torch.randn(4, 3)
+    losses, partials = kernels.best_of_k_loss(rewards, torch.tensor([0, 3, -1, 7]), "none")
+    assert losses.isnan().tolist() == [False, True, True, True]
+    assert partials.isnan().all(1).tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("k", [2, 3, 9, 33, 64])
 @pytest.mark.parametrize("masked", [False, True])
 def test_ranking_of_k(k: int, masked: bool) -> None:
