@@ -323,6 +323,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 
 def write(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """`path`.csv, one row a measurement, and `path`.md, the table with what it depends on."""
+    # Before a file is written, which would make a clean checkout a changed one.
+    constant = {key: value for key, value in peers.provenance().items() if key != "THP_MEM_ALLOC_ENABLE"}
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(field for row in rows for field in row))
     with path.with_suffix(".csv").open("w", newline="") as file:
@@ -333,7 +335,6 @@ def write(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     text = [title, "", "| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     text += ["| " + " | ".join(line) + " |" for line in lines]
     text += ["", *(f"- {line}" for line in verdict(rows)), ""]
-    constant = {key: value for key, value in peers.provenance().items() if key != "THP_MEM_ALLOC_ENABLE"}
     text += ["Measured with " + ", ".join(f"{key} {value}" for key, value in constant.items()) + "."]
     path.with_suffix(".md").write_text("\n".join(text) + "\n")
 
