@@ -94,9 +94,10 @@ def check_transform(temperature: float, logit_scale: float, softcap: float | Non
 
 def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> None:
     """Check LD-DPO's two arguments."""
-    if shared_lengths is not None:
-        check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
-    if ld_alpha is None and shared_lengths is not None:
+    if shared_lengths is None:
+        return
+    check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
+    if ld_alpha is None:
         raise ValueError(f"shared_lengths is LD-DPO's and needs ld_alpha; got {describe(shared_lengths)} and no alpha")
 
 

@@ -15,13 +15,11 @@ from fastpref._checks import check_choice
 STATISTICS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
-@cache
-def _cached_type(stats: tuple[str, ...]) -> Any:
-    return _make_type(stats)
-
-
 def _make_type(stats: tuple[str, ...]) -> Any:
     return namedtuple("Logprobs", ("logprobs", *stats))
+
+
+_cached_type = cache(_make_type)
 
 
 def result_type(stats: tuple[str, ...]) -> Any:

@@ -52,6 +52,15 @@ def others_unharmed(logits: Tensor, labels: Tensor, harmed: int) -> None:
     assert gradient[kept].isfinite().all()
 
 
+def one_bad_logit(dtype: torch.dtype, value: float) -> None:
+    """`value` in a scored row, not at its label: its sequence alone is harmed."""
+    for column in (0, 17, V - 1):
+        logits, labels = make(dtype)
+        labels[1, 3] = 5
+        logits[1, 2, column] = value
+        others_unharmed(logits, labels, 1)
+
+
 @edge("every label of a sequence is ignore_index: logp 0, gradient exactly 0, never NaN")
 def _(dtype: torch.dtype) -> None:
     logits, labels = make(dtype)
@@ -133,20 +142,12 @@ def _(dtype: torch.dtype) -> None:
 
 @edge("NaN in a scored row: NaN for that sequence alone; other sequences unharmed")
 def _(dtype: torch.dtype) -> None:
-    for column in (0, 17, V - 1):
-        logits, labels = make(dtype)
-        labels[1, 3] = 5
-        logits[1, 2, column] = math.nan
-        others_unharmed(logits, labels, 1)
+    one_bad_logit(dtype, math.nan)
 
 
 @edge("+inf in a scored row: NaN for that sequence alone; other sequences unharmed")
 def _(dtype: torch.dtype) -> None:
-    for column in (0, 17, V - 1):
-        logits, labels = make(dtype)
-        labels[1, 3] = 5
-        logits[1, 2, column] = math.inf
-        others_unharmed(logits, labels, 1)
+    one_bad_logit(dtype, math.inf)
 
 
 @edge("+inf or NaN at the label: NaN for that sequence alone, not 0")

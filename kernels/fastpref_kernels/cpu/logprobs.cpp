@@ -399,7 +399,8 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
     return stats & bit ? at::zeros(shape, options.dtype(dtype)) : at::empty({0}, options.dtype(dtype));
   };
   const auto dtype = options.dtype().toScalarType();
-  const Tensor logps = at::zeros(shape, options), norm = at::zeros({stats & kEntropy ? 4 : 3, shape[0], shape[1]}, options);
+  const Tensor logps = at::zeros(shape, options);
+  const Tensor norm = at::zeros({stats & kEntropy ? 4 : 3, shape[0], shape[1]}, options);
   const Tensor lse = statistic(kLse, dtype), entropy = statistic(kEntropy, dtype), mean = statistic(kMean, dtype),
                top1 = statistic(kTop1, at::kBool), log_sum_sq = statistic(kLogSumSq, dtype);
   const Tensor sequences = at::zeros({reduced ? rows.n_sequences : 0}, options);

@@ -61,11 +61,11 @@ def _squash(x, inner, cap, CAP: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _locate(cu_seqlens, n_sequences, t, PACKED: tl.constexpr):
-    """The sequence of token t, whether it is in one, and whether token t + 1 begins another."""
-    sequence = 0
+def _locate(cu_seqlens, n_sequences, b, t, SHIFT: tl.constexpr, PACKED: tl.constexpr):
+    """The sequence of token t of row b, whether it is in one, and whether it has a label there to be scored against."""
+    sequence = b
     inside = t >= 0
-    boundary = t < 0
+    followed = inside
     if PACKED:
         before = tl.zeros((SUM_BLOCK,), tl.int32)
         at_next = tl.zeros((SUM_BLOCK,), tl.int32)
@@ -75,12 +75,14 @@ def _locate(cu_seqlens, n_sequences, t, PACKED: tl.constexpr):
             before += (bound <= t).to(tl.int32)
             at_next += (bound == t + 1).to(tl.int32)
         sequence = tl.sum(before)
-        boundary = tl.sum(at_next) > 0
         # Boundaries are not checked on a GPU; a token that they leave out must still lead to no memory but ours.
         inside = (sequence < n_sequences) & (t >= tl.load(cu_seqlens))
         tl.device_assert(inside, "cu_seqlens must rise from 0 to the number of tokens")
         sequence = tl.where(inside, sequence, 0)
-    return sequence, inside, boundary
+        followed = inside
+        if SHIFT:
+            followed = inside & (tl.sum(at_next) == 0)
+    return sequence, inside, followed
 
 
 @triton.jit
@@ -181,15 +183,9 @@ def logprobs_forward_kernel(
     rate_power = power_rate(rate, ACC)
     minus_inf = -float("inf")
 
-    sequence, inside, boundary = _locate(cu_seqlens, n_sequences, t, PACKED)
-    if not PACKED:
-        sequence = b
+    sequence, inside, followed = _locate(cu_seqlens, n_sequences, b, t, SHIFT, PACKED)
     label = tl.load(labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt)
-    scored = label != ignore_index
-    if PACKED:
-        scored = scored & inside
-        if SHIFT:
-            scored = scored & (boundary == 0)
+    scored = followed & (label != ignore_index)
     valid = (label >= 0) & (label < V)
     tl.device_assert(valid | (scored == 0), "a label is outside [0, V) and is not ignore_index")
     # Nothing of a row that is not scored is read; a label that is out of range makes its row NaN.
@@ -310,16 +306,10 @@ def logprobs_backward_kernel(
     cap = join(cap_high, cap_low, ACC)
     slope = join(slope_high, slope_low, ACC)
 
-    sequence, inside, boundary = _locate(cu_seqlens, n_sequences, t, PACKED)
-    if not PACKED:
-        sequence = b
+    sequence, _, followed = _locate(cu_seqlens, n_sequences, b, t, SHIFT, PACKED)
     at = labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt
     label = tl.load(at, mask=t < rows, other=0)
-    scored = (t < rows) & (label != ignore_index)
-    if PACKED:
-        scored = scored & inside
-        if SHIFT:
-            scored = scored & (boundary == 0)
+    scored = followed & (t < rows) & (label != ignore_index)
     row = logits + tl.multiple_of(b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t, ALIGN)
     to = out + tl.multiple_of(b.to(tl.int64) * out_b + t.to(tl.int64) * out_t, OUT_ALIGN)
 
