@@ -6,6 +6,8 @@ a training signal. `fastpref.reference` states every one of them in plain PyTorc
 
 from fastpref import losses, reference
 from fastpref._results import PreferenceLoss
+from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
+from fastpref.linear_preference import linear_dpo_loss, linear_preference_loss
 from fastpref.logprobs import sequence_logprobs, token_logprobs
 from fastpref.losses import best_of_k_loss, dpo_loss, implicit_reward, pairwise_reward_loss, ranking_loss
 
@@ -16,6 +18,10 @@ __all__ = [
     "best_of_k_loss",
     "dpo_loss",
     "implicit_reward",
+    "linear_dpo_loss",
+    "linear_preference_loss",
+    "linear_sequence_logprobs",
+    "linear_token_logprobs",
     "losses",
     "pairwise_reward_loss",
     "ranking_loss",

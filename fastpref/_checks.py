@@ -117,3 +117,80 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")
+
+
+MODES = ("auto", "save", "recompute")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of `device`."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def check_linear(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, *, prefix: str = ""
+) -> None:
+    """Check what `linear_token_logprobs` and `linear_sequence_logprobs` are given.
+
+    Args:
+        hidden: (B, T, H) or (N, H), any strides, fp16, bf16, fp32 or fp64.
+        weight: (V, H), of hidden's dtype. Under autocast, which casts them, the dtypes may differ unless one is fp64.
+        labels: int64 or int32, of hidden's shape without H. Packed hidden states (1, N, H) also take labels (N,).
+        bias: None, or (V,), of hidden's dtype.
+        cu_seqlens: None, or (S+1,) int32 or int64.
+        prefix: what the caller's names of hidden, weight and bias begin with.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device.
+    """
+    of = f"{prefix}hidden"
+    check_tensor(of, hidden, FLOATING, "a fp16, bf16, fp32 or fp64 tensor (B, T, H) or (N, H)")
+    check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {of}'s shape without H")
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{of} must be (B, T, H) or (N, H); got {describe(hidden)}")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{of} must have at least one feature, H > 0; got {describe(hidden)}")
+    check_tensor(f"{prefix}weight", weight, FLOATING, f"a floating-point tensor (V, H) of {of}'s dtype")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{prefix}weight must be (V, H) with {of}'s H, {hidden.shape[-1]}; got {describe(weight)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight must have at least one vocabulary entry, V > 0; got {describe(weight)}")
+    parameters = {f"{prefix}weight": weight}
+    if bias is not None:
+        check_tensor(f"{prefix}bias", bias, FLOATING, f"a floating-point tensor (V,) of {of}'s dtype")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{prefix}bias must be (V,), one a row of weight, {weight.shape[0]}; got {describe(bias)}")
+        parameters[f"{prefix}bias"] = bias
+    dtypes = {hidden.dtype, *(value.dtype for value in parameters.values())}
+    cast = autocasts(hidden.device) and torch.float64 not in dtypes
+    for name, value in parameters.items():
+        check_same_device(name, value, of, hidden)
+        if value.dtype != hidden.dtype and not cast:
+            raise TypeError(f"{name} must have {of}'s dtype, {hidden.dtype}; got {describe(value)}")
+    packed = cu_seqlens is not None and hidden.dim() == 3 and labels.dim() == 1
+    if labels.shape != (hidden.shape[1:2] if packed and hidden.shape[0] == 1 else hidden.shape[:-1]):
+        raise ValueError(
+            f"labels must have {of}'s shape without H, {tuple(hidden.shape[:-1])} "
+            f"(aligned with input_ids: the shift is made inside); got {describe(labels)}"
+        )
+    check_same_device("labels", labels, of, hidden)
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, INTEGER, "an int32 or int64 tensor (S+1,)")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must be (S+1,), starting at 0; got {describe(cu_seqlens)}")
+        if hidden.dim() == 3 and hidden.shape[0] != 1:
+            raise ValueError(f"with cu_seqlens, {of} must be packed, (N, H) or (1, N, H); got {describe(hidden)}")
+        check_same_device("cu_seqlens", cu_seqlens, of, hidden)
+
+
+def check_mode(mode: str, chunk_rows: int | None, filter_eps: float | None) -> None:
+    """Check what says how, and not what, a `linear_*` function computes."""
+    check_choice("mode", mode, MODES)
+    if chunk_rows is not None:
+        if not isinstance(chunk_rows, int):
+            raise TypeError(f"chunk_rows must be None or an int, 1 or more; got {describe(chunk_rows)}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be None or an int, 1 or more; got {chunk_rows!r}")
+    if filter_eps is not None and not 0 < filter_eps < 1:
+        raise ValueError(f"filter_eps must be None or a number between 0 and 1, both excluded; got {filter_eps!r}")

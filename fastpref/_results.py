@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from fastpref._checks import check_choice
 
 # In the order of the operator's bits: statistic i is asked for by bit i.
 STATISTICS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+# From hidden states, also the probability mass that `filter_eps` left out of a token's gradient.
+LINEAR_STATISTICS = (*STATISTICS, "dropped_mass")
 
 
 def _make_type(stats: tuple[str, ...]) -> Any:
@@ -28,13 +31,13 @@ def result_type(stats: tuple[str, ...]) -> Any:
     return _make_type(stats) if torch.compiler.is_compiling() else _cached_type(stats)
 
 
-def check_stats(stats: object) -> tuple[str, ...]:
-    """Check names of statistics and return them as a tuple."""
+def check_stats(stats: object, allowed: Sequence[str] = STATISTICS) -> tuple[str, ...]:
+    """Check names of statistics, each one of `allowed`, and return them as a tuple."""
     if isinstance(stats, str):
         raise TypeError(f"stats must be a tuple of names, such as ({stats!r},); got the string {stats!r}")
     names = tuple(stats)  # type: ignore[arg-type]
     for name in names:
-        check_choice("stats", name, STATISTICS)
+        check_choice("stats", name, allowed)
     if len(set(names)) != len(names):
         raise ValueError(f"stats must not repeat a name; got {names}")
     return names
@@ -62,3 +65,72 @@ class PreferenceLoss(NamedTuple):
     def accuracies(self) -> Tensor:
         """(B,) float: 1 where the chosen completion has the higher reward."""
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
+
+
+class LinearPreferenceLoss(NamedTuple):
+    """What a preference loss from hidden states returns; statistics asked for follow.
+
+    Attributes:
+        loss: a scalar, or (B,) with `reduction="none"`. The only differentiable field.
+        chosen_rewards: (B,), as in `PreferenceLoss`.
+        rejected_rewards: (B,), likewise.
+        chosen_logps: (B,), log π(chosen), detached.
+        rejected_logps: (B,), log π(rejected), detached.
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+
+    margins = PreferenceLoss.margins
+    accuracies = PreferenceLoss.accuracies
+
+
+class LinearGroupLoss(NamedTuple):
+    """What a loss of groups from hidden states returns; statistics asked for follow.
+
+    Attributes:
+        loss: a scalar, or (G,) with `reduction="none"`. The only differentiable field.
+        logps: (G, K), the log-prob of member k of group g, detached.
+    """
+
+    loss: Tensor
+    logps: Tensor
+
+
+class _Margins:
+    """The properties of `PreferenceLoss`, for named tuples made at run time."""
+
+    __slots__ = ()
+    margins = PreferenceLoss.margins
+    accuracies = PreferenceLoss.accuracies
+
+
+def _make_linear_loss_type(stats: tuple[str, ...]) -> Any:
+    fields = ("loss", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
+    # Not a class statement: Dynamo traces this one.
+    return type("LinearPreferenceLoss", (_Margins, namedtuple("Fields", (*fields, *stats))), {"__slots__": ()})
+
+
+def _make_linear_group_type(stats: tuple[str, ...]) -> Any:
+    return namedtuple("LinearGroupLoss", ("loss", "logps", *stats))
+
+
+_cached_linear_loss_type = cache(_make_linear_loss_type)
+_cached_linear_group_type = cache(_make_linear_group_type)
+
+
+def linear_loss_type(stats: tuple[str, ...]) -> Any:
+    """`LinearPreferenceLoss`, or its like with the fields `stats` after its own."""
+    if not stats:
+        return LinearPreferenceLoss
+    return _make_linear_loss_type(stats) if torch.compiler.is_compiling() else _cached_linear_loss_type(stats)
+
+
+def linear_group_type(stats: tuple[str, ...]) -> Any:
+    """`LinearGroupLoss`, or its like with the fields `stats` after its own."""
+    if not stats:
+        return LinearGroupLoss
+    return _make_linear_group_type(stats) if torch.compiler.is_compiling() else _cached_linear_group_type(stats)

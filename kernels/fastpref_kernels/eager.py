@@ -15,7 +15,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 18
 
 
-class _Transform(NamedTuple):
+class Transform(NamedTuple):
     """z = rate·u(x), where u is x itself, or softcap·tanh(x·scale/softcap)."""
 
     rate: float
@@ -23,7 +23,7 @@ class _Transform(NamedTuple):
     softcap: float | None
 
     @classmethod
-    def of(cls, logit_scale: float, temperature: float, softcap: float | None) -> _Transform:
+    def of(cls, logit_scale: float, temperature: float, softcap: float | None) -> Transform:
         if softcap is None:
             return cls(logit_scale / temperature, 1.0, None)
         return cls(1.0 / temperature, logit_scale, softcap)
@@ -36,7 +36,7 @@ class _Transform(NamedTuple):
         return self.rate if self.softcap is None else self.rate * self.scale * (1 - (u / self.softcap) ** 2)
 
 
-def _targets(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+def scored_targets(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:] if shift else labels
     scored = targets != ignore_index
     if shift and cu_seqlens is not None:
@@ -54,13 +54,13 @@ def _sequence_of(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.bucketize(positions, cu_seqlens[1:].long().contiguous(), right=True)[None]
 
 
-def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")
 
 
-def _check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
+def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
     bad = scored & ((targets < 0) | (targets >= vocabulary))
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
@@ -83,11 +83,11 @@ def logprobs(
     logit_scale: float, temperature: float, softcap: float | None, reduction: str, stats: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::logprobs`."""
-    transform = _Transform.of(logit_scale, temperature, softcap)
+    transform = Transform.of(logit_scale, temperature, softcap)
     if cu_seqlens is not None:
-        _check_boundaries(cu_seqlens, labels.shape[1])
-    targets, scored = _targets(labels, cu_seqlens, ignore_index, shift)
-    _check_labels(targets, scored, logits.shape[-1])
+        check_boundaries(cu_seqlens, labels.shape[1])
+    targets, scored = scored_targets(labels, cu_seqlens, ignore_index, shift)
+    check_labels(targets, scored, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps, anchor, inverse, lse, entropy, mean, log_sum_sq = logits.new_zeros((7, *targets.shape), dtype=dtype)
     top1 = torch.zeros_like(scored)
@@ -133,9 +133,9 @@ def write_gradient(
     ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None, reduction: str,
 ) -> None:  # fmt: skip
     """Write the gradient of logits to `out`, which may be the logits themselves."""
-    transform = _Transform.of(logit_scale, temperature, softcap)
+    transform = Transform.of(logit_scale, temperature, softcap)
     anchor, inverse, logps, *entropy = norm
-    targets, scored = _targets(labels, cu_seqlens, ignore_index, shift)
+    targets, scored = scored_targets(labels, cu_seqlens, ignore_index, shift)
     if grad is not None and reduction != "none":
         if reduction == "mean":
             grad = grad / counts.clamp(min=1)

@@ -7,13 +7,15 @@ own, and the `torch.autograd.Function`s that pair them live in `fastpref`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref_kernels import cpu, eager
+from fastpref_kernels import cpu, eager, linear
+from fastpref_kernels.cpu import linear as cpu_linear
 
 NAMESPACE = "fastpref"
 TRITON_KEYS = ("CUDA", "XPU")
@@ -22,7 +24,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # The arguments that forward and backward share, in this order, after the tensors of each.
-_SCORING = "int ignore_index, bool shift, float logit_scale, float temperature, float? softcap, str reduction"
+_LINEAR = "int ignore_index, bool shift, float logit_scale, float temperature, float? softcap"
+_SCORING = f"{_LINEAR}, str reduction"
 
 _SCHEMAS = (
     # logits (B, T, V), labels (B, T), cu_seqlens (S+1,) with B = 1, weights (B, T').  T' = T - 1 with shift, else T.
@@ -36,6 +39,18 @@ _SCHEMAS = (
     f"Tensor? weights, Tensor norm, Tensor counts, {_SCORING}) -> Tensor",
     "logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, Tensor? cu_seqlens, "
     f"Tensor? weights, Tensor norm, Tensor counts, {_SCORING}) -> ()",
+    # hidden (B, T, H), weight (V, H), bias (V,), the rest as above. store: (rows, V) or None, rows no fewer than are
+    # scored: receives what the backward's products need, in a dtype of float32's range. chunk_rows: the rows of a tile.
+    # -> logps, norm, the softmax mass of every tile (chunks, B, T') where filter_eps asks for it, and the statistics,
+    #    the last of them what filter_eps drops.
+    "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor(a!)? store, "
+    f"{_LINEAR}, int stats, int? chunk_rows, float? filter_eps) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # grad and grad_entropy (B, T'). Adds to float32 (float64) d_hidden, d_weight and d_bias, or, where they are fresh,
+    # fills them.
+    "linear_logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, Tensor(a!)? d_hidden, "
+    f"Tensor(b!)? d_weight, Tensor(c!)? d_bias, bool fresh, {_LINEAR}, int? chunk_rows, float? filter_eps) -> ()",
     # Losses: the loss, its partial derivatives by every differentiable input, one column each, and what is reported.
     "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, str loss_type, float beta, "
     "float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -49,6 +64,12 @@ _SCHEMAS = (
 def fuses_losses(device: torch.device) -> bool:
     """Whether the loss operators have a kernel for this device."""
     return device.type in ("cuda", "xpu") and _HAS_TRITON
+
+
+def loss_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
+    """How many rows' exponentials a loss from hidden states keeps at a time where it is not told."""
+    limit = cpu_linear.LOSS_BYTES if weight.device.type == "cpu" else linear.LOSS_BYTES
+    return max(1, limit // (weight.shape[0] * dtype.itemsize))
 
 
 def _launcher(module: str, name: str) -> Any:
@@ -84,6 +105,25 @@ def _logprobs_fake(
 
 def _logprobs_backward_fake(grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
+
+
+def _linear_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
+    softcap: float | None, stats: int, chunk_rows: int | None, filter_eps: float | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    rows = tuple(labels[:, 1:].shape if shift else labels.shape)
+    chunks = 0 if filter_eps is None else (weight.shape[0] + linear.COLUMNS - 1) // linear.COLUMNS
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty((4 if stats & 2 else 3, *rows), dtype=dtype),
+        hidden.new_empty((chunks, *rows), dtype=torch.float32),
+        *(
+            hidden.new_empty(rows if stats >> bit & 1 else (0,), dtype=torch.bool if bit == 3 else dtype)
+            for bit in range(6)
+        ),
+    )
 
 
 def _loss_fake(columns: int, reduction: str, first: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -127,20 +167,33 @@ def _implement(key: str, logprobs: Any, write_gradient: Any) -> None:
     _LIBRARY.impl("logprobs_backward_", in_place, key)
 
 
+def _implement_linear(key: str, backend: linear.Backend) -> None:
+    """Register log-probs from hidden states on a backend's products and row passes."""
+    _LIBRARY.impl("linear_logprobs", functools.partial(linear.logprobs, backend), key)
+    _LIBRARY.impl("linear_logprobs_backward_", functools.partial(linear.accumulate_gradients, backend), key)
+
+
 def _register() -> None:
     for schema in _SCHEMAS:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implement("CPU", cpu.logprobs, cpu.write_gradient)
+    _implement_linear("CPU", cpu_linear.BACKEND)
     _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
+    _implement_linear("CompositeExplicitAutograd", linear.library_backend(linear.fold, linear.fold_backward))
     if _HAS_TRITON:
         for key in TRITON_KEYS:
             _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
+            _implement_linear(
+                key, linear.library_backend(_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
+            )
             for name in ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss"):
                 _LIBRARY.impl(name, _launcher("losses", name), key)
     for name, fake in {
         "logprobs": _logprobs_fake,
         "logprobs_backward": _logprobs_backward_fake,
         "logprobs_backward_": lambda *_: None,
+        "linear_logprobs": _linear_fake,
+        "linear_logprobs_backward_": lambda *_: None,
         "dpo_loss": _dpo_fake,
         "pairwise_reward_loss": _pairwise_fake,
         "best_of_k_loss": _group_fake,

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 NAME = "fastpref_cpu"
-SOURCES = (Path(__file__).with_name("logprobs.cpp"),)
-HEADERS = (Path(__file__).with_name("lanes.h"),)
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("logprobs.cpp", "linear.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h"))
 
 
 class BuildError(RuntimeError):

@@ -1,0 +1,287 @@
+"""Log-probs from hidden states and the head's weight: the logits exist a tile at a time, in float32, and never whole."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref._checks import (
+    REDUCTIONS,
+    autocasts,
+    check_choice,
+    check_ld,
+    check_linear,
+    check_mode,
+    check_transform,
+)
+from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
+from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index
+from fastpref_kernels import ops
+
+assert ops  # importing it registers the operators
+
+logger = logging.getLogger(__name__)
+
+SAVE_BUDGET = 1 << 30
+"""Bytes of kept exponentials, positions × V × itemsize, up to which `mode="auto"` is "save"."""
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What hidden states, weight and bias are multiplied in: autocast's dtype where it is on, else their own."""
+    if autocasts(hidden.device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The operands in the dtype they are multiplied in."""
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def accumulators(needed: tuple[bool, ...], dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Uninitialised float32 (float64) memory for the gradients that are needed."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return [
+        tensor.new_empty(tensor.shape, dtype=wide) if want and tensor is not None else None
+        for want, tensor in zip(needed, tensors, strict=True)
+    ]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow. Asked outside of a Function: inside one, gradients are always off."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """`fastpref::linear_logprobs` and its backward.
+
+    `capacity` is the number of rows whose exponentials are kept, 0 to make the logits again; `dtype` is what the
+    operands are multiplied in.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, capacity: int,
+        dtype: torch.dtype, scoring: tuple[Any, ...], stats: int, *chunking: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        operands = cast(dtype, hidden, weight, bias)
+        store = hidden.new_empty((capacity, weight.shape[0]) if capacity else (0,), dtype=dtype)
+        arguments = (labels, cu_seqlens, store if capacity else None, *scoring, stats, *chunking)
+        logps, norm, shares, *statistics = torch.ops.fastpref.linear_logprobs(*operands, *arguments)
+        return logps, norm, shares, store, *statistics
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, labels, cu_seqlens, ctx.capacity, ctx.dtype, ctx.scoring, stats, *ctx.chunking = inputs
+        _, norm, shares, store, lse, entropy, *others = output
+        ctx.with_entropy = bool(stats & 2)
+        constant = [norm, shares, store, lse, *others]
+        ctx.mark_non_differentiable(*(constant if ctx.with_entropy else [*constant, entropy]))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, norm, store, shares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, grad_entropy = grads[0], grads[5] if ctx.with_entropy else None
+        none = (None,) * (len(ctx.needs_input_grad) - 3)
+        if grad is None and grad_entropy is None:
+            return (None, None, None, *none)
+        hidden, weight, bias, labels, cu_seqlens, norm, store, shares = ctx.saved_tensors
+        totals = accumulators(ctx.needs_input_grad[:3], ctx.dtype, hidden, weight, bias)
+        torch.ops.fastpref.linear_logprobs_backward_(
+            grad, grad_entropy, *cast(ctx.dtype, hidden, weight, bias), labels, cu_seqlens, norm,
+            store if ctx.capacity else None, shares, *totals, True, *ctx.scoring, *ctx.chunking,
+        )  # fmt: skip
+        pairs = zip(totals, (hidden, weight, bias), strict=True)
+        return *(None if total is None else total.to(like.dtype) for total, like in pairs), *none
+
+
+def choose_mode(mode: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
+    """ "save" or "recompute", for "auto" from shapes and dtype alone, so that every run and rank chooses the same."""
+    if mode == "save" and dtype == torch.float16:
+        raise ValueError('mode="save" keeps exponentials, whose range fp16 has not; got fp16: use "recompute" or "auto"')
+    if mode != "auto":
+        return mode
+    size = hidden.numel() // hidden.shape[-1] * weight.shape[0] * dtype.itemsize
+    chosen = "save" if size <= SAVE_BUDGET and dtype != torch.float16 else "recompute"
+    if not torch.compiler.is_compiling():
+        logger.debug(
+            'mode="auto" is "%s": exponentials of %d bytes, budget %d, %s', chosen, size, SAVE_BUDGET, dtype
+        )
+    return chosen
+
+
+def reduce_sequences(
+    logps: Tensor, scored: Tensor, cu_seqlens: Tensor | None, reduction: str, ld_alpha: float | None,
+    shared_lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Token log-probs (B, T') to sequence log-probs (S,)."""
+    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    weighted = logps
+    if ld_alpha is not None:
+        weighted = logps * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype)
+    index = sequence_index(scored, cu_seqlens).reshape(-1)
+    total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
+    if reduction == "mean":
+        counts = torch.zeros(sequences, dtype=torch.long, device=logps.device)
+        total = total / counts.index_add(0, index, scored.reshape(-1).long()).clamp(min=1)
+    return total.to(logps.dtype)
+
+
+def _linear_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mode: str, chunk_rows: int | None,
+    filter_eps: float | None, reduction: str, cu_seqlens: Tensor | None, ld_alpha: float | None,
+    shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
+    softcap: float | None, stats: tuple[str, ...],
+) -> Any:  # fmt: skip
+    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    check_mode(mode, chunk_rows, filter_eps)
+    check_transform(temperature, logit_scale, softcap)
+    names = check_stats(stats, LINEAR_STATISTICS)
+    rows_shape = labels.shape[:-1]
+    hidden = hidden[None] if hidden.dim() == 2 else hidden
+    labels = labels[None] if labels.dim() == 1 else labels
+    dtype = compute_dtype(hidden)
+    saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
+    _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+    # A compiled graph does not know how many positions are scored, so it makes room for all of them.
+    capacity = (scored.numel() if torch.compiler.is_compiling() else int(scored.sum())) if saves else 0
+    scoring = (
+        ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
+    )  # fmt: skip
+    bits = sum(1 << LINEAR_STATISTICS.index(name) for name in names)
+    logps, _, _, _, *statistics = _LinearLogprobs.apply(
+        hidden, weight, bias, labels, cu_seqlens, capacity, dtype, scoring, bits, chunk_rows, filter_eps
+    )
+
+    def rows(values: Tensor) -> Tensor:
+        return values.view(*rows_shape, values.shape[-1])
+
+    if reduction == "none":
+        result = rows(logps)
+    else:
+        result = reduce_sequences(logps, scored, cu_seqlens, reduction, ld_alpha, shared_lengths)
+    if not names:
+        return result
+    return result_type(names)(result, *(rows(statistics[LINEAR_STATISTICS.index(name)]) for name in names))
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    stats: tuple[str, ...] = (),
+) -> Any:
+    """Log-prob of every label under the logits hidden @ weightᵀ + bias, which never exist whole.
+
+    logp = z_y − log Σ_j exp z_j, with z the transformed logits, as `token_logprobs` defines them. Only scored rows are
+    multiplied. Logits are float32 sums, never rounded before the log-sum; gradients are summed in float32, and made only
+    for the arguments that require them. Under autocast the operands are cast to its dtype, and the results stay float32.
+
+    Args:
+        hidden: (B, T, H), or (T, H) for one sequence; fp16, bf16, fp32 or fp64.
+        weight: (V, H), hidden's dtype.
+        labels: (B, T) or (T,), int64 or int32.
+        bias: None, or (V,), hidden's dtype.
+        mode: how a backward gets its probabilities. "save" keeps the forward's exponentials, scored × V numbers in
+            hidden's dtype, and takes 6·N·V·H multiply-adds for N scored rows in all; "recompute" multiplies again,
+            8·N·V·H, and its memory does not grow with N·V; "auto" is "save" where positions × V numbers are within
+            `SAVE_BUDGET`, 1 GiB, and the dtype has the range (fp16 has not), and says which at debug level. An
+            entropy's gradient always recomputes. 6 and 8 count a multiply-add as two.
+        chunk_rows: the rows of a tile of logits. None: 1024 on a CPU, 4096 on a GPU. A tile holds 4096 columns.
+        filter_eps: None: exact. Otherwise a row's gradient leaves out every 4096 columns whose softmax mass is below
+            it, unless they hold the label: their products are not made. The statistic "dropped_mass" says what it cost.
+        ignore_index: as in `token_logprobs`, like every argument after it.
+        shift: `labels` are aligned with `input_ids`: hidden[:, t] scores labels[:, t+1].
+        temperature: divides the logits.
+        logit_scale: multiplies the logits.
+        softcap: caps the logits.
+        stats: names of `token_logprobs`' statistics; or "dropped_mass", the softmax mass each token's gradient leaves
+            out, 0 without `filter_eps`.
+
+    Returns:
+        (B, T−1), or (B, T) without `shift`; float32 (float64 for float64). With `stats`, a named tuple: `logprobs`,
+        then the statistics, in the order asked for.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, device or option; `mode="save"` with fp16.
+        IndexError: a scored label outside [0, V).
+    """
+    return _linear_logprobs(
+        hidden, weight, labels, bias, mode, chunk_rows, filter_eps, "none", None, None, None, ignore_index, shift,
+        temperature, logit_scale, softcap, stats,
+    )  # fmt: skip
+
+
+def linear_sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reduction: str = "sum",
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    shared_lengths: Tensor | None = None,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    stats: tuple[str, ...] = (),
+) -> Any:
+    """Log-prob of every sequence: the sum, or mean, of `linear_token_logprobs` over its scored tokens.
+
+    Args:
+        hidden: (B, T, H); or packed, (N, H) or (1, N, H), with `cu_seqlens`.
+        weight: (V, H).
+        labels: (B, T); or packed, (N,) or (1, N).
+        bias: None, or (V,).
+        reduction: "sum", or "mean": divided by the sequence's number of scored tokens (0 where there is none).
+        cu_seqlens: as in `sequence_logprobs`, like the two after it.
+        ld_alpha: α of LD-DPO (arXiv 2409.06411).
+        shared_lengths: (S,) ints, with `ld_alpha`.
+        mode: as in `linear_token_logprobs`, like every argument after it.
+        chunk_rows: the rows of a tile of logits.
+        filter_eps: the softmax mass below which columns are left out of the gradient.
+        ignore_index: the label that is not scored.
+        shift: labels are aligned with `input_ids`.
+        temperature: divides the logits.
+        logit_scale: multiplies the logits.
+        softcap: caps the logits.
+        stats: names of statistics, still per token.
+
+    Returns:
+        (B,), or (S,) packed; float32 (float64 for float64). With `stats`, a named tuple whose first field, `logprobs`,
+        is that.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, device or option.
+        IndexError: a scored label outside [0, V).
+    """
+    check_choice("reduction", reduction, REDUCTIONS[1:])
+    check_ld(ld_alpha, shared_lengths)
+    return _linear_logprobs(
+        hidden, weight, labels, bias, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha, shared_lengths,
+        ignore_index, shift, temperature, logit_scale, softcap, stats,
+    )  # fmt: skip

@@ -1,0 +1,388 @@
+"""Preference losses from hidden states, with the gradients made in the forward.
+
+A chunk holds whole groups (pairs, or the K answers to a prompt). Once its log-probs are known, so is the loss's gradient
+by them, and both gradient products follow at once on the exponentials just made: three products in all, the fewest
+there can be, and nothing of N × V outlives its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
+from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
+from fastpref.linear_logprobs import accumulators, cast, compute_dtype, linear_sequence_logprobs, wants_gradient
+from fastpref.losses.preference import dpo_loss, implicit_reward
+from fastpref.reference.linear_preference import (
+    check_group,
+    check_halves,
+    check_losses,
+    check_references,
+    count_sequences,
+)
+from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index
+from fastpref.reference.losses.preference import reduce
+from fastpref_kernels import ops
+
+LossFunction = Callable[[Tensor], Tensor]
+
+
+def _plan(
+    scored: Tensor, index: Tensor, sequences: int, group_size: int, limit: int, packed: bool
+) -> tuple[list[tuple[int, int]], int] | None:
+    """Runs of groups whose scored rows number at most `limit`, and the most rows of one; None where a group has more."""
+    groups = sequences // group_size
+    if torch.compiler.is_compiling():
+        # A graph knows shapes and no values: every position counts, and packed sequences cannot be told apart.
+        if packed:
+            return ([(0, groups)], scored.numel()) if scored.numel() <= limit else None
+        rows = [group_size * scored.shape[1]] * groups
+    else:
+        counts = torch.zeros(sequences, dtype=torch.long, device=scored.device)
+        counts.index_add_(0, index.reshape(-1), scored.reshape(-1).long())
+        rows = counts.view(group_size, groups).sum(0).tolist()
+    runs: list[tuple[int, int]] = []
+    begin, held, most = 0, 0, 0
+    for group, count in enumerate(rows):
+        if count > limit:
+            return None
+        if held + count > limit:
+            runs.append((begin, group))
+            begin, held = group, 0
+        held += count
+        most = max(most, held)
+    if groups:
+        runs.append((begin, groups))
+    return runs, most
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """A loss of groups with everything its backward needs: that multiplies by the upstream gradient and no more."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+        token_weights: Tensor, needed: tuple[bool, ...], dtype: torch.dtype, loss_fn: LossFunction, group_size: int,
+        plan: tuple[list[tuple[int, int]], int], mean: bool, scoring: tuple[Any, ...], stats: int,
+        filter_eps: float | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ignore_index, shift, *_ = scoring
+        operands = cast(dtype, hidden, weight, bias)
+        totals = accumulators(needed, dtype, hidden, weight, bias)
+        runs, rows = plan
+        sequences = count_sequences(labels, cu_seqlens)
+        groups = sequences // group_size
+        targets, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+        index = sequence_index(scored, cu_seqlens)
+        wide = token_weights.dtype
+        store = hidden.new_empty((rows, weight.shape[0]), dtype=dtype)
+        logps = hidden.new_zeros(sequences, dtype=wide)
+        loss = hidden.new_zeros((), dtype=wide)
+        scale = 1 / max(groups, 1) if mean else 1.0
+        statistics: list[Tensor] = []
+        for number, (begin, end) in enumerate(runs):
+            chunk = labels
+            if len(runs) > 1:
+                group = index % groups
+                inside = (group >= begin) & (group < end)
+                chunk = labels.clone()
+                chunk[:, int(shift) :] = targets.masked_fill(~inside, ignore_index)
+            token, norm, shares, *of_chunk = torch.ops.fastpref.linear_logprobs(
+                *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
+            )
+            statistics = [a | b if a.dtype == torch.bool else a + b for a, b in zip(statistics, of_chunk, strict=True)] \
+                if statistics else of_chunk  # fmt: skip
+            weighted = (token * token_weights).reshape(-1).double()
+            made = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index.reshape(-1), weighted).to(wide)
+            logps = logps + made
+
+            def chunk_loss(members: Tensor, begin: int = begin, end: int = end) -> tuple[Tensor, Tensor]:
+                losses = loss_fn(members)
+                check_losses(losses, groups)
+                return losses[begin:end].sum(), losses.detach()
+
+            # Groups of other chunks are there, at 0, so that the loss may hold something of its own for every group.
+            gradient, (_, losses) = torch.func.grad_and_value(chunk_loss, has_aux=True)(made.view(group_size, groups).T)
+            loss = loss + losses[begin:end].sum().to(wide)
+            by_group = torch.arange(groups, device=made.device)
+            of_groups = ((by_group >= begin) & (by_group < end))[:, None]
+            by_sequence = torch.where(of_groups, gradient * scale, 0.0).T.reshape(-1)
+            torch.ops.fastpref.linear_logprobs_backward_(
+                by_sequence[index] * token_weights, None, *operands, chunk, cu_seqlens, norm, store, shares, *totals,
+                number == 0, *scoring, None, filter_eps,
+            )  # fmt: skip
+        if not runs:
+            for total in totals:
+                if total is not None:
+                    total.zero_()
+            kinds = (torch.bool if name == "is_top1" else wide for name in LINEAR_STATISTICS)
+            statistics = [scored.new_zeros(scored.shape, dtype=kind) for kind in kinds]
+        kept = [loss.new_empty(0) if total is None else total for total in totals]
+        return loss * scale, logps, *kept, *statistics
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[2:5])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        none = (None,) * (len(ctx.needs_input_grad) - 3)
+
+        def scaled(saved: Tensor, dtype: torch.dtype) -> Tensor:
+            # Rounded to the parameter's dtype last, and never over what a second backward may need.
+            return torch.mul(saved, grads[0], out=torch.empty_like(saved, dtype=dtype))
+
+        triples = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        return *(scaled(saved, dtype) if needed else None for saved, dtype, needed in triples), *none
+
+
+def _group_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, loss_fn: LossFunction, *, group_size: int,
+    reduction: str, average_logps: bool, stats: tuple[str, ...], cu_seqlens: Tensor | None, ld_alpha: float | None,
+    shared_lengths: Tensor | None, mode: str, chunk_rows: int | None, filter_eps: float | None, ignore_index: int,
+    shift: bool, temperature: float, logit_scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The loss, the sequences' log-probs (S,), detached, and the statistics."""
+    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    check_mode(mode, chunk_rows, filter_eps)
+    check_transform(temperature, logit_scale, softcap)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_ld(ld_alpha, shared_lengths)
+    check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
+    names = check_stats(stats, LINEAR_STATISTICS)
+    dtype = compute_dtype(hidden)
+    sequences = count_sequences(labels, cu_seqlens)
+    rows_labels = labels[None] if labels.dim() == 1 else labels
+    _, scored = scored_targets(rows_labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+    index = sequence_index(scored, cu_seqlens)
+    plan = None
+    # fp16 has not the range for exponentials, nor for a gradient before GradScaler's factor has entered it.
+    if mode == "auto" and reduction != "none" and dtype != torch.float16 and wants_gradient(hidden, weight, bias):
+        limit = chunk_rows or ops.loss_chunk_rows(weight, dtype)
+        plan = _plan(scored, index, sequences, group_size, limit, cu_seqlens is not None)
+    if plan is None:
+        result = linear_sequence_logprobs(
+            hidden, weight, labels, bias, reduction="mean" if average_logps else "sum", cu_seqlens=cu_seqlens,
+            ld_alpha=ld_alpha, shared_lengths=shared_lengths, mode="recompute" if mode == "auto" else mode,
+            chunk_rows=chunk_rows, filter_eps=filter_eps, ignore_index=ignore_index, shift=shift,
+            temperature=temperature, logit_scale=logit_scale, softcap=softcap, stats=stats,
+        )  # fmt: skip
+        logps, *statistics = result if names else (result,)
+        losses = loss_fn(logps.view(group_size, sequences // group_size).T)
+        check_losses(losses, sequences // group_size)
+        return reduce(losses, reduction), logps.detach(), tuple(value.detach() for value in statistics)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    token_weights = scored.to(wide)
+    if ld_alpha is not None:
+        token_weights = token_weights * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, wide)
+    if average_logps:
+        counts = torch.zeros(sequences, dtype=wide, device=scored.device)
+        counts.index_add_(0, index.reshape(-1), scored.reshape(-1).to(wide))
+        token_weights = token_weights / counts.clamp(min=1)[index]
+    scoring = (
+        ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
+    )  # fmt: skip
+    needed = tuple(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    loss, logps, _, _, _, *statistics = _GradientsInForward.apply(
+        hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens, token_weights, needed,
+        dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
+        sum(1 << LINEAR_STATISTICS.index(name) for name in names), filter_eps,
+    )  # fmt: skip
+    shape = (*labels.shape[:-1], scored.shape[-1])
+    return loss, logps, tuple(statistics[LINEAR_STATISTICS.index(name)].view(shape) for name in names)
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    average_logps: bool = False,
+    stats: tuple[str, ...] = (),
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    shared_lengths: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    reference_free: bool = False,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Any:
+    """`dpo_loss` of the log-probs of `linear_sequence_logprobs`, with the gradients made in the forward.
+
+    The forward makes the loss and, if a backward may follow, the gradients of hidden, weight and bias, each only if it
+    is required: 6·N·V·H operations for N scored rows, and exponentials of one chunk of pairs at a time. The backward
+    multiplies them by the upstream gradient.
+
+    Args:
+        hidden: (2B, T, H) = [chosen; rejected]; or packed with `cu_seqlens`, the first half of the sequences chosen.
+        weight: (V, H), hidden's dtype.
+        labels: (2B, T), or packed.
+        ref_chosen_logps: (B,) log π_ref(chosen|x), a constant; not with `ref_hidden`.
+        ref_rejected_logps: (B,) log π_ref(rejected|x), likewise.
+        bias: None, or (V,).
+        ref_hidden: the reference model's hidden states, of hidden's leading shape, scored by the same labels and
+            options without gradients; with `ref_weight`, and `ref_bias` if its head has one.
+        ref_weight: (V, H) of the reference model.
+        ref_bias: (V,) of the reference model.
+        average_logps: the mean of a sequence's token log-probs, and not their sum.
+        stats: statistics of the tokens, as in `linear_token_logprobs`, detached; they follow the other results.
+        cu_seqlens: as in `sequence_logprobs`, like the two after it.
+        ld_alpha: α of LD-DPO.
+        shared_lengths: (2B,) ints, with `ld_alpha`.
+        beta: as in `dpo_loss`, like the four after it.
+        loss_type: which loss.
+        label_smoothing: ε.
+        reduction: "mean", "sum" or "none".
+        reference_free: take the reference's log-probs as 0.
+        mode: "auto": gradients in the forward, unless `reduction="none"`, fp16, or a pair of more scored rows than a
+            chunk: then the log-probs first and the products again in the backward, 8·N·V·H operations, with the same
+            answers. "save" and "recompute" take the log-probs first, as `linear_token_logprobs` does.
+        chunk_rows: the most scored rows whose exponentials are kept at a time. None: what fills 64 MiB on a CPU, 1 GiB
+            on a GPU.
+        filter_eps: as in `linear_token_logprobs`, like every argument after it.
+        ignore_index: the label that is not scored.
+        shift: labels are aligned with `input_ids`.
+        temperature: divides the logits.
+        logit_scale: multiplies the logits.
+        softcap: caps the logits.
+
+    Returns:
+        A named tuple: loss, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps, then `stats`. All but the
+        loss are detached; rewards and log-probs are (B,).
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, device or option; a reference given twice, or not at all.
+        IndexError: a scored label outside [0, V).
+    """
+    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    check_halves(labels, cu_seqlens)
+    check_references(
+        labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free
+    )
+    scoring = {
+        "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
+        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
+        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+    }  # fmt: skip
+    if ref_hidden is not None and not reference_free:
+        assert ref_weight is not None
+        with torch.no_grad():
+            ref_logps = linear_sequence_logprobs(
+                ref_hidden, ref_weight, labels, ref_bias, reduction="mean" if average_logps else "sum", **scoring
+            )
+        ref_chosen_logps, ref_rejected_logps = ref_logps.tensor_split(2)
+    reference = tuple(
+        None if logps is None or reference_free else logps.detach() for logps in (ref_chosen_logps, ref_rejected_logps)
+    )
+    options = {
+        "beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing, "reference_free": reference_free,
+    }  # fmt: skip
+
+    def pair_losses(members: Tensor) -> Tensor:
+        return dpo_loss(members[:, 0], members[:, 1], *reference, reduction="none", **options).loss
+
+    loss, logps, statistics = _group_loss(
+        hidden, weight, labels, bias, pair_losses, group_size=2, reduction=reduction, average_logps=average_logps,
+        stats=stats, **scoring,
+    )  # fmt: skip
+    chosen, rejected = logps.tensor_split(2)
+    zero = torch.zeros_like(chosen)
+    rewards = (
+        implicit_reward(policy, zero if ref is None else ref.to(zero.dtype), beta=beta)
+        for policy, ref in zip((chosen, rejected), reference, strict=True)
+    )
+    return linear_loss_type(check_stats(stats, LINEAR_STATISTICS))(loss, *rewards, chosen, rejected, *statistics)
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_fn: LossFunction,
+    *,
+    bias: Tensor | None = None,
+    group_size: int,
+    reduction: str = "mean",
+    average_logps: bool = False,
+    stats: tuple[str, ...] = (),
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    shared_lengths: Tensor | None = None,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Any:
+    """Any loss of groups of K sequences from hidden states, with the gradients made in the forward.
+
+    K-way DPO, for one, is `loss_fn=lambda logps: ranking_loss(implicit_reward(logps, ref), ranks, reduction="none")`.
+
+    Args:
+        hidden: (K·G, T, H), member-major: sequence k·G + g is member k of group g; or packed with `cu_seqlens`.
+        weight: (V, H), hidden's dtype.
+        labels: (K·G, T), or packed.
+        loss_fn: (G, K) sequence log-probs -> (G,) losses, each group's of its own row alone. It is called once a chunk,
+            with zeros for the groups of other chunks, and differentiated by its argument only: what it closes over is
+            constant.
+        bias: None, or (V,).
+        group_size: K.
+        reduction: "mean" over G, "sum", or "none" for (G,). The mean of no groups is 0.
+        average_logps: as in `linear_dpo_loss`, like every argument after it.
+        stats: statistics of the tokens.
+        cu_seqlens: packed boundaries.
+        ld_alpha: α of LD-DPO; without `shared_lengths` for pairs only.
+        shared_lengths: (K·G,) ints, with `ld_alpha`.
+        mode: how and when the gradients are made.
+        chunk_rows: the most scored rows whose exponentials are kept at a time.
+        filter_eps: the softmax mass below which columns are left out of the gradient.
+        ignore_index: the label that is not scored.
+        shift: labels are aligned with `input_ids`.
+        temperature: divides the logits.
+        logit_scale: multiplies the logits.
+        softcap: caps the logits.
+
+    Returns:
+        A named tuple: loss, logps (G, K) detached, then `stats`.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, device or option; losses of another shape than (G,).
+        IndexError: a scored label outside [0, V).
+    """
+    loss, logps, statistics = _group_loss(
+        hidden, weight, labels, bias, loss_fn, group_size=group_size, reduction=reduction,
+        average_logps=average_logps, stats=stats, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha,
+        shared_lengths=shared_lengths, mode=mode, chunk_rows=chunk_rows, filter_eps=filter_eps,
+        ignore_index=ignore_index, shift=shift, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+    )  # fmt: skip
+    members = logps.view(group_size, logps.shape[0] // group_size).T
+    return linear_group_type(check_stats(stats, LINEAR_STATISTICS))(loss, members, *statistics)

@@ -1,0 +1,187 @@
+"""Preference losses from hidden states: the log-probs of `linear_logprobs`, then the loss of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, describe
+from fastpref._results import linear_group_type, linear_loss_type
+from fastpref.reference.linear_logprobs import linear_sequence_logprobs
+from fastpref.reference.losses.preference import dpo_loss, reduce
+
+
+def count_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences (B, T), (T,) or packed labels hold."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    return labels.shape[0] if labels.dim() == 2 else 1
+
+
+def check_halves(labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise `ValueError` unless the sequences can be [chosen; rejected]."""
+    sequences = count_sequences(labels, cu_seqlens)
+    if sequences % 2:
+        raise ValueError(
+            f"hidden and labels must hold [chosen; rejected], an even number of sequences; got {sequences}"
+        )
+
+
+def check_references(
+    labels: Tensor, cu_seqlens: Tensor | None, ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, reference_free: bool,
+) -> None:  # fmt: skip
+    """Raise unless the reference comes from log-probs, from hidden states, or with `reference_free` from neither."""
+    logps = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    states = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    given = [name for name, value in logps.items() if value is not None]
+    made = [name for name, value in states.items() if value is not None]
+    if given and made:
+        raise ValueError(
+            f"the reference's log-probs are given or made from its hidden states, not both; "
+            f"got {', '.join(given)} and {', '.join(made)}"
+        )
+    if made:
+        if ref_hidden is None or ref_weight is None:
+            missing = "ref_hidden" if ref_hidden is None else "ref_weight"
+            raise ValueError(f"a reference made from hidden states needs {missing}; got only {', '.join(made)}")
+        check_linear(ref_hidden, ref_weight, labels, ref_bias, cu_seqlens, prefix="ref_")
+    elif len(given) < 2 and not reference_free:
+        missing = ", ".join(name for name in logps if name not in given)
+        raise ValueError(f"the loss needs {missing}, or ref_hidden and ref_weight, or reference_free=True")
+
+
+def check_group(
+    labels: Tensor, cu_seqlens: Tensor | None, group_size: int, ld_alpha: float | None, shared_lengths: Tensor | None
+) -> None:
+    """Raise unless the sequences divide into groups of `group_size`, and LD-DPO's lengths are known."""
+    if not isinstance(group_size, int):
+        raise TypeError(f"group_size must be an int, 1 or more; got {describe(group_size)}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be an int, 1 or more; got {group_size}")
+    sequences = count_sequences(labels, cu_seqlens)
+    if sequences % group_size:
+        raise ValueError(f"group_size must divide the number of sequences, {sequences}; got {group_size}")
+    if ld_alpha is not None and shared_lengths is None and group_size != 2:
+        raise ValueError(f"ld_alpha without shared_lengths takes pairs, group_size=2; got group_size={group_size}")
+
+
+def check_losses(losses: object, groups: int) -> None:
+    """Raise unless `loss_fn` returned floating-point losses (G,)."""
+    if not isinstance(losses, Tensor) or losses.dtype not in FLOATING:
+        raise TypeError(f"loss_fn must return a floating-point tensor ({groups},); got {describe(losses)}")
+    if losses.shape != (groups,):
+        raise ValueError(f"loss_fn must return one loss a group, ({groups},); got {describe(losses)}")
+
+
+def _sequences(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, average_logps: bool, stats: tuple[str, ...],
+    linear: dict[str, Any],
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[str, ...]]:  # fmt: skip
+    """The sequences' log-probs, the statistics, detached, and their names."""
+    reduction = "mean" if average_logps else "sum"
+    result = linear_sequence_logprobs(hidden, weight, labels, bias, reduction=reduction, stats=stats, **linear)
+    if isinstance(result, Tensor):
+        return result, (), ()
+    return result[0], tuple(value.detach() for value in result[1:]), result._fields[1:]
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    average_logps: bool = False,
+    stats: tuple[str, ...] = (),
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    shared_lengths: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    reference_free: bool = False,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Any:
+    """`fastpref.linear_dpo_loss` in plain PyTorch."""
+    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    check_halves(labels, cu_seqlens)
+    check_references(
+        labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free
+    )
+    linear = {
+        "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
+        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
+        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+    }  # fmt: skip
+    if ref_hidden is not None and not reference_free:
+        assert ref_weight is not None
+        with torch.no_grad():
+            made, _, _ = _sequences(ref_hidden, ref_weight, labels, ref_bias, average_logps, (), linear)
+        ref_chosen_logps, ref_rejected_logps = made.tensor_split(2)
+    logps, statistics, names = _sequences(hidden, weight, labels, bias, average_logps, stats, linear)
+    chosen, rejected = logps.tensor_split(2)
+    loss = dpo_loss(
+        chosen, rejected,
+        None if ref_chosen_logps is None else ref_chosen_logps.detach(),
+        None if ref_rejected_logps is None else ref_rejected_logps.detach(),
+        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reduction=reduction,
+        reference_free=reference_free,
+    )  # fmt: skip
+    return linear_loss_type(names)(*loss, chosen.detach(), rejected.detach(), *statistics)
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    *,
+    bias: Tensor | None = None,
+    group_size: int,
+    reduction: str = "mean",
+    average_logps: bool = False,
+    stats: tuple[str, ...] = (),
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    shared_lengths: Tensor | None = None,
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    filter_eps: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Any:
+    """`fastpref.linear_preference_loss` in plain PyTorch."""
+    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
+    linear = {
+        "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
+        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
+        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+    }  # fmt: skip
+    logps, statistics, names = _sequences(hidden, weight, labels, bias, average_logps, stats, linear)
+    # Sequence k·G + i is member k of group i.
+    members = logps.view(group_size, logps.shape[0] // group_size).T
+    losses = loss_fn(members)
+    check_losses(losses, members.shape[0])
+    return linear_group_type(names)(reduce(losses, reduction), members.detach(), *statistics)

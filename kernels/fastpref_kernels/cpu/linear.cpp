@@ -1,0 +1,286 @@
+// The row passes over a tile of logits that a matrix product has just written, while it is still in the cache, and the
+// bfloat16 product that keeps its float32 sums.
+//
+// Exponentials are anchored 32 above the label: e_j = exp(z_j - z_y - 32) needs no running maximum, and bfloat16, which
+// has float32's range, can hold them. A row whose sum would pass 2^60 moves its anchor up to the tile's maximum.
+#include "lanes.h"
+#include "rows.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+// Part of every libtorch_cpu that is built with MKL, and nothing in one that is not.
+extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
+                                                             int k, float alpha, const void* a, int lda, const void* b,
+                                                             int ldb, float beta, float* c, int ldc);
+#define FASTPREF_HAS_BF16_GEMM (cblas_gemm_bf16bf16f32 != nullptr)
+#else
+#define FASTPREF_HAS_BF16_GEMM false
+#endif
+
+namespace fastpref {
+namespace {
+
+using at::Tensor;
+
+// body(pair, j, left) over n values, `left` of them in the last pair, whose other lanes hold `fill`.
+template <typename A, typename F>
+inline void sweep(const A* z, int64_t n, A fill, const F& body) {
+  int64_t j = 0;
+  for (; j + kStep<A> <= n; j += kStep<A>) body(load_pair(z + j), j, kStep<A>);
+  if (j < n) {
+    A padded[kStep<A>];
+    std::fill(std::copy(z + j, z + n, padded), padded + kStep<A>, fill);
+    body(load_pair(padded), j, n - j);
+  }
+}
+
+template <typename S, typename A>
+inline void store_left(S* to, const Pair<A>& v, int64_t left) {
+  if (left == kStep<A>) return store_pair(to, v);
+  S padded[kStep<A>];
+  store_pair(padded, v);
+  std::copy(padded, padded + left, to);
+}
+
+// z <- rate * u(x + bias), over x.
+template <bool Cap, typename A>
+void transform_row(A* x, int64_t n, const A* bias, const Transform& t) {
+  using V = Vectorized<A>;
+  if (!Cap && !bias && t.rate == 1) return;
+  const V rate{A(t.rate)};
+  A shifted[kStep<A>] = {};
+  sweep(x, n, A(0), [&](Pair<A> v, int64_t j, int64_t left) {
+    if (bias) {
+      std::copy(bias + j, bias + j + left, shifted);
+      const Pair<A> b = load_pair(shifted);
+      v = {v.first + b.first, v.second + b.second};
+    }
+    store_left(x + j, map(v, [&](const V& w) { return u_of<Cap>(w, t) * rate; }), left);
+  });
+}
+
+// dz/dx where rate * u(x) = z.
+template <bool Cap, typename V>
+inline V slope_at(const V& z, const Transform& t) {
+  using A = std::conditional_t<std::is_same_v<V, Vectorized<double>> || std::is_same_v<V, double>, double, float>;
+  return Cap ? derivative<Cap>(z * V(A(1 / t.rate)), t) : V(A(t.slope));
+}
+
+struct Sums {
+  double rest = 0, weighted = 0, squares = 0;  // of e, e * d and e * e
+};
+
+// Sums over a tile whose label, if it has it, holds -inf; and what the gradient needs of it, to `store`.
+template <bool Cap, bool Stats, typename A, typename S>
+Sums exponentials(const A* z, int64_t n, A anchor, const Transform& t, S* store) {
+  using V = Vectorized<A>;
+  const V a(anchor), floor(A(-1e30));
+  V e_sum[2] = {V(A(0)), V(A(0))}, ed_sum(A(0)), ee_sum(A(0));
+  sweep(z, n, -std::numeric_limits<A>::infinity(), [&](const Pair<A>& v, int64_t j, int64_t left) {
+    const Pair<A> d = map(v, [&](const V& w) { return w - a; });
+    const Pair<A> e = map(d, [](const V& w) { return exp(w); });
+    e_sum[0] = e_sum[0] + e.first;
+    e_sum[1] = e_sum[1] + e.second;
+    if constexpr (Stats) {
+      // The floor keeps 0 * -inf out of the sum; its exponential is 0 all the same.
+      ed_sum = at::vec::fmadd(e.first, at::vec::maximum(d.first, floor), ed_sum);
+      ed_sum = at::vec::fmadd(e.second, at::vec::maximum(d.second, floor), ed_sum);
+      ee_sum = at::vec::fmadd(e.first, e.first, ee_sum);
+      ee_sum = at::vec::fmadd(e.second, e.second, ee_sum);
+    }
+    if (store) {
+      const Pair<A> kept{e.first * slope_at<Cap>(v.first, t), e.second * slope_at<Cap>(v.second, t)};
+      store_left(store + j, kept, left);
+    }
+  });
+  return {double(sum(e_sum[0] + e_sum[1])), double(sum(ed_sum)), double(sum(ee_sum))};
+}
+
+template <typename A>
+A maximum_of(const A* z, int64_t n) {
+  Vectorized<A> best(-std::numeric_limits<A>::infinity());
+  sweep(z, n, -std::numeric_limits<A>::infinity(), [&](const Pair<A>& v, int64_t, int64_t) {
+    best = at::vec::maximum(best, at::vec::maximum(v.first, v.second));
+  });
+  return max(best);
+}
+
+// Whether one of n values keeps the label from being the first argmax.
+template <bool Before, typename A>
+bool exceeds(const A* z, int64_t n, A label) {
+  const A best = maximum_of(z, n);
+  return at::_isnan(best) || (Before ? n > 0 && best >= label : best > label);
+}
+
+template <bool Cap, bool Stats, typename A, typename S>
+void fold_row(A* z, int64_t C, int64_t own, A label, const A* bias, const Transform& t, int64_t stats, double* state,
+              int64_t R, double* anchor_out, double* mass_out, S* store) {
+  constexpr A inf = std::numeric_limits<A>::infinity();
+  double &anchor = state[0], &rest = state[R], &weighted = state[2 * R], &squares = state[3 * R],
+         &total = state[4 * R], &above = state[5 * R];
+  transform_row<Cap>(z, C, bias, t);
+  const bool holds = own >= 0 && own < C;
+  if (stats & kMean) {
+    Vectorized<A> sums(A(0));
+    sweep(z, C, A(0), [&](const Pair<A>& v, int64_t, int64_t) { sums = sums + (v.first + v.second); });
+    total += double(sum(sums));
+  }
+  if (stats & kTop1) {
+    const int64_t before = std::clamp<int64_t>(own, 0, C), after = std::clamp<int64_t>(own + 1, 0, C);
+    if (exceeds<true>(z, before, label) || exceeds<false>(z + after, C - after, label)) above = 1;
+  }
+  if (holds) z[own] = -inf;
+  Sums sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
+  if (!(rest + sums.rest < kAnchorLimit)) {
+    const A top = maximum_of(z, C);
+    const double old = rest > 0 || std::isfinite(anchor) ? anchor : -double(inf);
+    double moved = at::_isnan(top) ? double(top) : std::max<double>(old, top);
+    if (moved == -double(inf)) moved = 0;  // nothing but -inf yet: any anchor gives a sum of 0, and no NaN
+    const double gap = anchor - moved, f = std::exp(gap);
+    // exp(d) d becomes f exp(d) (d + gap); where f is 0 so is the sum, whatever the gap.
+    weighted = f == 0 ? 0 : f * (weighted + gap * rest);
+    rest = rest == 0 ? 0 : f * rest;
+    squares = squares == 0 ? 0 : f * f * squares;
+    anchor = moved;
+    sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
+  }
+  rest += sums.rest;
+  weighted += sums.weighted;
+  squares += sums.squares;
+  *anchor_out = anchor;
+  *mass_out = sums.rest;
+}
+
+Tensor widened(const std::optional<Tensor>& bias, const Tensor& z) {
+  return bias ? bias->to(z.scalar_type()).contiguous() : Tensor();
+}
+
+void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targets, const Tensor& label,
+          int64_t column, double logit_scale, double temperature, std::optional<double> softcap, int64_t stats,
+          const Tensor& state, const Tensor& anchors, const Tensor& masses, const std::optional<Tensor>& store) {
+  const Transform t(logit_scale, temperature, softcap);
+  const int64_t R = z.size(0), C = z.size(1);
+  const Tensor b = widened(bias, z);
+  const int64_t* y = targets.const_data_ptr<int64_t>();
+  double *sums = state.mutable_data_ptr<double>(), *anchor = anchors.mutable_data_ptr<double>(),
+         *mass = masses.mutable_data_ptr<double>();
+  const auto run = [&]<typename A, typename S>(S* kept) {
+    constexpr int64_t summed = kEntropy | kLogSumSq;
+    const auto plain = stats & summed ? &fold_row<false, true, A, S> : &fold_row<false, false, A, S>;
+    const auto capped = stats & summed ? &fold_row<true, true, A, S> : &fold_row<true, false, A, S>;
+    const auto row = softcap ? capped : plain;
+    A* tile = z.mutable_data_ptr<A>();
+    const A* of_label = label.const_data_ptr<A>();
+    const A* shift = b.defined() ? b.const_data_ptr<A>() : nullptr;
+    at::parallel_for(0, R, std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        row(tile + i * z.stride(0), C, y[i] - column, of_label[i], shift, t, stats, sums + i, R, anchor + i, mass + i,
+            kept ? kept + i * store->stride(0) : nullptr);
+      }
+    });
+  };
+  if (z.scalar_type() == at::kDouble) {
+    run.operator()<double>(store ? store->mutable_data_ptr<double>() : nullptr);
+  } else if (store && store->scalar_type() == at::kBFloat16) {
+    run.operator()<float>(store->mutable_data_ptr<c10::BFloat16>());
+  } else {
+    run.operator()<float>(store ? store->mutable_data_ptr<float>() : nullptr);
+  }
+}
+
+// A row's gradient: dz_j = -p_j * (g + h * (log p_j + entropy)), and its own at the label.
+template <bool Cap, bool Entropy, typename A, typename S>
+void gradient_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& t, const A* norm, int64_t R, A g, A h,
+                  S* out) {
+  using V = Vectorized<A>;
+  const A anchor = norm[0], inverse = norm[R], logp = norm[2 * R], entropy = Entropy ? norm[3 * R] : A(0);
+  transform_row<Cap>(z, C, bias, t);
+  const A z_y = own >= 0 && own < C ? z[own] : A(0);
+  const V a(anchor), scale(-inverse), g_v(g), h_v(h), surprise(std::log(inverse) + entropy), floor(A(-1e30));
+  const auto gradient = [&](const V& v) {
+    const V d = v - a;
+    if constexpr (Entropy) {
+      const V clamped = at::vec::maximum(d, floor);
+      return exp(clamped) * scale * at::vec::fmadd(h_v, clamped + surprise, g_v) * slope_at<Cap>(v, t);
+    } else {
+      return exp(d) * scale * g_v * slope_at<Cap>(v, t);
+    }
+  };
+  sweep(z, C, A(0), [&](const Pair<A>& v, int64_t j, int64_t left) { store_left(out + j, map(v, gradient), left); });
+  if (own >= 0 && own < C) {
+    A at_label = -g * std::expm1(logp);
+    if (Entropy && logp != -std::numeric_limits<A>::infinity()) at_label -= h * std::exp(logp) * (logp + entropy);
+    out[own] = S(at_label * slope_at<Cap>(z_y, t));
+  }
+}
+
+void fold_backward(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targets, int64_t column,
+                   double logit_scale, double temperature, std::optional<double> softcap, const Tensor& norm,
+                   const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_entropy, const Tensor& out) {
+  const Transform t(logit_scale, temperature, softcap);
+  const int64_t R = z.size(0), C = z.size(1);
+  const Tensor b = widened(bias, z);
+  const int64_t* y = targets.const_data_ptr<int64_t>();
+  const auto run = [&]<typename A, typename S>(S* to) {
+    const auto plain = grad_entropy ? &gradient_row<false, true, A, S> : &gradient_row<false, false, A, S>;
+    const auto capped = grad_entropy ? &gradient_row<true, true, A, S> : &gradient_row<true, false, A, S>;
+    const auto row = softcap ? capped : plain;
+    A* tile = z.mutable_data_ptr<A>();
+    const A* saved = norm.const_data_ptr<A>();
+    const A* g = grad ? grad->const_data_ptr<A>() : nullptr;
+    const A* h = grad_entropy ? grad_entropy->const_data_ptr<A>() : nullptr;
+    const A* shift = b.defined() ? b.const_data_ptr<A>() : nullptr;
+    at::parallel_for(0, R, std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        row(tile + i * z.stride(0), C, y[i] - column, shift, t, saved + i, R, g ? g[i] : A(0), h ? h[i] : A(0),
+            to + i * out.stride(0));
+      }
+    });
+  };
+  if (z.scalar_type() == at::kDouble) {
+    run.operator()<double>(out.mutable_data_ptr<double>());
+  } else if (out.scalar_type() == at::kBFloat16) {
+    run.operator()<float>(out.mutable_data_ptr<c10::BFloat16>());
+  } else {
+    run.operator()<float>(out.mutable_data_ptr<float>());
+  }
+}
+
+bool has_bf16_gemm() {
+  return FASTPREF_HAS_BF16_GEMM;
+}
+
+// out (M, N) float32 = a (M, K) @ b (K, N) in bfloat16, summed in float32; or += of it. One stride of each is 1.
+void bf16_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  TORCH_CHECK(has_bf16_gemm(), "this build has no bfloat16 product with float32 sums");
+#if defined(__AMX_BF16__) && defined(__linux__)
+  const int m = int(a.size(0)), k = int(a.size(1)), n = int(b.size(1));
+  if (m == 0 || n == 0 || k == 0) return;
+  constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112;
+  const auto layout = [](const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? kPlain : kTransposed; };
+  const auto leading = [&](const Tensor& x) {
+    const bool plain = layout(x) == kPlain;
+    return int(std::max(x.stride(plain ? 0 : 1), x.size(plain ? 1 : 0)));
+  };
+  cblas_gemm_bf16bf16f32(kRowMajor, layout(a), layout(b), m, n, k, 1.0f, a.const_data_ptr(), leading(a),
+                         b.const_data_ptr(), leading(b), add ? 1.0f : 0.0f, out.mutable_data_ptr<float>(),
+                         int(std::max(out.stride(0), out.size(1))));
+#endif
+}
+
+}  // namespace
+}  // namespace fastpref
+
+TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
+  m.def("fold", &fastpref::fold);
+  m.def("fold_backward", &fastpref::fold_backward);
+  m.def("has_bf16_gemm", &fastpref::has_bf16_gemm);
+  m.def("bf16_gemm", &fastpref::bf16_gemm);
+  m.def("advise_huge_pages(Tensor fresh) -> ()", [](const at::Tensor& fresh) { fastpref::advise_huge_pages(fresh); });
+}

@@ -1,0 +1,386 @@
+"""Log-probs from hidden states and the LM head, for every device: products of a library, row passes of ours.
+
+The scored rows are gathered first. Then, for a chunk of rows, the vocabulary is gone over a tile of columns at a time:
+a product writes the tile's logits in float32, and a fold adds them to each row's sums while they are in the cache. No
+logit is ever rounded below float32, and no more of them exist at a time than a tile.
+
+With e_j = exp(z_j - a), anchored at a = z_y + 32, s = Σ_{j≠y} e_j and S = s + e_y:
+
+    log p_y    = -log1p(s·exp(a - z_y))
+    ∂/∂z_j     = e_j / S, and -s / S at the label, each with the sign turned
+
+so where a row's e (with -s in the label's place) was kept, both gradients are library products of it, whatever the
+upstream gradient g: d_hidden = -diag(g/S)·(e·W) and d_weight = -eᵀ·(diag(g/S)·X). Nothing cancels, at any log-prob.
+Where it was not kept, the logits are made again, and a second fold turns them into the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels import eager
+
+ANCHOR = 32.0  # how far above its label a row is anchored at first
+COLUMNS = 4096  # of a tile; products are at full speed from 1024, and a row of a tile stays in an L1 cache
+LOSS_BYTES = 1 << 30  # of exponentials a loss keeps at a time, on a device with memory of its own
+LIMIT = 2.0**60  # sums past this move the anchor, as in the kernels
+_NEAR = 600.0  # below this, exp(a - z_y) is a float64 with room to spare
+
+
+class Backend(NamedTuple):
+    """What a device brings.
+
+    Attributes:
+        product: (out, a, b, add): out (M, N) = a (M, K) @ b (K, N), or += it; out and its sums are float32 (float64
+            for float64 operands).
+        fold: adds a tile of logits to the rows' sums. See `fold`.
+        fold_backward: turns a tile of logits into its gradient. See `fold_backward`.
+        scratch: (name, shape, dtype, device) -> uninitialised memory, the same at the next call of that name.
+        prepare: told of large memory before it is first touched.
+        gradient_dtype: the dtype of hidden -> that of the gradient's tiles.
+        rows: default of `chunk_rows`, the rows of a tile.
+        whole: whether kept exponentials are multiplied in one product, and not a tile's columns at a time.
+    """
+
+    product: Callable[[Tensor, Tensor, Tensor, bool], None]
+    fold: Callable[..., None]
+    fold_backward: Callable[..., None]
+    scratch: Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
+    prepare: Callable[[Tensor], None]
+    gradient_dtype: Callable[[torch.dtype], torch.dtype]
+    rows: int
+    whole: bool
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What a dtype is computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _transformed(
+    x: Tensor, bias: Tensor | None, logit_scale: float, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | float]:
+    """z of raw logits x, and dz/dx."""
+    if bias is not None:
+        x = x + bias.to(x.dtype)
+    transform = eager.Transform.of(logit_scale, temperature, softcap)
+    u = transform.u(x)
+    return u * transform.rate, transform.derivative(u)
+
+
+def fold(
+    z: Tensor, bias: Tensor | None, targets: Tensor, label: Tensor, column: int, logit_scale: float,
+    temperature: float, softcap: float | None, stats: int, state: Tensor, anchors: Tensor, masses: Tensor,
+    store: Tensor | None,
+) -> None:  # fmt: skip
+    """Add a tile of logits to the sums of its rows: the definition, which the kernels do in one pass.
+
+    Args:
+        z: (R, C) products hidden @ weightᵀ, float32 or float64; may be written to.
+        bias: (C,) or None.
+        targets: (R,) the rows' labels.
+        label: (R,) z of the labels.
+        column: the vocabulary column the tile starts at.
+        logit_scale: as in `logprobs`, like the two after it.
+        temperature: divides the logits.
+        softcap: caps the logits.
+        stats: bits of the statistics asked for.
+        state: (6, R) float64, in and out, of d_j = z_j - anchor over the tiles so far: the anchor, Σ exp d and
+            Σ d·exp d and Σ exp 2d over j ≠ label, Σ z over all j, and 1 where the label is not the first argmax.
+        anchors: (R,) float64, out: the anchor of this tile.
+        masses: (R,) float64, out: this tile's Σ_{j≠label} exp d.
+        store: (R, C) or None, out: exp(d)·dz/dx, and 0 at the label.
+    """
+    z, slope = _transformed(z, bias, logit_scale, temperature, softcap)
+    anchor, rest, weighted, squares, total, above = state
+    columns = torch.arange(column, column + z.shape[1], device=z.device)
+    before, after = columns < targets[:, None], columns > targets[:, None]
+    if stats & 4:
+        total += z.sum(-1, dtype=torch.float64)
+    if stats & 8:
+        z_y = label[:, None]
+        exceeds = (before & ~(z < z_y)) | (after & ~(z <= z_y))
+        above.logical_or_(exceeds.any(-1))
+    others = z.masked_fill(~(before | after), -torch.inf)
+    tile = (others - anchor[:, None].to(z.dtype)).exp().sum(-1, dtype=torch.float64)
+    redone = ~(rest + tile < LIMIT)
+    old = torch.where((rest > 0) | anchor.isfinite(), anchor, -torch.inf)
+    moved = torch.maximum(old, others.amax(-1).double())
+    moved = torch.where(redone, moved.masked_fill(moved == -torch.inf, 0.0), anchor)
+    gap = torch.where(redone, anchor - moved, 0.0)
+    factor = gap.exp()
+    gap = gap.masked_fill(factor == 0, 0.0)
+    d = others - moved[:, None].to(z.dtype)
+    e = d.exp()
+    weighted.copy_(factor * (weighted + gap * rest) + (e * d.masked_fill(e == 0, 0.0)).sum(-1, dtype=torch.float64))
+    squares.copy_(factor * factor * squares + (e * e).sum(-1, dtype=torch.float64))
+    masses.copy_(e.sum(-1, dtype=torch.float64))
+    rest.copy_(factor * rest + masses)
+    anchor.copy_(moved)
+    anchors.copy_(moved)
+    if store is not None:
+        store.copy_(e * slope)
+
+
+def fold_backward(
+    z: Tensor, bias: Tensor | None, targets: Tensor, column: int, logit_scale: float, temperature: float,
+    softcap: float | None, norm: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Turn a tile of logits into their gradient: the definition, which the kernels do in one pass.
+
+    Args:
+        z: (R, C) products hidden @ weightᵀ; may be written to.
+        bias: (C,) or None.
+        targets: (R,) the rows' labels.
+        column: the vocabulary column the tile starts at.
+        logit_scale: as in `logprobs`, like the two after it.
+        temperature: divides the logits.
+        softcap: caps the logits.
+        norm: (3, R): anchor, 1/S and log-prob of each row, and its entropy where there is a fourth.
+        grad: (R,) or None, of the log-probs.
+        grad_entropy: (R,) or None, of the entropies.
+        out: (R, C), may be `z`.
+    """
+    z, slope = _transformed(z, bias, logit_scale, temperature, softcap)
+    anchor, inverse, logp = (norm[i][:, None] for i in range(3))
+    own = torch.arange(column, column + z.shape[1], device=z.device) == targets[:, None]
+    d = z - anchor
+    p = d.exp() * inverse
+    result = torch.zeros_like(z)
+    if grad is not None:
+        result = torch.where(own, -grad[:, None] * torch.expm1(logp), -grad[:, None] * p)
+    if grad_entropy is not None:
+        entropy = norm[3][:, None]
+        log_p = torch.where(own, logp, d + inverse.log())
+        p = torch.where(own, logp.exp(), p)
+        result = result - grad_entropy[:, None] * p * (log_p + entropy).masked_fill(p == 0, 0.0)
+    out.copy_(result * slope)
+
+
+class _Rows(NamedTuple):
+    """The scored rows: which they are among (B·T) positions, where their results go in (B, T'), and their labels."""
+
+    position: Tensor
+    place: tuple[Tensor, Tensor]
+    label: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, vocabulary: int) -> _Rows:
+        if cu_seqlens is not None:
+            eager.check_boundaries(cu_seqlens, labels.shape[1])
+        targets, scored = eager.scored_targets(labels, cu_seqlens, ignore_index, shift)
+        eager.check_labels(targets, scored, vocabulary)
+        batch, time = scored.nonzero(as_tuple=True)
+        return cls(batch * labels.shape[1] + time, (batch, time), targets[batch, time].long())
+
+    def __len__(self) -> int:
+        return self.label.shape[0]
+
+
+def _column_chunks(vocabulary: int, columns: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, vocabulary, columns):
+        yield begin, min(begin + columns, vocabulary)
+
+
+def _label_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: Any) -> tuple[Any, Any]:
+    """z and dz/dx at the labels (R,), from a float32 dot product."""
+    dtype = widened(x.dtype)
+    raw = (x.to(dtype) * weight[labels].to(dtype)).sum(-1)
+    return _transformed(raw, None if bias is None else bias[labels], *transform)
+
+
+def _mass_shares(anchors: Tensor, masses: Tensor, anchor: Tensor, total: Tensor) -> Tensor:
+    """The softmax mass of every tile of every row (chunks, R), its label's aside."""
+    return masses * (anchors - anchor).exp() / total
+
+
+def _kept(shares: Tensor, labels: Tensor, columns: int, filter_eps: float) -> Tensor:
+    """Which tiles of each row carry gradient (chunks, R): enough mass, or the label; NaN stays to be seen."""
+    chunk = torch.arange(shares.shape[0], device=shares.device)[:, None]
+    return ~(shares < filter_eps) | (labels // columns == chunk)
+
+
+def logprobs(
+    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
+    softcap: float | None, stats: int, chunk_rows: int | None, filter_eps: float | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`fastpref::linear_logprobs`."""
+    vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
+    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
+    chunks = list(_column_chunks(vocabulary, COLUMNS))
+    if store is not None:
+        backend.prepare(store)
+    shape = tuple(labels[:, 1:].shape if shift else labels.shape)
+    logps = hidden.new_zeros(shape, dtype=dtype)
+    norm = hidden.new_zeros((4 if stats & 2 else 3, *shape), dtype=dtype)
+    shares = hidden.new_zeros((len(chunks) if filter_eps is not None else 0, *shape), dtype=torch.float32)
+    kinds = [torch.bool if bit == 3 else dtype for bit in range(6)]
+    statistics = [hidden.new_zeros(shape if stats >> bit & 1 else (0,), dtype=kind) for bit, kind in enumerate(kinds)]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    size = min(chunk_rows or backend.rows, max(len(rows), 1))
+    for first in range(0, len(rows), size):
+        part = slice(first, min(first + size, len(rows)))
+        place = (rows.place[0][part], rows.place[1][part])
+        y, x = rows.label[part], flat[rows.position[part]]
+        label, slope = _label_logits(x, weight, bias, y, transform)
+        state = torch.zeros((6, len(y)), dtype=torch.float64, device=x.device)
+        state[0] = label + ANCHOR
+        anchors, masses = state.new_empty((2, len(chunks), len(y)))
+        tile = backend.scratch("logits", (len(y), min(COLUMNS, vocabulary)), dtype, x.device)
+        for i, (begin, end) in enumerate(chunks):
+            z = tile[:, : end - begin]
+            backend.product(z, x, weight[begin:end].t(), False)
+            backend.fold(
+                z, None if bias is None else bias[begin:end], y, label, begin, *transform, stats, state, anchors[i],
+                masses[i], None if store is None else store[part, begin:end],
+            )  # fmt: skip
+        anchor, rest, weighted, squares, total, above = state
+        z_y = label.double()
+        e_y = (z_y - anchor).exp()
+        whole = rest + e_y
+        gap = anchor - z_y
+        near = -torch.log1p(rest * gap.clamp(max=_NEAR).exp())
+        logp = torch.where(gap < _NEAR, near, -gap - whole.log()).masked_fill(label == torch.inf, torch.nan)
+        if store is not None:
+            kept = store[part]
+            moved = (anchors != anchor).any(0).nonzero()[:, 0]
+            if len(moved):
+                factor = (anchors[:, moved] - anchor[moved]).exp().repeat_interleave(COLUMNS, 0)
+                kept[moved] = (kept[moved] * factor[:vocabulary].t()).to(kept.dtype)
+            kept.scatter_(1, y[:, None], (-rest * slope).to(kept.dtype)[:, None])
+        norm[0][place], norm[1][place] = anchor.to(dtype), (1 / whole).to(dtype)
+        norm[2][place] = logps[place] = logp.to(dtype)
+        values: dict[int, Callable[[], Tensor]] = {
+            0: lambda anchor=anchor, whole=whole: anchor + whole.log(),
+            1: lambda whole=whole, weighted=weighted, e_y=e_y, gap=gap: (
+                whole.log() - (weighted - (e_y * gap).masked_fill(e_y == 0, 0.0)) / whole
+            ),
+            2: lambda total=total: total / vocabulary,
+            3: lambda above=above, label=label: (above == 0) & ~label.isnan(),
+            4: lambda squares=squares, e_y=e_y, whole=whole: (squares + e_y * e_y).log() - 2 * whole.log(),
+        }
+        for bit, value in values.items():
+            if stats >> bit & 1:
+                statistics[bit][place] = value().to(kinds[bit])
+        if stats & 2:
+            norm[3][place] = statistics[1][place]
+        if filter_eps is not None:
+            share = _mass_shares(anchors, masses, anchor, whole).float()
+            shares[(slice(None), *place)] = share
+            if stats >> 5 & 1:
+                dropped = share.masked_fill(_kept(share, y, COLUMNS, filter_eps), 0.0)
+                statistics[5][place] = dropped.sum(0).to(dtype)
+    return logps, norm, shares, *statistics
+
+
+def accumulate_gradients(
+    backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,
+    shares: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, fresh: bool,
+    ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None,
+    chunk_rows: int | None, filter_eps: float | None,
+) -> None:  # fmt: skip
+    """`fastpref::linear_logprobs_backward_`."""
+    vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
+    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
+    if fresh and d_weight is not None:
+        backend.prepare(d_weight)
+    for total in (d_hidden, d_weight, d_bias):
+        # The weight's is worth not writing twice: the first product of its columns overwrites it.
+        if fresh and total is not None and (total is not d_weight or not len(rows) or filter_eps is not None):
+            total.zero_()
+    overwrite = fresh and filter_eps is None
+    # The kept exponentials serve the log-probs alone: an entropy's gradient needs the log-probs of every entry too.
+    kept = store if grad_entropy is None else None
+    columns = vocabulary if backend.whole and kept is not None and filter_eps is None else COLUMNS
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    size = min(chunk_rows or backend.rows, max(len(rows), 1))
+    for first in range(0, len(rows), size):
+        part = slice(first, min(first + size, len(rows)))
+        place = (rows.place[0][part], rows.place[1][part])
+        y, x, of_row = rows.label[part], flat[rows.position[part]], norm[(slice(None), *place)].contiguous()
+        g = None if grad is None else grad[place].to(dtype).contiguous()
+        h = None if grad_entropy is None else grad_entropy[place].to(dtype).contiguous()
+        keeps = None
+        if filter_eps is not None and h is None:
+            keeps = _kept(shares[(slice(None), *place)], y, COLUMNS, filter_eps)
+        row_scale = None
+        right = x
+        if kept is not None:
+            assert g is not None
+            row_scale = -g * of_row[1]
+            right = (x.to(dtype) * row_scale[:, None]).to(x.dtype)
+        rows_gradient = None
+        if d_hidden is not None:
+            rows_gradient = backend.scratch("hidden", (len(y), hidden.shape[-1]), dtype, x.device).zero_()
+        for i, (begin, end) in enumerate(_column_chunks(vocabulary, columns)):
+            pick = None if keeps is None or bool(keeps[i].all()) else keeps[i].nonzero()[:, 0]
+            if pick is not None and not len(pick):
+                continue
+
+            def picked(values: Any, pick: Tensor | None = pick) -> Any:
+                return values if values is None or pick is None else values[..., pick].contiguous()
+
+            w, b = weight[begin:end], None if bias is None else bias[begin:end]
+            if kept is not None:
+                tile = kept[part, begin:end] if pick is None else kept[part, begin:end][pick]
+            else:
+                n = len(y) if pick is None else len(pick)
+                z = backend.scratch("logits", (n, min(COLUMNS, vocabulary)), dtype, x.device)[:, : end - begin]
+                backend.product(z, x if pick is None else x[pick], w.t(), False)
+                narrow = backend.gradient_dtype(x.dtype)
+                tile = z
+                if narrow != dtype:
+                    tile = backend.scratch("gradient", (n, min(COLUMNS, vocabulary)), narrow, x.device)
+                    tile = tile[:, : end - begin]
+                backend.fold_backward(z, b, picked(y), begin, *transform, picked(of_row), picked(g), picked(h), tile)
+            if rows_gradient is not None:
+                if pick is None:
+                    backend.product(rows_gradient, tile, w, True)
+                else:
+                    some = rows_gradient.new_empty(len(pick), rows_gradient.shape[1])
+                    backend.product(some, tile, w, False)
+                    rows_gradient.index_add_(0, pick, some)
+            if d_weight is not None:
+                backend.product(
+                    d_weight[begin:end], tile.t(), right if pick is None else right[pick], not (overwrite and first == 0)
+                )  # fmt: skip
+            if d_bias is not None:
+                wide = tile.to(dtype)
+                d_bias[begin:end] += wide.sum(0) if row_scale is None else picked(row_scale) @ wide
+        if d_hidden is not None:
+            assert rows_gradient is not None
+            if row_scale is not None:
+                rows_gradient *= row_scale[:, None]
+            d_hidden.view(-1, d_hidden.shape[-1])[rows.position[part]] += rows_gradient
+
+
+def library_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (M, N) = a (M, K) @ b (K, N), or += it, with float32 sums and result whatever the operands' dtype."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not a.is_cuda:
+        library_product(out, a.to(out.dtype), b.to(out.dtype), add)
+    elif add:
+        out += torch.mm(a, b, out_dtype=out.dtype)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def fresh_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of an allocator that keeps its own."""
+    del name
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def library_backend(fold: Callable[..., None], fold_backward: Callable[..., None]) -> Backend:
+    """A device's own products around the given row passes, with tiles large enough to fill a GPU."""
+    return Backend(
+        library_product, fold, fold_backward, fresh_scratch, lambda _: None, lambda dtype: dtype,
+        rows=4096, whole=True,
+    )  # fmt: skip

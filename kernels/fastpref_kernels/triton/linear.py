@@ -1,0 +1,350 @@
+"""The row pass over a tile of logits that a library product just wrote, and the gradient of such a tile.
+
+A row's state is carried from tile to tile; within one, sums are kept per lane and reduced once, at the row's anchor, so
+there is no running maximum: per logit it is a subtraction, a multiplication, an exponential and an addition. The label
+is kept out of the sums by giving its block, and the last one, a masked pass of their own. A row whose logits lie far
+above its anchor is done again, raised to its maximum, while the tile is still in the cache.
+
+The order of a row's sums depends on the tiles' columns alone: not on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpref_kernels.triton.common import accumulator, dense, exp, join, on_device, power, power_rate, split, tanh
+from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment, _one_minus_exp
+
+# By the bytes of a product, (columns of one iteration, warps). A tile's row is short, so what is done once a row is kept
+# small: few warps to reduce over, and a short block to mask. With all sums, more columns a thread cost too many registers.
+FORWARD_LAUNCH = {4: (512, 2), 8: (256, 2)}
+BACKWARD_LAUNCH = {4: (1024, 2), 8: (512, 2)}
+# Above this a row's anchor is raised: 1/S must stay a normal float32, and so must what it multiplies.
+ANCHOR_LIMIT: tl.constexpr = tl.constexpr(float(2**60))
+# Stands in for log 0, so that 0 * log 0 is 0.
+FLOOR: tl.constexpr = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _load(row, bias, k, mask, inner, CAP: tl.constexpr, ACC: tl.constexpr):
+    """u = x + bias, or tanh((x + bias) * inner): what is left of the transform is one factor, z = rate * u."""
+    if mask is None:
+        u = tl.load(row + k).to(ACC)
+        if bias is not None:
+            u += tl.load(bias + k).to(ACC)
+    else:
+        u = tl.load(row + k, mask=mask, other=0.0).to(ACC)
+        if bias is not None:
+            u += tl.load(bias + k, mask=mask, other=0.0).to(ACC)
+    if CAP:
+        u = tanh(u * inner, ACC)
+    return u
+
+
+@triton.jit
+def _stored(e, u, slope, CAP: tl.constexpr):
+    """e * dz/dx."""
+    if CAP:
+        return e * (slope * (1.0 - u * u))
+    else:
+        return e * slope
+
+
+@triton.jit
+def _masked(
+    row, bias, to, k, C, own, anchor, rate, inner, slope,
+    total, rest, weighted, squares, STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Add a block that holds the label, the row's end or logits of -inf. Returns u and which of it counts, too."""
+    keep = (k < C) & (k != own)
+    u = _load(row, bias, k, k < C, inner, CAP, ACC)
+    if MEAN & STATS:
+        total += tl.where(k < C, u, 0.0)
+    d = (u * rate - anchor) * power_rate(1.0, ACC)
+    e = tl.where(keep, power(d, ACC), 0.0)
+    rest += e
+    if ENTROPY & STATS:
+        # A NaN that the floor swallows is in e.
+        weighted += e * tl.where(keep, tl.maximum(d, FLOOR), 0.0)
+    if LOG_SUM_SQ & STATS:
+        squares += e * e
+    if to is not None:
+        value = tl.where(keep, _stored(e, u, slope, CAP), 0.0)
+        tl.store(to + k, value.to(to.dtype.element_ty), mask=k < C)
+    return u, keep, total, rest, weighted, squares
+
+
+# What changes from tile to tile and from batch to batch: a new value must not be a new kernel. Alignment is ALIGN's and
+# STORE_ALIGN's to say.
+LENGTHS = ["C", "column", "stride_z", "stride_store", "state_row", "state_r", "stride_anchors", "stride_masses"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def fold_kernel(
+    z, bias, targets, label, state, anchors, masses, store,  # (R, C), (C,), (R,), (R,), (6, R), (R,), (R,), (R, C)
+    C, column, stride_z, stride_store, state_row, state_r, stride_anchors, stride_masses,
+    rate_high, rate_low, inner_high, inner_low, slope_high, slope_low,
+    STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, STORE_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program r adds row r of the tile to its state."""
+    r = tl.program_id(0).to(tl.int64)
+    rate = join(rate_high, rate_low, ACC)
+    inner = join(inner_high, inner_low, ACC)
+    slope = join(slope_high, slope_low, ACC)
+    unit = power_rate(1.0, ACC)
+    minus_inf = -float("inf")
+
+    row = z + tl.multiple_of(r * stride_z, ALIGN)
+    to = store
+    if store is not None:
+        to = store + tl.multiple_of(r * stride_store, STORE_ALIGN)
+    state += r * state_r
+    old_anchor = tl.load(state)
+    old_rest = tl.load(state + state_row)
+    anchor = old_anchor.to(ACC)
+    z_y = tl.load(label + r)
+    target = tl.load(targets + r)
+    inside = (target >= column) & (target < column + C)
+    own = tl.where(inside, target - column, -1).to(tl.int32)
+    full = C // BLOCK
+    blocks = tl.cdiv(C, BLOCK)
+    special = tl.where(inside, own // BLOCK, full)
+
+    rest = tl.zeros((BLOCK,), ACC)
+    weighted = tl.zeros((BLOCK,), ACC)
+    squares = tl.zeros((BLOCK,), ACC)
+    total = tl.zeros((BLOCK,), ACC)
+    above = tl.full((), False, tl.int1)
+    # Full blocks before the label's, then those after it: nothing is masked, nothing is compared.
+    for side in range(0, 2):
+        begin = tl.where(side == 0, 0, special + 1)
+        end = tl.where(side == 0, tl.minimum(special, full), full)
+        top = tl.full((BLOCK,), minus_inf, ACC)
+        for block in range(begin, end):
+            k = block * BLOCK + tl.arange(0, BLOCK)
+            u = _load(row, bias, k, None, inner, CAP, ACC)
+            d = (u * rate - anchor) * unit
+            e = power(d, ACC)
+            rest += e
+            if ENTROPY & STATS:
+                weighted += e * d  # NaN where 0 * -inf, which is looked for afterwards
+            if LOG_SUM_SQ & STATS:
+                squares += e * e
+            if MEAN & STATS:
+                total += u
+            if TOP1 & STATS:
+                top = tl.maximum(top, u)
+            if store is not None:
+                tl.store(to + k, _stored(e, u, slope, CAP).to(store.dtype.element_ty))
+        if TOP1 & STATS:
+            # Outside of its tile, a label has every column on one side.
+            peak = tl.max(top) * rate
+            left = tl.where(inside, side == 0, target >= column)
+            above = above | ((begin < end) & ((peak > z_y) | ((peak == z_y) & left)))
+    # The label's block and the last, which may be the same one.
+    for block in range(special, blocks, tl.maximum(full - special, 1)):
+        k = block * BLOCK + tl.arange(0, BLOCK)
+        u, keep, total, rest, weighted, squares = _masked(
+            row, bias, to, k, C, own, anchor, rate, inner, slope, total, rest, weighted, squares, STATS, CAP, ACC
+        )
+        if TOP1 & STATS:
+            left = keep & (k < target - column)
+            right = keep & (k > target - column)
+            before = tl.max(tl.where(left, u, minus_inf)) * rate
+            after = tl.max(tl.where(right, u, minus_inf)) * rate
+            above = above | (after > z_y) | (before > z_y) | ((before == z_y) & (tl.max(left.to(tl.int32)) > 0))
+
+    s = tl.sum(rest)
+    w = tl.sum(weighted)
+    q = tl.sum(squares)
+    t = tl.sum(total)
+    new_anchor = old_anchor
+    gap = tl.zeros((), tl.float64)
+    factor = tl.full((), 1.0, tl.float64)
+    # Written so that a NaN takes this way too: it then reaches the state by the sums themselves.
+    fits = old_rest + s.to(tl.float64) < ANCHOR_LIMIT
+    again = fits == 0
+    if ENTROPY & STATS:
+        again = again | (w != w)
+    if again:
+        top = tl.full((BLOCK,), minus_inf, ACC)
+        for block in range(0, blocks):
+            k = block * BLOCK + tl.arange(0, BLOCK)
+            u = _load(row, bias, k, k < C, inner, CAP, ACC)
+            top = tl.maximum(top, tl.where((k < C) & (k != own), u, minus_inf))
+        finite = (old_anchor > minus_inf) & (old_anchor < -minus_inf)
+        counts = fits | (old_rest > 0.0) | finite
+        raised = tl.maximum(tl.where(counts, old_anchor, minus_inf), (tl.max(top) * rate).to(tl.float64))
+        new_anchor = tl.where(fits, old_anchor, raised)
+        gap = tl.where(fits | (counts == 0), 0.0, old_anchor - new_anchor)
+        factor = tl.where(counts, tl.exp(gap), 0.0)
+        anchor = tl.where(new_anchor == minus_inf, 0.0, new_anchor).to(ACC)
+        rest = tl.zeros((BLOCK,), ACC)
+        weighted = tl.zeros((BLOCK,), ACC)
+        squares = tl.zeros((BLOCK,), ACC)
+        tl.debug_barrier()  # what was stored above is stored again, by other threads
+        for block in range(0, blocks):
+            k = block * BLOCK + tl.arange(0, BLOCK)
+            u, keep, total, rest, weighted, squares = _masked(
+                row, bias, to, k, C, own, anchor, rate, inner, slope, total, rest, weighted, squares, STATS, CAP, ACC
+            )
+        s = tl.sum(rest)
+        w = tl.sum(weighted)
+        q = tl.sum(squares)
+
+    mass = s.to(tl.float64)
+    tl.store(anchors + r * stride_anchors, new_anchor)
+    tl.store(masses + r * stride_masses, mass)
+    tl.store(state, new_anchor)
+    tl.store(state + state_row, factor * old_rest + mass)
+    if ENTROPY & STATS:
+        at = state + 2 * state_row.to(tl.int64)
+        # From powers of 2, where they are that, to nats.
+        tl.store(at, factor * (tl.load(at) + gap * old_rest) + w.to(tl.float64) / tl.full((), unit, tl.float64))
+    if LOG_SUM_SQ & STATS:
+        at = state + 3 * state_row.to(tl.int64)
+        tl.store(at, factor * factor * tl.load(at) + q.to(tl.float64))
+    if MEAN & STATS:
+        at = state + 4 * state_row.to(tl.int64)
+        tl.store(at, tl.load(at) + t.to(tl.float64) * rate.to(tl.float64))
+    if TOP1 & STATS:
+        at = state + 5 * state_row.to(tl.int64)
+        tl.store(at, tl.maximum(tl.load(at), above.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=["C", "column", "stride_z", "stride_out", "norm_row"])
+def fold_backward_kernel(
+    out, z, bias, targets, norm, grad, grad_entropy,  # (R, C), (R, C), (C,), (R,), (3 or 4, R), (R,), (R,)
+    C, column, stride_z, stride_out, norm_row,
+    rate_high, rate_low, inner_high, inner_low, slope_high, slope_low,
+    CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program r writes the gradient of row r of the tile. `out` may be `z`."""
+    r = tl.program_id(0).to(tl.int64)
+    rate = join(rate_high, rate_low, ACC)
+    inner = join(inner_high, inner_low, ACC)
+    slope = join(slope_high, slope_low, ACC)
+
+    row = z + tl.multiple_of(r * stride_z, ALIGN)
+    to = out + tl.multiple_of(r * stride_out, OUT_ALIGN)
+    anchor = tl.load(norm + r).to(ACC)
+    inverse = tl.load(norm + norm_row + r).to(ACC)
+    logp = tl.load(norm + 2 * norm_row.to(tl.int64) + r).to(ACC)
+    g = tl.zeros((), ACC)
+    if grad is not None:
+        g += tl.load(grad + r).to(ACC)
+    h = g
+    surprise = g
+    if grad_entropy is not None:
+        h = tl.load(grad_entropy + r).to(ACC)
+        entropy = tl.load(norm + 3 * norm_row.to(tl.int64) + r).to(ACC)
+        surprise = tl.log(inverse) + entropy
+    target = tl.load(targets + r)
+    inside = (target >= column) & (target < column + C)
+    own = tl.where(inside, target - column, 0).to(tl.int32)
+    steepness = slope
+    if CAP:
+        u_y = _load(row, bias, own, inside, inner, CAP, ACC)
+        steepness *= 1.0 - u_y * u_y
+        tl.debug_barrier()  # in place, no thread may write before every thread has the label's logit
+    factor = -inverse * slope
+    if grad_entropy is None:
+        factor *= g
+    full = C // BLOCK
+    for block in range(0, full):
+        k = block * BLOCK + tl.arange(0, BLOCK)
+        u = _load(row, bias, k, None, inner, CAP, ACC)
+        value = _gradient(u, anchor, factor, rate, g, h, surprise, grad_entropy is not None, CAP, ACC)
+        tl.store(to + k, value.to(out.dtype.element_ty))
+    if full * BLOCK < C:
+        k = full * BLOCK + tl.arange(0, BLOCK)
+        u = _load(row, bias, k, k < C, inner, CAP, ACC)
+        value = _gradient(u, anchor, factor, rate, g, h, surprise, grad_entropy is not None, CAP, ACC)
+        tl.store(to + k, value.to(out.dtype.element_ty), mask=k < C)
+    value = g * _one_minus_exp(logp, ACC)
+    if grad_entropy is not None:
+        p = exp(logp, ACC)
+        value -= tl.where(p == 0.0, 0.0, h * p * (logp + entropy))
+    value *= steepness
+    tl.debug_barrier()  # the label's gradient goes over what its block wrote there
+    tl.store(to + own, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient(
+    u, anchor, factor, rate, g, h, surprise, WITH_ENTROPY: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr
+):
+    """-p * (g + h * (log p + entropy)) * dz/dx, with 1/S, the slope and, where it is all there is, g in `factor`."""
+    d = u * rate - anchor
+    value = power(d * power_rate(1.0, ACC), ACC) * factor
+    if WITH_ENTROPY:
+        value *= g + h * (tl.maximum(d, FLOOR) + surprise)
+    if CAP:
+        value *= 1.0 - u * u
+    return value
+
+
+def _transform(logit_scale: float, temperature: float, softcap: float | None) -> tuple[float, float, float]:
+    """rate, inner, slope: z = rate * u, u = x or tanh(inner * x), slope = dz/dx at 0."""
+    if softcap is None:
+        return logit_scale / temperature, 1.0, logit_scale / temperature
+    return softcap / temperature, logit_scale / softcap, logit_scale / temperature
+
+
+def fold(
+    z: Tensor, bias: Tensor | None, targets: Tensor, label: Tensor, column: int, logit_scale: float,
+    temperature: float, softcap: float | None, stats: int, state: Tensor, anchors: Tensor, masses: Tensor,
+    store: Tensor | None,
+) -> None:  # fmt: skip
+    """Add a tile of products to its rows' state, and store what the gradient's products need of it.
+
+    z (R, C) holds columns [column, column + C) of hidden @ weight.T; state (6, R) float64 is, over the columns so far,
+    the anchor a; of d = z - a over columns but the target, the sums of exp(d), exp(d)*d and exp(2d); the sum of z over
+    all columns; and whether another column is ahead of the label. The last four are kept where `stats` asks for them.
+    anchors and masses (R,) float64 receive this tile's anchor and sum of exp(d), store (R, C) exp(d) * dz/dx.
+    """
+    R, C = z.shape
+    if R == 0:
+        return
+    rate, inner, slope = _transform(logit_scale, temperature, softcap)
+    block, warps = FORWARD_LAUNCH[z.element_size()]
+    to = z if store is None else store
+    with on_device(z.device):
+        fold_kernel[(R,)](
+            z, *dense(bias, targets, label), state, anchors, masses, store,
+            C, column, z.stride(0), to.stride(0), *state.stride(), anchors.stride(0), masses.stride(0),
+            *split(rate), *split(inner), *split(slope),
+            STATS=stats, CAP=softcap is not None, ACC=accumulator(z.dtype),
+            ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
+            STORE_ALIGN=_alignment(to.stride(0), itemsize=to.element_size()),
+            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def fold_backward(
+    z: Tensor, bias: Tensor | None, targets: Tensor, column: int, logit_scale: float, temperature: float,
+    softcap: float | None, norm: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of a tile of products to `out`, which may be the tile itself.
+
+    norm (3 or 4, R) holds the anchor, 1/S, logp and, where grad_entropy is given, the entropy.
+    """
+    R, C = z.shape
+    if R == 0:
+        return
+    rate, inner, slope = _transform(logit_scale, temperature, softcap)
+    block, warps = BACKWARD_LAUNCH[z.element_size()]
+    norm = norm.contiguous()
+    with on_device(z.device):
+        fold_backward_kernel[(R,)](
+            out, z, *dense(bias, targets), norm, *dense(grad, grad_entropy),
+            C, column, z.stride(0), out.stride(0), norm.stride(0), *split(rate), *split(inner), *split(slope),
+            CAP=softcap is not None, ACC=accumulator(z.dtype),
+            ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
+            OUT_ALIGN=_alignment(out.stride(0), itemsize=out.element_size()),
+            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip

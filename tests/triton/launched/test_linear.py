@@ -1,0 +1,422 @@
+"""The row pass over tiles of products, called as it is launched, against float64."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpref_kernels.triton import linear
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu"
+INF, NAN = math.inf, math.nan
+ENTROPY, MEAN, TOP1, LOG_SUM_SQ, ALL_STATS = 2, 4, 8, 16, 31
+REST, WEIGHTED, SQUARES, TOTAL, ABOVE = range(1, 6)
+# An exponent of 46 in float32, which the label's 32 below its anchor make in powers of 2, is good to 2e-6.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# logit_scale, temperature, softcap
+TRANSFORMS = {"plain": (1.0, 1.0, None), "scaled": (0.6, 1.3, None), "capped": (0.6, 1.3, 4.0)}
+products = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+transforms = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that a small tile has full blocks on both sides of the label's, and a last one.
+    for launches in ("FORWARD_LAUNCH", "BACKWARD_LAUNCH"):
+        monkeypatch.setattr(linear, launches, dict.fromkeys((4, 8), (32, 1)))
+
+
+@dataclass
+class Folded:
+    """Everything that folding the columns in tiles gives, and the truth: z, dz/dx and which columns are not targets."""
+
+    state: Tensor  # (6, R)
+    anchors: Tensor  # (tiles, R)
+    masses: Tensor  # (tiles, R)
+    store: Tensor | None  # (R, V)
+    z: Tensor  # (R, V)
+    slope: Tensor  # (R, V)
+    others: Tensor  # (R, V)
+    tiles: list[slice]
+
+    def exps(self, anchor: Tensor) -> Tensor:
+        return torch.where(self.others, (self.z - anchor[:, None]).exp(), 0.0)
+
+    def spread(self) -> Tensor:
+        """Every column's anchor, (R, V)."""
+        return torch.cat([a[:, None].expand(-1, t.stop - t.start) for a, t in zip(self.anchors, self.tiles)], 1)
+
+
+def transformed(x: Tensor, bias: Tensor | None, transform: tuple[float, float, float | None]) -> tuple[Tensor, Tensor]:
+    """z and dz/dx in float64."""
+    scale, temperature, softcap = transform
+    x = x.double() if bias is None else x.double() + bias.double()
+    if softcap is None:
+        return x * scale / temperature, torch.full_like(x, scale / temperature)
+    y = torch.tanh(x * scale / softcap)
+    return softcap * y / temperature, scale / temperature * (1 - y * y)
+
+
+def fold(
+    x: Tensor, targets: Tensor, tile: int, *, bias: Tensor | None = None, stats: int = ALL_STATS,
+    transform: tuple[float, float, float | None] = (1.0, 1.0, None), store: torch.dtype | None = None,
+    layout: Callable[[Tensor], Tensor] = lambda z: z.clone(), label: Tensor | None = None,
+) -> Folded:  # fmt: skip
+    """Fold x (R, V) tile by tile, as the label's z plus 32 anchors it."""
+    R, V = x.shape
+    z, slope = transformed(x, bias, transform)
+    if label is None:
+        label = z.gather(1, targets[:, None])[:, 0].to(x.dtype)
+    state = torch.zeros(6, R, dtype=torch.float64)
+    state[0] = (label + 32).double()
+    tiles = [slice(c, min(c + tile, V)) for c in range(0, V, tile)]
+    state = state.to(DEVICE)
+    anchors, masses = torch.empty(2, len(tiles), R, dtype=torch.float64, device=DEVICE)
+    kept = None if store is None else torch.empty(R, V + 8, dtype=store, device=DEVICE)
+    for i, columns in enumerate(tiles):
+        linear.fold(
+            layout(x[:, columns]).to(DEVICE), None if bias is None else bias[columns].to(DEVICE), targets.to(DEVICE),
+            label.to(DEVICE), columns.start, *transform, stats, state, anchors[i], masses[i],
+            None if kept is None else kept[:, columns],
+        )  # fmt: skip
+    if kept is not None:
+        assert kept[:, V:].isnan().all(), "something was written beyond the columns"
+        kept = kept[:, :V].cpu()
+    others = torch.arange(V) != targets[:, None]
+    return Folded(state.cpu(), anchors.cpu(), masses.cpu(), kept, z, slope, others, tiles)
+
+
+def close(ours: Tensor, truth: Tensor, tolerance: float, floor: float = 0.0) -> None:
+    torch.testing.assert_close(ours.double(), truth.double(), rtol=tolerance, atol=floor, equal_nan=True)
+
+
+def check(found: Folded, targets: Tensor, tolerance: float, stats: int = ALL_STATS) -> None:
+    """Everything against the definition at the anchors that were used."""
+    anchor = found.state[0]
+    e = found.exps(anchor)
+    d = torch.where(e > 0, found.z - anchor[:, None], 0.0)
+    close(found.state[REST], e.sum(1), tolerance)
+    assert torch.equal(anchor, found.anchors[-1])
+    tiny = torch.finfo(torch.float32).tiny
+    for columns, a, mass in zip(found.tiles, found.anchors, found.masses):
+        close(mass, found.exps(a)[:, columns].sum(1), tolerance, tiny)
+    if found.store is not None:
+        truth = found.exps(found.spread().t()[0]) if False else torch.where(
+            found.others, (found.z - found.spread()).exp() * found.slope, 0.0
+        )
+        close(found.store, truth, max(tolerance, TOLERANCE[found.store.dtype]), tiny)
+        assert (found.store.gather(1, targets[:, None]) == 0).all()
+    if stats & ENTROPY:
+        close(found.state[WEIGHTED], (e * d).sum(1), 2 * tolerance)
+    if stats & LOG_SUM_SQ:
+        close(found.state[SQUARES], (e * e).sum(1), 2 * tolerance)
+    if stats & MEAN:
+        close(found.state[TOTAL], found.z.sum(1), 0.0, tolerance * found.z.abs().sum(1).max().item())
+    if stats & TOP1:
+        z_y = found.z.gather(1, targets[:, None])
+        before = torch.arange(found.z.shape[1]) < targets[:, None]
+        ahead = (found.z > z_y) | ((found.z == z_y) & before)
+        assert torch.equal(found.state[ABOVE], (ahead & found.others).any(1).double())
+
+
+def rows(R: int, V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    x = (scale * torch.randn(R, V, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(V, (R,))
+    targets[0], targets[-1] = 0, V - 1
+    return x, targets
+
+
+@products
+@transforms
+@pytest.mark.parametrize("stats", [1, ENTROPY | MEAN | TOP1, ALL_STATS])
+def test_options(transform: tuple[float, float, float | None], dtype: torch.dtype, stats: int) -> None:
+    x, targets = rows(5, 150, dtype)
+    store = torch.float64 if dtype == torch.float64 else torch.float32
+    found = fold(x, targets, 70, stats=stats, transform=transform, store=store)
+    check(found, targets, TOLERANCE[dtype], stats)
+    unasked = [i for i, bit in ((WEIGHTED, 2), (TOTAL, 4), (ABOVE, 8), (SQUARES, 16)) if not stats & bit]
+    assert (found.state[unasked] == 0).all()
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 96, 100])
+def test_every_target_of_every_width(width: int) -> None:
+    """A label in each block of its tile, and in none, for tiles of full blocks and others."""
+    targets = torch.tensor(sorted({0, width // 2, width - 1, min(width, 32) - 1, width, 2 * width - 1}))
+    x, _ = rows(len(targets), 2 * width)
+    check(fold(x, targets, width, store=torch.float32), targets, 1e-5)
+
+
+@pytest.mark.parametrize("bias", [torch.bfloat16, torch.float32, torch.float64])
+@transforms
+def test_bias(bias: torch.dtype, transform: tuple[float, float, float | None]) -> None:
+    x, targets = rows(3, 90)
+    found = fold(x, targets, 50, bias=torch.randn(90).to(bias), transform=transform, store=torch.bfloat16)
+    check(found, targets, 1e-5)
+
+
+def test_bias_of_minus_infinity() -> None:
+    """As a padded vocabulary has: nothing is added to any sum, and 0 * log 0 is 0."""
+    x, targets = rows(3, 128)
+    targets.clamp_(max=90)
+    bias = torch.zeros(128)
+    bias[91:] = -INF
+    check(fold(x, targets, 64, bias=bias, stats=ALL_STATS & ~MEAN, store=torch.bfloat16), targets, 1e-5, 31 & ~MEAN)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice of a buffer": lambda z: torch.nn.functional.pad(z, (0, 8))[:, : z.shape[1]],
+    "odd stride": lambda z: torch.nn.functional.pad(z, (0, 1 + z.shape[1] % 2))[:, : z.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(layout: Callable[[Tensor], Tensor]) -> None:
+    x, targets = rows(4, 100)
+    check(fold(x, targets, 70, layout=layout, store=torch.bfloat16), targets, 1e-5)
+
+
+@products
+@pytest.mark.parametrize("gap", [60.0, 85.0, 500.0, 1e5])
+@transforms
+def test_far_above_the_anchor(gap: float, dtype: torch.dtype, transform: tuple[float, float, float | None]) -> None:
+    """Raised in the first tile, in a later one, twice, and not where the label itself is the high one."""
+    x, targets = rows(5, 160, dtype)
+    targets[:] = 40
+    x[0, 3] += gap
+    x[1, 100] += gap
+    x[2, 10], x[2, 120] = x[2, 10] + gap, x[2, 120] + 3 * gap
+    x[3, 40] += gap
+    found = fold(x, targets, 64, transform=transform, store=torch.float32)
+    check(found, targets, TOLERANCE[dtype])
+    assert (found.state[REST] < 2.0**60).all()
+    assert found.state.isfinite().all()
+    if gap == 500.0 and transform[2] is None:
+        others = torch.where(found.others, found.z, -INF)
+        assert (found.state[0] == others.amax(1).to(dtype))[:3].all() or transform[0] != 1.0
+        assert found.anchors[0, 1] != found.anchors[-1, 1]
+
+
+# What to put in a row whose target is column 40, by column; rows have 160 in tiles of 64.
+EDGES: dict[str, dict[Any, float]] = {
+    "label -inf": {40: -INF},
+    "label -inf, first tile -inf": {slice(0, 64): -INF},
+    "label and last tile -inf": {40: -INF, slice(128, 160): -INF},
+    "others -inf": {slice(0, 40): -INF, slice(41, 160): -INF},
+    "some -inf": {3: -INF, 70: -INF, 150: -INF},
+    "lowest numbers": {slice(0, 40): -3.4028234663852886e38},
+    "others far below": {slice(0, 40): -1e4, slice(41, 160): -1e4},
+}
+
+
+@products
+@pytest.mark.parametrize("values", EDGES.values(), ids=EDGES)
+def test_edges(values: dict[Any, float], dtype: torch.dtype) -> None:
+    x, _ = rows(2, 160, dtype)
+    targets = torch.tensor([40, 40])
+    for columns, value in values.items():
+        x[0, columns] = value
+    found = fold(x, targets, 64, stats=ALL_STATS & ~MEAN, store=torch.bfloat16)
+    check(found, targets, TOLERANCE[dtype], ALL_STATS & ~MEAN)
+
+
+@pytest.mark.parametrize("stats", [0, ALL_STATS])
+def test_everything_minus_infinity(stats: int) -> None:
+    x, targets = torch.full((2, 100), -INF), torch.tensor([40, 99])
+    found = fold(x, targets, 64, stats=stats, store=torch.bfloat16)
+    assert (found.state[REST] == 0).all()
+    assert (found.state[[WEIGHTED, SQUARES]] == 0).all()
+    assert (found.masses == 0).all()
+    assert found.store is not None
+    assert (found.store == 0).all()
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+@pytest.mark.parametrize("at", [3, 33, 70, 150, 159])
+@pytest.mark.parametrize("stats", [0, ALL_STATS])
+def test_not_a_number(value: float, at: int, stats: int) -> None:
+    """NaN or +inf anywhere but at the label ends in a NaN that later tiles keep; the row beside it does not see it."""
+    x, _ = rows(2, 160)
+    targets = torch.tensor([40, 40])
+    x[0, at] = value
+    found = fold(x, targets, 64, stats=stats)
+    assert found.state[REST].isnan().tolist() == [True, False]
+    assert found.masses.isfinite()[:, 1].all()
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_label_column_is_in_no_sum(value: float) -> None:
+    """What is at the label's column does not count where the label was computed elsewhere, but in the total of z."""
+    x, targets = rows(2, 160)
+    targets[:] = 40
+    label = x[:, 40].clone()
+    clean = fold(x, targets, 64, store=torch.float32, label=label)
+    x[:, 40] = value
+    found = fold(x, targets, 64, store=torch.float32, label=label)
+    assert torch.equal(found.state[:TOTAL], clean.state[:TOTAL])
+    assert torch.equal(found.masses, clean.masses)
+    assert found.store is not None
+    assert clean.store is not None
+    assert torch.equal(found.store, clean.store)
+    assert not found.state[TOTAL].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_label_not_a_number(value: float) -> None:
+    """Nothing else is invented for such a row: a NaN anchor is replaced, an infinite one leaves its sums 0."""
+    x, targets = rows(1, 100)
+    found = fold(x, targets, 64, label=torch.full((1,), value))
+    assert found.state[REST].isfinite().all()
+    assert (found.state[ABOVE] == 0).all()
+
+
+def test_ties() -> None:
+    """A column that equals the label is ahead of it where it comes first, in any tile and any block."""
+    columns = [0, 31, 39, 41, 63, 64, 100, 159]
+    x = torch.zeros(len(columns), 160) - 1
+    targets = torch.full((len(columns),), 40)
+    x[:, 40] = 2
+    for row, column in enumerate(columns):
+        x[row, column] = 2
+    found = fold(x, targets, 64)
+    assert found.state[ABOVE].tolist() == [float(column < 40) for column in columns]
+    targets[:] = 100
+    x[:, 40], x[:, 100] = -1, 2
+    assert fold(x, targets, 64).state[ABOVE].tolist() == [float(column < 100) for column in columns]
+
+
+def test_label_minus_infinity_and_ties() -> None:
+    """No column comes before column 0, so nothing is ahead of it where all are -inf; column 0 is ahead of another."""
+    x = torch.full((2, 64), -INF)
+    assert fold(x, torch.tensor([0, 1]), 64).state[ABOVE].tolist() == [0.0, 1.0]
+    assert fold(x, torch.tensor([0, 33]), 32).state[ABOVE].tolist() == [0.0, 1.0]
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    x, targets = rows(4, 150)
+    together, alone = fold(x, targets, 70), fold(x[2:3], targets[2:3], 70)
+    assert torch.equal(together.state[:, 2:3], alone.state)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("stride", [pytest.param(2**31 - 8, id="2³¹")])
+def test_row_stride_beyond_32_bits(softcap: float | None, stride: int) -> None:
+    """Three rows of a store lie more than 2³¹ elements apart; only what is written is ever touched."""
+    x, targets = rows(3, 40)
+    kept = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
+    try:
+        torch.use_deterministic_algorithms(False)  # else all of it is filled
+        kept = torch.empty(2 * stride + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (stride, 1))
+    except RuntimeError:
+        pytest.skip("not enough memory to reserve")
+    state = torch.zeros(6, 3, dtype=torch.float64)
+    z, slope = transformed(x, None, (1.0, 1.0, softcap))
+    label = z.gather(1, targets[:, None])[:, 0].float()
+    state[0] = label + 32
+    state = state.to(DEVICE)
+    outs = torch.empty(2, 3, dtype=torch.float64, device=DEVICE)
+    linear.fold(
+        x.to(DEVICE), None, targets.to(DEVICE), label.to(DEVICE), 0, 1.0, 1.0, softcap, 0, state, *outs, kept
+    )  # fmt: skip
+    truth = torch.where(
+        torch.arange(40) != targets[:, None], (z - label.double()[:, None] - 32).exp() * slope, 0.0
+    )
+    close(kept.cpu(), truth, 5e-3)
+
+
+def gradient(
+    x: Tensor, targets: Tensor, bias: Tensor | None, transform: tuple[float, float, float | None],
+    grad: Tensor | None, grad_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """norm (4, R) anchored at the label plus 32, and the gradient of x by autograd, in float64."""
+    leaf = x.double().requires_grad_()
+    z, _ = transformed(leaf, bias, transform)
+    logps = z.log_softmax(1)
+    logp = logps.gather(1, targets[:, None])[:, 0]
+    entropy = -(logps.exp() * logps).sum(1)
+    anchor = z.gather(1, targets[:, None])[:, 0].detach() + 32
+    norm = torch.stack([anchor, (anchor - z.logsumexp(1)).exp(), logp, entropy]).detach()
+    loss = sum((value * g.double()).sum() for value, g in ((logp, grad), (entropy, grad_entropy)) if g is not None)
+    (expected,) = torch.autograd.grad(loss, leaf)  # type: ignore[arg-type]
+    return norm, expected
+
+
+@pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("with_grad, with_entropy", [(True, False), (False, True), (True, True)])
+@transforms
+def test_gradient(
+    out: torch.dtype, with_grad: bool, with_entropy: bool, transform: tuple[float, float, float | None]
+) -> None:
+    dtype = torch.float64 if out == torch.float64 else torch.float32
+    x, targets = rows(4, 110, dtype)
+    bias = torch.randn(110, dtype=dtype)
+    grad = torch.randn(4, dtype=dtype) if with_grad else None
+    grad_entropy = torch.randn(4, dtype=dtype) if with_entropy else None
+    norm, expected = gradient(x, targets, bias, transform, grad, grad_entropy)
+    norm = norm[: 3 + with_entropy].to(dtype)
+    found = torch.empty(4, 110, dtype=out, device=DEVICE)
+
+    def there(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(DEVICE)
+
+    for columns in (slice(0, 75), slice(75, 110)):
+        linear.fold_backward(
+            x[:, columns].contiguous().to(DEVICE), there(bias[columns]), targets.to(DEVICE), columns.start, *transform,
+            norm.to(DEVICE), there(grad), there(grad_entropy), found[:, columns],
+        )  # fmt: skip
+    tolerance = TOLERANCE[out]
+    close(found.cpu(), expected, tolerance, max(2 * tolerance if out.itemsize > 2 else 1e-6, 1e-12) * 1.0)
+
+
+@products
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_gradient_over_the_products(dtype: torch.dtype, softcap: float | None) -> None:
+    """In place, the label's logit is read before its block is written."""
+    x, targets = rows(4, 110, dtype)
+    transform = (0.6, 1.3, softcap)
+    grad = torch.randn(4, dtype=dtype)
+    norm, _ = gradient(x, targets, None, transform, grad, grad)
+    arguments = (targets.to(DEVICE), 0, *transform, norm.to(dtype).to(DEVICE), grad.to(DEVICE), grad.to(DEVICE))
+    z = x.to(DEVICE)
+    apart = torch.empty_like(z)
+    linear.fold_backward(z, None, *arguments, apart)
+    z = z.clone()
+    linear.fold_backward(z, None, *arguments, z)
+    assert torch.equal(z, apart)
+
+
+def test_gradient_of_impossible_logits() -> None:
+    """Logits of -inf and the lowest numbers get 0, and so does a label whose probability is 0, from the entropy."""
+    x, targets = rows(2, 100)
+    targets[:] = 40
+    x[:, 60:] = -INF
+    x[:, 20:30] = -3.4028234663852886e38
+    g = torch.ones(2)
+    entropy = -(x.double().log_softmax(1).exp() * x.double().log_softmax(1).clamp(min=-1e300)).sum(1)
+    anchor = x[:, 0].double()
+    norm = torch.stack([anchor, (anchor - x.double().logsumexp(1)).exp(), torch.full((2,), -INF).double(), entropy])
+    out = torch.empty(2, 100, device=DEVICE)
+    linear.fold_backward(
+        x.to(DEVICE), None, targets.to(DEVICE), 0, 1.0, 1.0, None, norm.float().to(DEVICE), None, g.to(DEVICE), out
+    )
+    out = out.cpu()
+    assert out.isfinite().all()
+    assert (out[:, 60:] == 0).all()
+    assert (out[:, 20:30] == 0).all()
+    assert (out[:, 40] == 0).all()
+
+
+def test_nothing_to_do() -> None:
+    empty = torch.empty(0, device=DEVICE)
+    state, none = torch.empty(6, 0, dtype=torch.float64, device=DEVICE), torch.empty(0, dtype=torch.int64).to(DEVICE)
+    linear.fold(empty.view(0, 8), None, none, empty, 0, 1.0, 1.0, None, ALL_STATS, state, state[0], state[1], None)
+    linear.fold_backward(
+        empty.view(0, 8), None, none, 0, 1.0, 1.0, None, state[:3], empty, None, empty.view(0, 8)
+    )  # fmt: skip
