@@ -22,9 +22,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 from benchmarks import peers, sass
-from fastpref_kernels.triton import logprobs
+from fastpref_kernels.triton import linear, logprobs
 
 ALL_STATS = 31
+DPO_STATS = 14  # entropy, mean_logits, is_top1: what TRL's DPO asks for
+TILE = 4096  # columns
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,30 @@ def ours(dtype: torch.dtype, V: int, stats: int) -> None:
     logprobs.write_gradient(torch.empty_like(logits), grad, grad if stats else None, *saved, *scoring)
 
 
+class Tile(peers.Kernels):
+    """Kernels on a tile of products, which are float32 where what was multiplied is shorter."""
+
+
+def tile(dtype: torch.dtype, stats: int, stored: bool) -> None:
+    """Launch the row pass over a tile, storing what the gradients' products need; or, if not, the tile's gradient."""
+    products = torch.promote_types(dtype, torch.float32)
+    z, targets, label = torch.zeros(8, TILE, dtype=products), torch.zeros(8, dtype=torch.int64), torch.zeros(8)
+    out = torch.zeros(8, TILE, dtype=dtype)
+    state, (anchors, masses) = torch.zeros(6, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
+    transform = (1.0, 1.0, None)
+    linear.fold(z, None, targets, label, 0, *transform, stats, state, anchors, masses, out if stored else None)
+    if not stored:
+        entropy = label if stats else None
+        linear.fold_backward(z, None, targets, 0, *transform, torch.zeros(4, 8, dtype=products), label, entropy, out)
+
+
 KERNELS = (
     peers.Kernels("fastpref", lambda dtype, V, target: ours(dtype, V, 0)),
     peers.Kernels("fastpref, every statistic", lambda dtype, V, target: ours(dtype, V, ALL_STATS)),
+    Tile("fastpref tile", lambda dtype, V, target: tile(dtype, 0, stored=False)),
+    Tile("fastpref tile, stored", lambda dtype, V, target: tile(dtype, 0, stored=True)),
+    Tile("fastpref tile, DPO's statistics", lambda dtype, V, target: tile(dtype, DPO_STATS, stored=False)),
+    Tile("fastpref tile, DPO's, stored", lambda dtype, V, target: tile(dtype, DPO_STATS, stored=True)),
     *peers.KERNELS,
 )
 
@@ -126,6 +149,8 @@ def rows(target: str, dtype: torch.dtype, V: int, kernels: peers.Kernels) -> Ite
     """Every pass of what `kernels` launches."""
     with sass.compiling(target) as compiled:
         kernels.launch(dtype, V, target)
+    if isinstance(kernels, Tile):
+        dtype = torch.promote_types(dtype, torch.float32)
     for kernel in compiled:
         program = sass.read(kernel, target)
         for number, loop in enumerate(program.passes[: kernels.passes], 1):

@@ -42,13 +42,9 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def accumulators(needed: tuple[bool, ...], dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Uninitialised float32 (float64) memory for the gradients that are needed."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return [
-        tensor.new_empty(tensor.shape, dtype=wide) if want and tensor is not None else None
-        for want, tensor in zip(needed, tensors, strict=True)
-    ]
+def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised room for the exponentials of `rows`, (rows, V), every row on a cache line of its own."""
+    return like.new_empty((rows, (vocabulary + 31) // 32 * 32), dtype=dtype)[:, :vocabulary]
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -69,7 +65,7 @@ class _LinearLogprobs(torch.autograd.Function):
         dtype: torch.dtype, scoring: tuple[Any, ...], stats: int, *chunking: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         operands = cast(dtype, hidden, weight, bias)
-        store = hidden.new_empty((capacity, weight.shape[0]) if capacity else (0,), dtype=dtype)
+        store = exponentials(hidden, capacity, weight.shape[0], dtype)
         arguments = (labels, cu_seqlens, store if capacity else None, *scoring, stats, *chunking)
         logps, norm, shares, *statistics = torch.ops.fastpref.linear_logprobs(*operands, *arguments)
         return logps, norm, shares, store, *statistics
@@ -92,13 +88,14 @@ class _LinearLogprobs(torch.autograd.Function):
         if grad is None and grad_entropy is None:
             return (None, None, None, *none)
         hidden, weight, bias, labels, cu_seqlens, norm, store, shares = ctx.saved_tensors
-        totals = accumulators(ctx.needs_input_grad[:3], ctx.dtype, hidden, weight, bias)
-        torch.ops.fastpref.linear_logprobs_backward_(
+        needed = ctx.needs_input_grad[:3]
+        gradients = torch.ops.fastpref.linear_logprobs_backward(
             grad, grad_entropy, *cast(ctx.dtype, hidden, weight, bias), labels, cu_seqlens, norm,
-            store if ctx.capacity else None, shares, *totals, True, *ctx.scoring, *ctx.chunking,
+            store if ctx.capacity else None, shares, needed,
+            [(hidden if tensor is None else tensor).dtype for tensor in (hidden, weight, bias)], *ctx.scoring,
+            *ctx.chunking,
         )  # fmt: skip
-        pairs = zip(totals, (hidden, weight, bias), strict=True)
-        return *(None if total is None else total.to(like.dtype) for total, like in pairs), *none
+        return *(gradient if want else None for gradient, want in zip(gradients, needed, strict=True)), *none
 
 
 def choose_mode(mode: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:

@@ -16,7 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
-from fastpref.linear_logprobs import accumulators, cast, compute_dtype, linear_sequence_logprobs, wants_gradient
+from fastpref.linear_logprobs import (
+    cast,
+    compute_dtype,
+    exponentials,
+    linear_sequence_logprobs,
+    wants_gradient,
+)
 from fastpref.losses.preference import dpo_loss, implicit_reward
 from fastpref.reference.linear_preference import (
     check_group,
@@ -73,14 +79,17 @@ class _GradientsInForward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ignore_index, shift, *_ = scoring
         operands = cast(dtype, hidden, weight, bias)
-        totals = accumulators(needed, dtype, hidden, weight, bias)
+        wide = torch.promote_types(dtype, torch.float32)
+        totals = [
+            tensor.new_empty(tensor.shape, dtype=wide) if want and tensor is not None else None
+            for tensor, want in zip((hidden, weight, bias), needed, strict=True)
+        ]
         runs, rows = plan
         sequences = count_sequences(labels, cu_seqlens)
         groups = sequences // group_size
         targets, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
         index = sequence_index(scored, cu_seqlens)
-        wide = token_weights.dtype
-        store = hidden.new_empty((rows, weight.shape[0]), dtype=dtype)
+        store = exponentials(hidden, rows, weight.shape[0], dtype)
         logps = hidden.new_zeros(sequences, dtype=wide)
         loss = hidden.new_zeros((), dtype=wide)
         scale = 1 / max(groups, 1) if mean else 1.0
@@ -129,19 +138,20 @@ class _GradientsInForward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or every backward would make zeros of each gradient's size
         ctx.save_for_backward(*output[2:5])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         none = (None,) * (len(ctx.needs_input_grad) - 3)
 
-        def scaled(saved: Tensor, dtype: torch.dtype) -> Tensor:
-            # Rounded to the parameter's dtype last, and never over what a second backward may need.
-            return torch.mul(saved, grads[0], out=torch.empty_like(saved, dtype=dtype))
-
         triples = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-        return *(scaled(saved, dtype) if needed else None for saved, dtype, needed in triples), *none
+        # Rounded to the parameter's dtype last, and never over what a second backward may need.
+        return *(
+            torch.ops.fastpref.scaled_gradient(saved, grads[0], dtype) if needed else None
+            for saved, dtype, needed in triples
+        ), *none
 
 
 def _group_loss(

@@ -252,7 +252,7 @@ def logprobs(
             if len(moved):
                 factor = (anchors[:, moved] - anchor[moved]).exp().repeat_interleave(COLUMNS, 0)
                 kept[moved] = (kept[moved] * factor[:vocabulary].t()).to(kept.dtype)
-            kept.scatter_(1, y[:, None], (-rest * slope).to(kept.dtype)[:, None])
+            kept[torch.arange(len(y), device=y.device), y] = (-rest * slope).to(kept.dtype)
         norm[0][place], norm[1][place] = anchor.to(dtype), (1 / whole).to(dtype)
         norm[2][place] = logps[place] = logp.to(dtype)
         values: dict[int, Callable[[], Tensor]] = {
@@ -285,7 +285,7 @@ def accumulate_gradients(
     ignore_index: int, shift: bool, logit_scale: float, temperature: float, softcap: float | None,
     chunk_rows: int | None, filter_eps: float | None,
 ) -> None:  # fmt: skip
-    """`fastpref::linear_logprobs_backward_`."""
+    """`fastpref::linear_logprobs_backward_`. A d_weight of a narrower dtype is for rows of one chunk, rounded once."""
     vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
     rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
     if fresh and d_weight is not None:
@@ -347,9 +347,13 @@ def accumulate_gradients(
                     backend.product(some, tile, w, False)
                     rows_gradient.index_add_(0, pick, some)
             if d_weight is not None:
-                backend.product(
-                    d_weight[begin:end], tile.t(), right if pick is None else right[pick], not (overwrite and first == 0)
-                )  # fmt: skip
+                of_rows = right if pick is None else right[pick]
+                if d_weight.dtype == dtype:
+                    backend.product(d_weight[begin:end], tile.t(), of_rows, not (overwrite and first == 0))
+                else:
+                    sums = backend.scratch("weight", (end - begin, d_weight.shape[1]), dtype, x.device)
+                    backend.product(sums, tile.t(), of_rows, False)
+                    d_weight[begin:end] = sums
             if d_bias is not None:
                 wide = tile.to(dtype)
                 d_bias[begin:end] += wide.sum(0) if row_scale is None else picked(row_scale) @ wide
@@ -358,6 +362,40 @@ def accumulate_gradients(
             if row_scale is not None:
                 rows_gradient *= row_scale[:, None]
             d_hidden.view(-1, d_hidden.shape[-1])[rows.position[part]] += rows_gradient
+
+
+def gradients(
+    backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,
+    shares: Tensor, needed: list[bool], dtypes: list[torch.dtype], *scoring: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fastpref::linear_logprobs_backward`."""
+    wide, chunk_rows = widened(hidden.dtype), scoring[-2]
+    # Rows of one chunk need no sums between chunks, and so no float32 weight gradient but a tile's.
+    once = labels.numel() <= (chunk_rows or backend.rows) and not backend.whole
+    kinds = (wide, dtypes[1] if once else wide, wide)
+    totals = [
+        tensor.new_empty(tensor.shape, dtype=kind) if want and tensor is not None else None
+        for tensor, want, kind in zip((hidden, weight, bias), needed, kinds, strict=True)
+    ]
+    accumulate_gradients(
+        backend, grad, grad_entropy, hidden, weight, bias, labels, cu_seqlens, norm, store, shares, *totals, True,
+        *scoring,
+    )  # fmt: skip
+    d_hidden, d_weight, d_bias = (
+        hidden.new_empty(0, dtype=dtype)
+        if total is None
+        else total if total.dtype == dtype else scaled_gradient(backend, total, None, dtype)
+        for total, dtype in zip(totals, dtypes, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
+
+
+def scaled_gradient(backend: Backend, total: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`fastpref::scaled_gradient`."""
+    out = torch.empty_like(total, dtype=dtype)
+    backend.prepare(out)
+    return out.copy_(total) if upstream is None else torch.mul(total, upstream, out=out)
 
 
 def library_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

@@ -46,11 +46,18 @@ _SCHEMAS = (
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor(a!)? store, "
     f"{_LINEAR}, int stats, int? chunk_rows, float? filter_eps) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # grad and grad_entropy (B, T'). Adds to float32 (float64) d_hidden, d_weight and d_bias, or, where they are fresh,
+    # grad and grad_entropy (B, T'). -> the gradients of hidden, weight and bias that are needed, in these dtypes; empty
+    # where not.
+    "linear_logprobs_backward(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, bool[] needed, "
+    f"ScalarType[] dtypes, {_LINEAR}, int? chunk_rows, float? filter_eps) -> (Tensor, Tensor, Tensor)",
+    # The same sums, over calls. Adds to float32 (float64) d_hidden, d_weight and d_bias, or, where they are fresh,
     # fills them.
     "linear_logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, Tensor(a!)? d_hidden, "
     f"Tensor(b!)? d_weight, Tensor(c!)? d_bias, bool fresh, {_LINEAR}, int? chunk_rows, float? filter_eps) -> ()",
+    # A gradient's float32 sums, times the upstream scalar if there is one, rounded once, to a parameter's dtype.
+    "scaled_gradient(Tensor total, Tensor? upstream, ScalarType dtype) -> Tensor",
     # Losses: the loss, its partial derivatives by every differentiable input, one column each, and what is reported.
     "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, str loss_type, float beta, "
     "float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -126,6 +133,17 @@ def _linear_fake(
     )
 
 
+def _linear_backward_fake(
+    grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None, shares: Tensor,
+    needed: list[bool], dtypes: list[torch.dtype], *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        hidden.new_empty(tensor.shape if want and tensor is not None else (0,), dtype=dtype)
+        for tensor, want, dtype in zip((hidden, weight, bias), needed, dtypes, strict=True)
+    )
+
+
 def _loss_fake(columns: int, reduction: str, first: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = torch.float32
     for tensor in (first, *others):
@@ -171,6 +189,8 @@ def _implement_linear(key: str, backend: linear.Backend) -> None:
     """Register log-probs from hidden states on a backend's products and row passes."""
     _LIBRARY.impl("linear_logprobs", functools.partial(linear.logprobs, backend), key)
     _LIBRARY.impl("linear_logprobs_backward_", functools.partial(linear.accumulate_gradients, backend), key)
+    _LIBRARY.impl("linear_logprobs_backward", functools.partial(linear.gradients, backend), key)
+    _LIBRARY.impl("scaled_gradient", functools.partial(linear.scaled_gradient, backend), key)
 
 
 def _register() -> None:
@@ -194,6 +214,8 @@ def _register() -> None:
         "logprobs_backward_": lambda *_: None,
         "linear_logprobs": _linear_fake,
         "linear_logprobs_backward_": lambda *_: None,
+        "linear_logprobs_backward": _linear_backward_fake,
+        "scaled_gradient": lambda total, _, dtype: torch.empty_like(total, dtype=dtype),
         "dpo_loss": _dpo_fake,
         "pairwise_reward_loss": _pairwise_fake,
         "best_of_k_loss": _group_fake,

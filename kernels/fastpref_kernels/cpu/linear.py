@@ -15,8 +15,8 @@ from fastpref_kernels import cpu, linear
 
 # Rows of a tile: more of them mean fewer passes over the weight and its gradient.
 ROWS = 1024
-# What a loss keeps of exponentials at a time: 256 float32 rows of a vocabulary of 65536.
-LOSS_BYTES = 1 << 26
+# What a loss keeps of exponentials at a time: 320 float32 rows of a vocabulary of 65536.
+LOSS_BYTES = 80 << 20
 
 _scratch = threading.local()
 

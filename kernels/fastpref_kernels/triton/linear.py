@@ -10,7 +10,6 @@ The order of a row's sums depends on the tiles' columns alone: not on what else 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,8 +17,9 @@ from torch import Tensor
 from fastpref_kernels.triton.common import accumulator, dense, exp, join, on_device, power, power_rate, split, tanh
 from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment, _one_minus_exp
 
-# By the bytes of a product, (columns of one iteration, warps). A tile's row is short, so what is done once a row is kept
-# small: few warps to reduce over, and a short block to mask. With all sums, more columns a thread cost too many registers.
+# By the bytes of a product, (columns of one iteration, warps). A tile's row is short, so what is done once a row is
+# kept small: few warps to reduce over, and few columns to mask. With more columns a thread, the sums of every statistic
+# would take too many registers.
 FORWARD_LAUNCH = {4: (512, 2), 8: (256, 2)}
 BACKWARD_LAUNCH = {4: (1024, 2), 8: (512, 2)}
 # Above this a row's anchor is raised: 1/S must stay a normal float32, and so must what it multiplies.
@@ -77,12 +77,13 @@ def _masked(
     return u, keep, total, rest, weighted, squares
 
 
-# What changes from tile to tile and from batch to batch: a new value must not be a new kernel. Alignment is ALIGN's and
-# STORE_ALIGN's to say.
+# What changes from tile to tile and from batch to batch: a new value must not be a new kernel. The alignment of rows is
+# ALIGN's, STORE_ALIGN's and OUT_ALIGN's to say; what a row has one of begins anywhere.
 LENGTHS = ["C", "column", "stride_z", "stride_store", "state_row", "state_r", "stride_anchors", "stride_masses"]
+PER_ROW = ["targets", "label", "state", "anchors", "masses"]
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=PER_ROW)
 def fold_kernel(
     z, bias, targets, label, state, anchors, masses, store,  # (R, C), (C,), (R,), (R,), (6, R), (R,), (R,), (R, C)
     C, column, stride_z, stride_store, state_row, state_r, stride_anchors, stride_masses,
@@ -103,13 +104,11 @@ def fold_kernel(
     if store is not None:
         to = store + tl.multiple_of(r * stride_store, STORE_ALIGN)
     state += r * state_r
-    old_anchor = tl.load(state)
-    old_rest = tl.load(state + state_row)
-    anchor = old_anchor.to(ACC)
+    anchor = tl.load(state).to(ACC)
     z_y = tl.load(label + r)
-    target = tl.load(targets + r)
-    inside = (target >= column) & (target < column + C)
-    own = tl.where(inside, target - column, -1).to(tl.int32)
+    local = (tl.load(targets + r) - column).to(tl.int32)
+    inside = (local >= 0) & (local < C)
+    own = tl.where(inside, local, -1)
     full = C // BLOCK
     blocks = tl.cdiv(C, BLOCK)
     special = tl.where(inside, own // BLOCK, full)
@@ -141,9 +140,9 @@ def fold_kernel(
             if store is not None:
                 tl.store(to + k, _stored(e, u, slope, CAP).to(store.dtype.element_ty))
         if TOP1 & STATS:
-            # Outside of its tile, a label has every column on one side.
+            # A label in another tile has all of this one's columns on one side.
             peak = tl.max(top) * rate
-            left = tl.where(inside, side == 0, target >= column)
+            left = (side == 0) & (local >= 0)
             above = above | ((begin < end) & ((peak > z_y) | ((peak == z_y) & left)))
     # The label's block and the last, which may be the same one.
     for block in range(special, blocks, tl.maximum(full - special, 1)):
@@ -152,8 +151,8 @@ def fold_kernel(
             row, bias, to, k, C, own, anchor, rate, inner, slope, total, rest, weighted, squares, STATS, CAP, ACC
         )
         if TOP1 & STATS:
-            left = keep & (k < target - column)
-            right = keep & (k > target - column)
+            left = keep & (k < local)
+            right = keep & (k > local)
             before = tl.max(tl.where(left, u, minus_inf)) * rate
             after = tl.max(tl.where(right, u, minus_inf)) * rate
             above = above | (after > z_y) | (before > z_y) | ((before == z_y) & (tl.max(left.to(tl.int32)) > 0))
@@ -162,6 +161,8 @@ def fold_kernel(
     w = tl.sum(weighted)
     q = tl.sum(squares)
     t = tl.sum(total)
+    old_rest = tl.load(state + state_row)
+    old_anchor = anchor.to(tl.float64)  # a number of ACC's
     new_anchor = old_anchor
     gap = tl.zeros((), tl.float64)
     factor = tl.full((), 1.0, tl.float64)
@@ -216,7 +217,10 @@ def fold_kernel(
         tl.store(at, tl.maximum(tl.load(at), above.to(tl.float64)))
 
 
-@triton.jit(do_not_specialize=["C", "column", "stride_z", "stride_out", "norm_row"])
+@triton.jit(
+    do_not_specialize=["C", "column", "stride_z", "stride_out", "norm_row"],
+    do_not_specialize_on_alignment=["targets", "norm", "grad", "grad_entropy"],
+)
 def fold_backward_kernel(
     out, z, bias, targets, norm, grad, grad_entropy,  # (R, C), (R, C), (C,), (R,), (3 or 4, R), (R,), (R,)
     C, column, stride_z, stride_out, norm_row,

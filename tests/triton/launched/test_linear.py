@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +18,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu
 INF, NAN = math.inf, math.nan
 ENTROPY, MEAN, TOP1, LOG_SUM_SQ, ALL_STATS = 2, 4, 8, 16, 31
 REST, WEIGHTED, SQUARES, TOTAL, ABOVE = range(1, 6)
+# The interpreter cuts a float32 off where a GPU rounds it.
+BFLOAT16 = 2.0**-7 if INTERPRETED else 2.0**-8
 # An exponent of 46 in float32, which the label's 32 below its anchor make in powers of 2, is good to 2e-6.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: BFLOAT16, torch.float16: 1e-3}
 # logit_scale, temperature, softcap
 TRANSFORMS = {"plain": (1.0, 1.0, None), "scaled": (0.6, 1.3, None), "capped": (0.6, 1.3, 4.0)}
 products = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -48,11 +49,13 @@ class Folded:
     tiles: list[slice]
 
     def exps(self, anchor: Tensor) -> Tensor:
-        return torch.where(self.others, (self.z - anchor[:, None]).exp(), 0.0)
+        """exp(z - anchor), 0 at the target; a row without a finite z has no anchor, and none of its columns count."""
+        z = self.z - anchor[:, None].clamp(min=-1e300)
+        return torch.where(self.others, z.exp(), 0.0)
 
     def spread(self) -> Tensor:
-        """Every column's anchor, (R, V)."""
-        return torch.cat([a[:, None].expand(-1, t.stop - t.start) for a, t in zip(self.anchors, self.tiles)], 1)
+        """exp(z - the anchor of its tile), (R, V)."""
+        return torch.cat([self.exps(a)[:, tile] for a, tile in zip(self.anchors, self.tiles, strict=True)], 1)
 
 
 def transformed(x: Tensor, bias: Tensor | None, transform: tuple[float, float, float | None]) -> tuple[Tensor, Tensor]:
@@ -94,32 +97,36 @@ def fold(
     return Folded(state.cpu(), anchors.cpu(), masses.cpu(), kept, z, slope, others, tiles)
 
 
-def close(ours: Tensor, truth: Tensor, tolerance: float, floor: float = 0.0) -> None:
-    torch.testing.assert_close(ours.double(), truth.double(), rtol=tolerance, atol=floor, equal_nan=True)
+def close(ours: Tensor, truth: Tensor, bound: Tensor) -> None:
+    """Within `bound`, or what float32 can no longer hold; NaNs and infinities are where the truth's are."""
+    ours, truth = ours.double(), truth.double()
+    finite = truth.isfinite()
+    assert torch.equal(ours[~finite].nan_to_num(7), truth[~finite].nan_to_num(7)), f"{ours}, not {truth}"
+    excess = ((ours - truth).abs() - bound - torch.finfo(torch.float32).tiny)[finite]
+    assert (excess <= 0).all(), f"{ours}, not {truth}; beyond the bound by {excess.max():.1e}"
 
 
 def check(found: Folded, targets: Tensor, tolerance: float, stats: int = ALL_STATS) -> None:
     """Everything against the definition at the anchors that were used."""
     anchor = found.state[0]
+    assert torch.equal(anchor, found.anchors[-1])
     e = found.exps(anchor)
     d = torch.where(e > 0, found.z - anchor[:, None], 0.0)
-    close(found.state[REST], e.sum(1), tolerance)
-    assert torch.equal(anchor, found.anchors[-1])
-    tiny = torch.finfo(torch.float32).tiny
-    for columns, a, mass in zip(found.tiles, found.anchors, found.masses):
-        close(mass, found.exps(a)[:, columns].sum(1), tolerance, tiny)
+    close(found.state[REST], e.sum(1), tolerance * e.sum(1))
+    spread = found.spread()
+    for columns, mass in zip(found.tiles, found.masses, strict=True):
+        truth = spread[:, columns].sum(1)
+        close(mass, truth, tolerance * truth)
     if found.store is not None:
-        truth = found.exps(found.spread().t()[0]) if False else torch.where(
-            found.others, (found.z - found.spread()).exp() * found.slope, 0.0
-        )
-        close(found.store, truth, max(tolerance, TOLERANCE[found.store.dtype]), tiny)
+        truth = spread * found.slope
+        close(found.store, truth, tolerance * spread + TOLERANCE[found.store.dtype] * truth)
         assert (found.store.gather(1, targets[:, None]) == 0).all()
     if stats & ENTROPY:
-        close(found.state[WEIGHTED], (e * d).sum(1), 2 * tolerance)
+        close(found.state[WEIGHTED], (e * d).sum(1), tolerance * (e * (1 + d.abs())).sum(1))
     if stats & LOG_SUM_SQ:
-        close(found.state[SQUARES], (e * e).sum(1), 2 * tolerance)
+        close(found.state[SQUARES], (e * e).sum(1), 2 * tolerance * (e * e).sum(1))
     if stats & MEAN:
-        close(found.state[TOTAL], found.z.sum(1), 0.0, tolerance * found.z.abs().sum(1).max().item())
+        close(found.state[TOTAL], found.z.sum(1), tolerance * found.z.abs().sum(1))
     if stats & TOP1:
         z_y = found.z.gather(1, targets[:, None])
         before = torch.arange(found.z.shape[1]) < targets[:, None]
@@ -195,35 +202,38 @@ def test_far_above_the_anchor(gap: float, dtype: torch.dtype, transform: tuple[f
     x[2, 10], x[2, 120] = x[2, 10] + gap, x[2, 120] + 3 * gap
     x[3, 40] += gap
     found = fold(x, targets, 64, transform=transform, store=torch.float32)
-    check(found, targets, TOLERANCE[dtype])
+    # z itself is that far from 0.
+    check(found, targets, max(TOLERANCE[dtype], torch.finfo(dtype).eps * found.z.abs().max().item()))
     assert (found.state[REST] < 2.0**60).all()
     assert found.state.isfinite().all()
     if gap == 500.0 and transform[2] is None:
-        others = torch.where(found.others, found.z, -INF)
-        assert (found.state[0] == others.amax(1).to(dtype))[:3].all() or transform[0] != 1.0
-        assert found.anchors[0, 1] != found.anchors[-1, 1]
+        raised = found.anchors[1:] > found.anchors[:-1]
+        assert raised.any(0).tolist() == [False, True, True, False, False]
+        top = torch.where(found.others, found.z, -INF).amax(1)[:3]
+        torch.testing.assert_close(found.state[0, :3], top, rtol=1e-6, atol=0.0)
 
 
 # What to put in a row whose target is column 40, by column; rows have 160 in tiles of 64.
-EDGES: dict[str, dict[Any, float]] = {
-    "label -inf": {40: -INF},
-    "label -inf, first tile -inf": {slice(0, 64): -INF},
-    "label and last tile -inf": {40: -INF, slice(128, 160): -INF},
-    "others -inf": {slice(0, 40): -INF, slice(41, 160): -INF},
-    "some -inf": {3: -INF, 70: -INF, 150: -INF},
-    "lowest numbers": {slice(0, 40): -3.4028234663852886e38},
-    "others far below": {slice(0, 40): -1e4, slice(41, 160): -1e4},
+LABEL = slice(40, 41)
+EDGES: dict[str, tuple[tuple[slice, float], ...]] = {
+    "label -inf": ((LABEL, -INF),),
+    "label -inf, first tile -inf": ((slice(0, 64), -INF),),
+    "label and last tile -inf": ((LABEL, -INF), (slice(128, 160), -INF)),
+    "others -inf": ((slice(0, 40), -INF), (slice(41, 160), -INF)),
+    "some -inf": ((slice(3, 4), -INF), (slice(70, 71), -INF), (slice(150, 151), -INF)),
+    "lowest numbers": ((slice(0, 40), -3.4028234663852886e38),),
+    "others far below": ((slice(0, 40), -1e4), (slice(41, 160), -1e4)),
 }
 
 
 @products
 @pytest.mark.parametrize("values", EDGES.values(), ids=EDGES)
-def test_edges(values: dict[Any, float], dtype: torch.dtype) -> None:
+def test_edges(values: tuple[tuple[slice, float], ...], dtype: torch.dtype) -> None:
     x, _ = rows(2, 160, dtype)
     targets = torch.tensor([40, 40])
-    for columns, value in values.items():
+    for columns, value in values:
         x[0, columns] = value
-    found = fold(x, targets, 64, stats=ALL_STATS & ~MEAN, store=torch.bfloat16)
+    found = fold(x, targets, 64, stats=ALL_STATS & ~MEAN, store=dtype)
     check(found, targets, TOLERANCE[dtype], ALL_STATS & ~MEAN)
 
 
@@ -306,16 +316,14 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("stride", [pytest.param(2**31 - 8, id="2³¹")])
-def test_row_stride_beyond_32_bits(softcap: float | None, stride: int) -> None:
-    """Three rows of a store lie more than 2³¹ elements apart; only what is written is ever touched."""
+def test_store_beyond_32_bits(unpoisoned: None, softcap: float | None) -> None:
+    """The last of three rows of a store begins beyond 2³¹ elements; only what is written is ever touched."""
     x, targets = rows(3, 40)
-    kept = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
+    stride = 2**31 - 8
     try:
-        torch.use_deterministic_algorithms(False)  # else all of it is filled
         kept = torch.empty(2 * stride + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (stride, 1))
     except RuntimeError:
-        pytest.skip("not enough memory to reserve")
+        pytest.skip("8 GiB cannot be reserved")
     state = torch.zeros(6, 3, dtype=torch.float64)
     z, slope = transformed(x, None, (1.0, 1.0, softcap))
     label = z.gather(1, targets[:, None])[:, 0].float()
@@ -325,10 +333,8 @@ def test_row_stride_beyond_32_bits(softcap: float | None, stride: int) -> None:
     linear.fold(
         x.to(DEVICE), None, targets.to(DEVICE), label.to(DEVICE), 0, 1.0, 1.0, softcap, 0, state, *outs, kept
     )  # fmt: skip
-    truth = torch.where(
-        torch.arange(40) != targets[:, None], (z - label.double()[:, None] - 32).exp() * slope, 0.0
-    )
-    close(kept.cpu(), truth, 5e-3)
+    truth = torch.where(torch.arange(40) != targets[:, None], (z - label.double()[:, None] - 32).exp() * slope, 0.0)
+    close(kept.cpu(), truth, (1e-5 + BFLOAT16) * truth)
 
 
 def gradient(
@@ -349,7 +355,7 @@ def gradient(
 
 
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("with_grad, with_entropy", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("with_grad", "with_entropy"), [(True, False), (False, True), (True, True)])
 @transforms
 def test_gradient(
     out: torch.dtype, with_grad: bool, with_entropy: bool, transform: tuple[float, float, float | None]
@@ -371,8 +377,7 @@ def test_gradient(
             x[:, columns].contiguous().to(DEVICE), there(bias[columns]), targets.to(DEVICE), columns.start, *transform,
             norm.to(DEVICE), there(grad), there(grad_entropy), found[:, columns],
         )  # fmt: skip
-    tolerance = TOLERANCE[out]
-    close(found.cpu(), expected, tolerance, max(2 * tolerance if out.itemsize > 2 else 1e-6, 1e-12) * 1.0)
+    close(found.cpu(), expected, TOLERANCE[out] * expected.abs() + TOLERANCE[dtype])
 
 
 @products
