@@ -1,4 +1,4 @@
-"""Log-probs from hidden states and the head's weight: the logits exist a tile at a time, in float32, and never whole."""
+"""Log-probs from hidden states and the head's weight: the logits exist a tile at a time, in float32, never whole."""
 
 from __future__ import annotations
 
@@ -101,15 +101,13 @@ class _LinearLogprobs(torch.autograd.Function):
 def choose_mode(mode: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
     """ "save" or "recompute", for "auto" from shapes and dtype alone, so that every run and rank chooses the same."""
     if mode == "save" and dtype == torch.float16:
-        raise ValueError('mode="save" keeps exponentials, whose range fp16 has not; got fp16: use "recompute" or "auto"')
+        raise ValueError('mode="save" keeps exponentials, and fp16 has not their range; use "recompute" or "auto"')
     if mode != "auto":
         return mode
     size = hidden.numel() // hidden.shape[-1] * weight.shape[0] * dtype.itemsize
     chosen = "save" if size <= SAVE_BUDGET and dtype != torch.float16 else "recompute"
     if not torch.compiler.is_compiling():
-        logger.debug(
-            'mode="auto" is "%s": exponentials of %d bytes, budget %d, %s', chosen, size, SAVE_BUDGET, dtype
-        )
+        logger.debug('mode="auto" is "%s": exponentials of %d bytes, budget %d, %s', chosen, size, SAVE_BUDGET, dtype)
     return chosen
 
 
@@ -187,8 +185,9 @@ def linear_token_logprobs(
     """Log-prob of every label under the logits hidden @ weightᵀ + bias, which never exist whole.
 
     logp = z_y − log Σ_j exp z_j, with z the transformed logits, as `token_logprobs` defines them. Only scored rows are
-    multiplied. Logits are float32 sums, never rounded before the log-sum; gradients are summed in float32, and made only
-    for the arguments that require them. Under autocast the operands are cast to its dtype, and the results stay float32.
+    multiplied. Logits are float32 sums, never rounded before the log-sum; gradients are summed in float32, and made
+    only for the arguments that require them. Under autocast the operands are cast to its dtype, and the results stay
+    float32.
 
     Args:
         hidden: (B, T, H), or (T, H) for one sequence; fp16, bf16, fp32 or fp64.

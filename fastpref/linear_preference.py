@@ -1,13 +1,12 @@
 """Preference losses from hidden states, with the gradients made in the forward.
 
-A chunk holds whole groups (pairs, or the K answers to a prompt). Once its log-probs are known, so is the loss's gradient
-by them, and both gradient products follow at once on the exponentials just made: three products in all, the fewest
-there can be, and nothing of N × V outlives its chunk.
+A chunk holds whole groups (pairs, or the K answers to a prompt). Once its log-probs are known, so is the loss's
+gradient by them, and both gradient products follow at once on the exponentials just made: three products in all, the
+fewest there can be, and nothing of N × V outlives its chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fastpref.linear_logprobs import (
 )
 from fastpref.losses.preference import dpo_loss, implicit_reward
 from fastpref.reference.linear_preference import (
+    LossFunction,
     check_group,
     check_halves,
     check_losses,
@@ -35,13 +35,11 @@ from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_ind
 from fastpref.reference.losses.preference import reduce
 from fastpref_kernels import ops
 
-LossFunction = Callable[[Tensor], Tensor]
-
 
 def _plan(
     scored: Tensor, index: Tensor, sequences: int, group_size: int, limit: int, packed: bool
 ) -> tuple[list[tuple[int, int]], int] | None:
-    """Runs of groups whose scored rows number at most `limit`, and the most rows of one; None where a group has more."""
+    """Runs of groups with at most `limit` scored rows, and the most rows of one; None where a group has more."""
     groups = sequences // group_size
     if torch.compiler.is_compiling():
         # A graph knows shapes and no values: every position counts, and packed sequences cannot be told apart.
@@ -65,6 +63,14 @@ def _plan(
     if groups:
         runs.append((begin, groups))
     return runs, most
+
+
+def _merged(statistics: list[Tensor], of_chunk: list[Tensor]) -> list[Tensor]:
+    """Statistics of disjoint positions, 0 or False wherever a chunk has none."""
+    if not statistics:
+        return of_chunk
+    pairs = zip(statistics, of_chunk, strict=True)
+    return [held | new if held.dtype == torch.bool else held + new for held, new in pairs]
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -104,8 +110,7 @@ class _GradientsInForward(torch.autograd.Function):
             token, norm, shares, *of_chunk = torch.ops.fastpref.linear_logprobs(
                 *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
             )
-            statistics = [a | b if a.dtype == torch.bool else a + b for a, b in zip(statistics, of_chunk, strict=True)] \
-                if statistics else of_chunk  # fmt: skip
+            statistics = _merged(statistics, of_chunk)
             weighted = (token * token_weights).reshape(-1).double()
             made = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index.reshape(-1), weighted).to(wide)
             logps = logps + made

@@ -13,6 +13,9 @@ from fastpref._results import linear_group_type, linear_loss_type
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
 from fastpref.reference.losses.preference import dpo_loss, reduce
 
+LossFunction = Callable[[Tensor], Tensor]
+"""Log-probs (G, K) -> losses (G,), each group on its own."""
+
 
 def count_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
     """How many sequences (B, T), (T,) or packed labels hold."""
@@ -151,7 +154,7 @@ def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    loss_fn: Callable[[Tensor], Tensor],
+    loss_fn: LossFunction,
     *,
     bias: Tensor | None = None,
     group_size: int,

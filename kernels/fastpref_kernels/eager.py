@@ -24,11 +24,13 @@ class Transform(NamedTuple):
 
     @classmethod
     def of(cls, logit_scale: float, temperature: float, softcap: float | None) -> Transform:
+        """The transform of these three scalars."""
         if softcap is None:
             return cls(logit_scale / temperature, 1.0, None)
         return cls(1.0 / temperature, logit_scale, softcap)
 
     def u(self, x: Tensor) -> Tensor:
+        """u(x)."""
         return x if self.softcap is None else self.softcap * torch.tanh(x * (self.scale / self.softcap))
 
     def derivative(self, u: Tensor) -> Tensor | float:
@@ -37,6 +39,7 @@ class Transform(NamedTuple):
 
 
 def scored_targets(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+    """The label of every position (B, T'), and whether it is scored."""
     targets = labels[:, 1:] if shift else labels
     scored = targets != ignore_index
     if shift and cu_seqlens is not None:
@@ -55,12 +58,14 @@ def _sequence_of(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise `ValueError` unless boundaries rise from 0 to the number of tokens."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")
 
 
 def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
+    """Raise `IndexError` at the first scored label outside the vocabulary."""
     bad = scored & ((targets < 0) | (targets >= vocabulary))
     if bad.any():
         row, column = bad.nonzero()[0].tolist()

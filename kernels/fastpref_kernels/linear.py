@@ -4,12 +4,16 @@ The scored rows are gathered first. Then, for a chunk of rows, the vocabulary is
 a product writes the tile's logits in float32, and a fold adds them to each row's sums while they are in the cache. No
 logit is ever rounded below float32, and no more of them exist at a time than a tile.
 
-With e_j = exp(z_j - a), anchored at a = z_y + 32, s = Σ_{j≠y} e_j and S = s + e_y:
+With e_j = exp(z_j - a), s = Σ_{j≠y} e_j and S = s + e_y:
 
     log p_y    = -log1p(s·exp(a - z_y))
     ∂/∂z_j     = e_j / S, and -s / S at the label, each with the sign turned
 
-so where a row's e (with -s in the label's place) was kept, both gradients are library products of it, whatever the
+The anchor a is the label's logit as a dot product of its own gives it. It is only near the z_y of the tile, which is
+the one that counts: rounded like all others of its row, it leaves a common offset without effect. A row whose sum would
+pass 2^60, or 2^10 where an entropy is wanted, moves its anchor up to its maximum.
+
+So where a row's e (with -s in the label's place) was kept, both gradients are library products of it, whatever the
 upstream gradient g: d_hidden = -diag(g/S)·(e·W) and d_weight = -eᵀ·(diag(g/S)·X). Nothing cancels, at any log-prob.
 Where it was not kept, the logits are made again, and a second fold turns them into the gradient.
 """
@@ -24,10 +28,10 @@ from torch import Tensor
 
 from fastpref_kernels import eager
 
-ANCHOR = 32.0  # how far above its label a row is anchored at first
 COLUMNS = 4096  # of a tile; products are at full speed from 1024, and a row of a tile stays in an L1 cache
 LOSS_BYTES = 1 << 30  # of exponentials a loss keeps at a time, on a device with memory of its own
-LIMIT = 2.0**60  # sums past this move the anchor, as in the kernels
+# Sums past this move the anchor, as in the kernels. An entropy's digits want it near the row's mass, not only in range.
+LIMIT, ENTROPY_LIMIT = 2.0**60, 2.0**10
 _NEAR = 600.0  # below this, exp(a - z_y) is a float64 with room to spare
 
 
@@ -73,9 +77,8 @@ def _transformed(
 
 
 def fold(
-    z: Tensor, bias: Tensor | None, targets: Tensor, label: Tensor, column: int, logit_scale: float,
-    temperature: float, softcap: float | None, stats: int, state: Tensor, anchors: Tensor, masses: Tensor,
-    store: Tensor | None,
+    z: Tensor, bias: Tensor | None, targets: Tensor, column: int, logit_scale: float, temperature: float,
+    softcap: float | None, stats: int, state: Tensor, anchors: Tensor, masses: Tensor, store: Tensor | None,
 ) -> None:  # fmt: skip
     """Add a tile of logits to the sums of its rows: the definition, which the kernels do in one pass.
 
@@ -83,31 +86,31 @@ def fold(
         z: (R, C) products hidden @ weightᵀ, float32 or float64; may be written to.
         bias: (C,) or None.
         targets: (R,) the rows' labels.
-        label: (R,) z of the labels.
         column: the vocabulary column the tile starts at.
         logit_scale: as in `logprobs`, like the two after it.
         temperature: divides the logits.
         softcap: caps the logits.
         stats: bits of the statistics asked for.
-        state: (6, R) float64, in and out, of d_j = z_j - anchor over the tiles so far: the anchor, Σ exp d and
-            Σ d·exp d and Σ exp 2d over j ≠ label, Σ z over all j, and 1 where the label is not the first argmax.
+        state: (8, R) float64, in and out, of d_j = z_j - anchor over the tiles so far: the anchor; Σ exp d, Σ d·exp d
+            and Σ exp 2d over j ≠ label; Σ z over all j; the maxima of z before and after the label; z of the label.
         anchors: (R,) float64, out: the anchor of this tile.
         masses: (R,) float64, out: this tile's Σ_{j≠label} exp d.
         store: (R, C) or None, out: exp(d)·dz/dx, and 0 at the label.
     """
     z, slope = _transformed(z, bias, logit_scale, temperature, softcap)
-    anchor, rest, weighted, squares, total, above = state
+    anchor, rest, weighted, squares, total, highest_before, highest_after, label = state
     columns = torch.arange(column, column + z.shape[1], device=z.device)
     before, after = columns < targets[:, None], columns > targets[:, None]
     if stats & 4:
         total += z.sum(-1, dtype=torch.float64)
     if stats & 8:
-        z_y = label[:, None]
-        exceeds = (before & ~(z < z_y)) | (after & ~(z <= z_y))
-        above.logical_or_(exceeds.any(-1))
-    others = z.masked_fill(~(before | after), -torch.inf)
+        for highest, side in ((highest_before, before), (highest_after, after)):
+            highest.copy_(torch.maximum(highest, z.masked_fill(~side, -torch.inf).amax(-1).double()))
+    own = ~(before | after)
+    label.copy_(torch.where(own.any(-1), z.masked_fill(~own, 0.0).sum(-1).double(), label))
+    others = z.masked_fill(own, -torch.inf)
     tile = (others - anchor[:, None].to(z.dtype)).exp().sum(-1, dtype=torch.float64)
-    redone = ~(rest + tile < LIMIT)
+    redone = ~(rest + tile < (ENTROPY_LIMIT if stats & 2 else LIMIT))
     old = torch.where((rest > 0) | anchor.isfinite(), anchor, -torch.inf)
     moved = torch.maximum(old, others.amax(-1).double())
     moved = torch.where(redone, moved.masked_fill(moved == -torch.inf, 0.0), anchor)
@@ -186,11 +189,11 @@ def _column_chunks(vocabulary: int, columns: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + columns, vocabulary)
 
 
-def _label_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: Any) -> tuple[Any, Any]:
-    """z and dz/dx at the labels (R,), from a float32 dot product."""
+def _label_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: Any) -> Tensor:
+    """z of the labels (R,), from a float32 dot product."""
     dtype = widened(x.dtype)
     raw = (x.to(dtype) * weight[labels].to(dtype)).sum(-1)
-    return _transformed(raw, None if bias is None else bias[labels], *transform)
+    return _transformed(raw, None if bias is None else bias[labels], *transform)[0]
 
 
 def _mass_shares(anchors: Tensor, masses: Tensor, anchor: Tensor, total: Tensor) -> Tensor:
@@ -227,41 +230,44 @@ def logprobs(
         part = slice(first, min(first + size, len(rows)))
         place = (rows.place[0][part], rows.place[1][part])
         y, x = rows.label[part], flat[rows.position[part]]
-        label, slope = _label_logits(x, weight, bias, y, transform)
-        state = torch.zeros((6, len(y)), dtype=torch.float64, device=x.device)
-        state[0] = label + ANCHOR
+        state = torch.zeros((8, len(y)), dtype=torch.float64, device=x.device)
+        state[0] = _label_logits(x, weight, bias, y, transform)
+        state[5:7] = -torch.inf
         anchors, masses = state.new_empty((2, len(chunks), len(y)))
         tile = backend.scratch("logits", (len(y), min(COLUMNS, vocabulary)), dtype, x.device)
         for i, (begin, end) in enumerate(chunks):
             z = tile[:, : end - begin]
             backend.product(z, x, weight[begin:end].t(), False)
             backend.fold(
-                z, None if bias is None else bias[begin:end], y, label, begin, *transform, stats, state, anchors[i],
+                z, None if bias is None else bias[begin:end], y, begin, *transform, stats, state, anchors[i],
                 masses[i], None if store is None else store[part, begin:end],
             )  # fmt: skip
-        anchor, rest, weighted, squares, total, above = state
-        z_y = label.double()
+        anchor, rest, weighted, squares, total, before, after, z_y = state
         e_y = (z_y - anchor).exp()
         whole = rest + e_y
         gap = anchor - z_y
         near = -torch.log1p(rest * gap.clamp(max=_NEAR).exp())
-        logp = torch.where(gap < _NEAR, near, -gap - whole.log()).masked_fill(label == torch.inf, torch.nan)
+        logp = torch.where(gap < _NEAR, near, -gap - whole.log()).masked_fill(z_y == torch.inf, torch.nan)
         if store is not None:
             kept = store[part]
             moved = (anchors != anchor).any(0).nonzero()[:, 0]
             if len(moved):
                 factor = (anchors[:, moved] - anchor[moved]).exp().repeat_interleave(COLUMNS, 0)
                 kept[moved] = (kept[moved] * factor[:vocabulary].t()).to(kept.dtype)
+            of_z = eager.Transform.of(*transform)
+            slope = of_z.derivative(z_y / of_z.rate)
             kept[torch.arange(len(y), device=y.device), y] = (-rest * slope).to(kept.dtype)
         norm[0][place], norm[1][place] = anchor.to(dtype), (1 / whole).to(dtype)
         norm[2][place] = logps[place] = logp.to(dtype)
         values: dict[int, Callable[[], Tensor]] = {
             0: lambda anchor=anchor, whole=whole: anchor + whole.log(),
-            1: lambda whole=whole, weighted=weighted, e_y=e_y, gap=gap: (
-                whole.log() - (weighted - (e_y * gap).masked_fill(e_y == 0, 0.0)) / whole
+            1: lambda whole=whole, weighted=weighted, rest=rest, e_y=e_y, gap=gap, logp=logp: torch.where(
+                gap < _NEAR,  # from the label, where an entropy near 0 keeps its digits
+                -logp - (weighted + gap * rest) / whole,
+                whole.log() - (weighted - (e_y * gap).masked_fill(e_y == 0, 0.0)) / whole,
             ),
             2: lambda total=total: total / vocabulary,
-            3: lambda above=above, label=label: (above == 0) & ~label.isnan(),
+            3: lambda before=before, after=after, z_y=z_y: (before < z_y) & (after <= z_y),
             4: lambda squares=squares, e_y=e_y, whole=whole: (squares + e_y * e_y).log() - 2 * whole.log(),
         }
         for bit, value in values.items():
@@ -385,7 +391,9 @@ def gradients(
     d_hidden, d_weight, d_bias = (
         hidden.new_empty(0, dtype=dtype)
         if total is None
-        else total if total.dtype == dtype else scaled_gradient(backend, total, None, dtype)
+        else total
+        if total.dtype == dtype
+        else scaled_gradient(backend, total, None, dtype)
         for total, dtype in zip(totals, dtypes, strict=True)
     )
     return d_hidden, d_weight, d_bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ import fastpref
 from fastpref import reference
 from tests.tolerance import ALL_STATS, assert_accurate
 
-NAMES = ("linear_dpo_loss", "linear_preference_loss")
 PAIRS, TIME, FEATURES, VOCABULARY = 3, 7, 5, 23
 FIELDS = ("loss", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
 both = pytest.mark.usefixtures("implementation")
@@ -82,15 +80,6 @@ def assert_near(found: Tensor, truth: Tensor, dtype: torch.dtype, name: str) -> 
 def gradients(leaves: Operands) -> dict[str, Tensor]:
     assert all(leaf.grad is not None for leaf in leaves.values())
     return {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_signature_is_the_references(name: str) -> None:
-    def parameters(package: Any) -> list[tuple[str, Any, Any]]:
-        found = inspect.signature(getattr(package, name)).parameters.values()
-        return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
-
-    assert parameters(fastpref) == parameters(reference)
 
 
 class TestDpoAgainstTheDefinition:

@@ -1,8 +1,9 @@
 // The row passes over a tile of logits that a matrix product has just written, while it is still in the cache, and the
 // bfloat16 product that keeps its float32 sums.
 //
-// Exponentials are anchored 32 above the label: e_j = exp(z_j - z_y - 32) needs no running maximum, and bfloat16, which
-// has float32's range, can hold them. A row whose sum would pass 2^60 moves its anchor up to the tile's maximum.
+// Exponentials are anchored at the label: e_j = exp(z_j - a) needs no running maximum, and bfloat16, which has float32's
+// range, can hold them. A row whose sum would pass 2^60 moves its anchor up to the tile's maximum; and one whose entropy
+// is wanted at 2^10, to be near where the row's mass is.
 #include "lanes.h"
 #include "rows.h"
 
@@ -27,6 +28,8 @@ namespace fastpref {
 namespace {
 
 using at::Tensor;
+
+constexpr double kEntropyLimit = 0x1p10;
 
 // body(pair, j, left) over n values, `left` of them in the last pair, whose other lanes hold `fill`.
 template <typename A, typename F>
@@ -111,44 +114,47 @@ A maximum_of(const A* z, int64_t n) {
   return max(best);
 }
 
-// Whether one of n values keeps the label from being the first argmax.
-template <bool Before, typename A>
-bool exceeds(const A* z, int64_t n, A label) {
-  const A best = maximum_of(z, n);
-  return at::_isnan(best) || (Before ? n > 0 && best >= label : best > label);
+// The larger of two, or the NaN among them.
+inline double greater(double a, double b) {
+  return std::isnan(a) || std::isnan(b) ? a + b : std::max(a, b);
 }
 
 template <bool Cap, bool Stats, typename A, typename S>
-void fold_row(A* z, int64_t C, int64_t own, A label, const A* bias, const Transform& t, int64_t stats, double* state,
+void fold_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& t, int64_t stats, double* state,
               int64_t R, double* anchor_out, double* mass_out, S* store) {
   constexpr A inf = std::numeric_limits<A>::infinity();
   double &anchor = state[0], &rest = state[R], &weighted = state[2 * R], &squares = state[3 * R],
-         &total = state[4 * R], &above = state[5 * R];
+         &total = state[4 * R], &before = state[5 * R], &after = state[6 * R], &label = state[7 * R];
   transform_row<Cap>(z, C, bias, t);
-  const bool holds = own >= 0 && own < C;
   if (stats & kMean) {
     Vectorized<A> sums(A(0));
     sweep(z, C, A(0), [&](const Pair<A>& v, int64_t, int64_t) { sums = sums + (v.first + v.second); });
     total += double(sum(sums));
   }
   if (stats & kTop1) {
-    const int64_t before = std::clamp<int64_t>(own, 0, C), after = std::clamp<int64_t>(own + 1, 0, C);
-    if (exceeds<true>(z, before, label) || exceeds<false>(z + after, C - after, label)) above = 1;
+    const int64_t left = std::clamp<int64_t>(own, 0, C), right = std::clamp<int64_t>(own + 1, 0, C);
+    before = greater(before, maximum_of(z, left));
+    after = greater(after, maximum_of(z + right, C - right));
   }
-  if (holds) z[own] = -inf;
+  if (own >= 0 && own < C) {
+    label = z[own];
+    z[own] = -inf;
+  }
   Sums sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
-  if (!(rest + sums.rest < kAnchorLimit)) {
+  if (!(rest + sums.rest < (stats & kEntropy ? kEntropyLimit : kAnchorLimit))) {
     const A top = maximum_of(z, C);
     const double old = rest > 0 || std::isfinite(anchor) ? anchor : -double(inf);
     double moved = at::_isnan(top) ? double(top) : std::max<double>(old, top);
     if (moved == -double(inf)) moved = 0;  // nothing but -inf yet: any anchor gives a sum of 0, and no NaN
-    const double gap = anchor - moved, f = std::exp(gap);
-    // exp(d) d becomes f exp(d) (d + gap); where f is 0 so is the sum, whatever the gap.
-    weighted = f == 0 ? 0 : f * (weighted + gap * rest);
-    rest = rest == 0 ? 0 : f * rest;
-    squares = squares == 0 ? 0 : f * f * squares;
-    anchor = moved;
-    sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
+    if (moved != anchor) {
+      const double gap = anchor - moved, f = std::exp(gap);
+      // exp(d) d becomes f exp(d) (d + gap); where f is 0 so is the sum, whatever the gap.
+      weighted = f == 0 ? 0 : f * (weighted + gap * rest);
+      rest = rest == 0 ? 0 : f * rest;
+      squares = squares == 0 ? 0 : f * f * squares;
+      anchor = moved;
+      sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
+    }
   }
   rest += sums.rest;
   weighted += sums.weighted;
@@ -161,9 +167,9 @@ Tensor widened(const std::optional<Tensor>& bias, const Tensor& z) {
   return bias ? bias->to(z.scalar_type()).contiguous() : Tensor();
 }
 
-void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targets, const Tensor& label,
-          int64_t column, double logit_scale, double temperature, std::optional<double> softcap, int64_t stats,
-          const Tensor& state, const Tensor& anchors, const Tensor& masses, const std::optional<Tensor>& store) {
+void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targets, int64_t column,
+          double logit_scale, double temperature, std::optional<double> softcap, int64_t stats, const Tensor& state,
+          const Tensor& anchors, const Tensor& masses, const std::optional<Tensor>& store) {
   const Transform t(logit_scale, temperature, softcap);
   const int64_t R = z.size(0), C = z.size(1);
   const Tensor b = widened(bias, z);
@@ -176,11 +182,10 @@ void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targ
     const auto capped = stats & summed ? &fold_row<true, true, A, S> : &fold_row<true, false, A, S>;
     const auto row = softcap ? capped : plain;
     A* tile = z.mutable_data_ptr<A>();
-    const A* of_label = label.const_data_ptr<A>();
     const A* shift = b.defined() ? b.const_data_ptr<A>() : nullptr;
     at::parallel_for(0, R, std::max<int64_t>(1, kGrain / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        row(tile + i * z.stride(0), C, y[i] - column, of_label[i], shift, t, stats, sums + i, R, anchor + i, mass + i,
+        row(tile + i * z.stride(0), C, y[i] - column, shift, t, stats, sums + i, R, anchor + i, mass + i,
             kept ? kept + i * store->stride(0) : nullptr);
       }
     });
@@ -256,18 +261,22 @@ bool has_bf16_gemm() {
   return FASTPREF_HAS_BF16_GEMM;
 }
 
-// out (M, N) float32 = a (M, K) @ b (K, N) in bfloat16, summed in float32; or += of it. One stride of each is 1.
-void bf16_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+// out (M, N) float32 = a (M, K) @ b (K, N) in bfloat16, summed in float32; or += of it. out's rows are contiguous.
+void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
   TORCH_CHECK(has_bf16_gemm(), "this build has no bfloat16 product with float32 sums");
 #if defined(__AMX_BF16__) && defined(__linux__)
-  const int m = int(a.size(0)), k = int(a.size(1)), n = int(b.size(1));
+  const int m = int(left.size(0)), k = int(left.size(1)), n = int(right.size(1));
   if (m == 0 || n == 0 || k == 0) return;
   constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112;
-  const auto layout = [](const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? kPlain : kTransposed; };
-  const auto leading = [&](const Tensor& x) {
-    const bool plain = layout(x) == kPlain;
-    return int(std::max(x.stride(plain ? 0 : 1), x.size(plain ? 1 : 0)));
+  const auto layout = [](const Tensor& x) { return x.stride(1) == 1 ? kPlain : kTransposed; };
+  const auto leading = [&](const Tensor& x) { return int(x.stride(layout(x) == kPlain ? 0 : 1)); };
+  // One stride of an operand must be 1, and the other must step over a whole line.
+  const auto laid_out = [](const Tensor& x) {
+    const bool plain = x.stride(1) == 1 && x.stride(0) >= x.size(1);
+    const bool transposed = x.stride(0) == 1 && x.stride(1) >= x.size(0);
+    return plain || transposed ? x : x.clone(at::MemoryFormat::Contiguous);
   };
+  const Tensor a = laid_out(left), b = laid_out(right);
   cblas_gemm_bf16bf16f32(kRowMajor, layout(a), layout(b), m, n, k, 1.0f, a.const_data_ptr(), leading(a),
                          b.const_data_ptr(), leading(b), add ? 1.0f : 0.0f, out.mutable_data_ptr<float>(),
                          int(std::max(out.stride(0), out.size(1))));

@@ -177,8 +177,8 @@ def fold_kernel(
             k = block * BLOCK + tl.arange(0, BLOCK)
             u = _load(row, bias, k, k < C, inner, CAP, ACC)
             top = tl.maximum(top, tl.where((k < C) & (k != own), u, minus_inf))
-        finite = (old_anchor > minus_inf) & (old_anchor < -minus_inf)
-        counts = fits | (old_rest > 0.0) | finite
+        # An anchor that nothing has been summed at, which may be of no finite label, is replaced.
+        counts = fits | (old_rest > 0.0)
         raised = tl.maximum(tl.where(counts, old_anchor, minus_inf), (tl.max(top) * rate).to(tl.float64))
         new_anchor = tl.where(fits, old_anchor, raised)
         gap = tl.where(fits | (counts == 0), 0.0, old_anchor - new_anchor)

@@ -213,6 +213,17 @@ def test_far_above_the_anchor(gap: float, dtype: torch.dtype, transform: tuple[f
         torch.testing.assert_close(found.state[0, :3], top, rtol=1e-6, atol=0.0)
 
 
+@products
+def test_raised_a_little(dtype: torch.dtype) -> None:
+    """Sums at the old anchor are carried to one so near that they still count."""
+    x, targets = rows(2, 160, dtype)
+    targets[:] = 40
+    x[0, 3], x[0, 100], x[0, 150] = x[0, 40] + 32 + 39, x[0, 40] + 32 + 42, x[0, 40] + 32 + 41
+    found = fold(x, targets, 64, store=dtype)
+    check(found, targets, TOLERANCE[dtype])
+    assert (found.anchors[1:] > found.anchors[:-1]).tolist() == [[True, False], [False, False]]
+
+
 # What to put in a row whose target is column 40, by column; rows have 160 in tiles of 64.
 LABEL = slice(40, 41)
 EDGES: dict[str, tuple[tuple[slice, float], ...]] = {
@@ -266,6 +277,7 @@ def test_label_column_is_in_no_sum(value: float) -> None:
     """What is at the label's column does not count where the label was computed elsewhere, but in the total of z."""
     x, targets = rows(2, 160)
     targets[:] = 40
+    x[0, 50] += 200
     label = x[:, 40].clone()
     clean = fold(x, targets, 64, store=torch.float32, label=label)
     x[:, 40] = value
