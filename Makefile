@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench bench-logprobs roofline wheel clean
+.PHONY: demo test lint format bench bench-logprobs bench-linear roofline wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
@@ -26,6 +26,9 @@ bench: $(VENV)/bench.stamp
 
 bench-logprobs: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/bench_logprobs.py $(ARGS)
+
+bench-linear: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
 
 roofline: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/static_roofline.py $(ARGS)

@@ -9,19 +9,9 @@ that a drift of the machine's speed reaches all of them alike.
 
 from __future__ import annotations
 
-import csv
-import ctypes
-import gc
 import math
-import multiprocessing
-import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,20 +19,17 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 import fastpref
-from benchmarks import peers
+from benchmarks import harness, peers
+from benchmarks.harness import ALLOCATORS, DTYPES, MIB, Case, child, interleaved
 from benchmarks.peers import Entry
 
 B, T, V = 8, 128, 50304
 GPU_B, GPU_T, GPU_V = 8, 1024, 128256
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ALLOCATORS = {"default": {}, "THP": {"THP_MEM_ALLOC_ENABLE": "1"}}
-MIB = 2**20
 
 
 def _ours(in_place: bool) -> peers.Function:
@@ -129,45 +116,6 @@ class Gate:
         return {f"error_{name}": off for name, off in errors.items()}
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is timed, and what is done before every round that is not."""
-
-    run: Callable[[], object]
-    before: Callable[[], object] = lambda: None
-
-    def seconds(self, cuda: bool) -> float:
-        """One timing."""
-        if not cuda:
-            start = time.perf_counter()
-            self.run()
-            return time.perf_counter() - start
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)  # launches queue up behind it, so that the device does not wait for Python
-        begin.record()
-        self.run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-
-def interleaved(cases: dict[str, Case], rounds: int, cuda: bool) -> dict[str, list[float]]:
-    """Seconds of every round of every case, after two rounds that are not counted."""
-    names = list(cases)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-2, rounds):
-        # All of them now and not each before its own timing, which would then find its logits in the cache.
-        for name in names:
-            cases[name].before()
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            taken = cases[name].seconds(cuda)
-            if number >= 0:
-                seconds[name].append(taken)
-    return seconds
-
-
 def floors(logits: Tensor) -> dict[str, Case]:
     """One read of the logits, then one read and one write."""
     kept = torch.empty_like(logits)
@@ -243,32 +191,9 @@ def peak_mib(name: str, entry_name: str) -> float:
     # What is compiled, built or read from disk on a first call is not a step's memory.
     small = (B, T, V) if entry.compiles else (2, 2, 64)
     forward_backward(function, *inputs(small, DTYPES[name]))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
     received: list[Tensor] = []
-    forward_backward(function, logits, labels, received)
-    gradient = 0 if entry.in_place else logits.nbytes
-    return (_resident("VmHWM") - before - gradient) / MIB
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-@contextmanager
-def child(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
-    """A fresh process under other environment variables, which PyTorch's allocator reads once, when it starts."""
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield pool
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    peak = harness.peak_bytes(lambda: forward_backward(function, logits, labels, received))
+    return (peak - (0 if entry.in_place else logits.nbytes)) / MIB
 
 
 def cpu_rows(rounds: int, console: Console) -> list[dict[str, Any]]:
@@ -297,14 +222,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and text of the columns that any timed row fills."""
-    rows = [row for row in rows if "ms" in row]
-    used = [column for column in COLUMNS if any(column[1] in row for row in rows)]
-    lines = [[form.format(row[field]) if field in row else "" for _, field, form in used] for row in rows]
-    return [heading for heading, _, _ in used], lines
-
-
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
     """What was not timed and why, and ours against the fastest peer, for every dtype and allocator."""
     lines = [f"{row['name']}, {row['dtype']}: {row['problem']}" for row in rows if "problem" in row]
@@ -321,34 +238,6 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """`path`.csv, one row a measurement, and `path`.md, the table with what it depends on."""
-    # Before a file is written, which would make a clean checkout a changed one.
-    constant = {key: value for key, value in peers.provenance().items() if key != "THP_MEM_ALLOC_ENABLE"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(field for row in rows for field in row))
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    headings, lines = cells(rows)
-    text = [title, "", "| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    text += ["| " + " | ".join(line) + " |" for line in lines]
-    text += ["", *(f"- {line}" for line in verdict(rows)), ""]
-    text += ["Measured with " + ", ".join(f"{key} {value}" for key, value in constant.items()) + "."]
-    path.with_suffix(".md").write_text("\n".join(text) + "\n")
-
-
-def show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    headings, lines = cells(rows)
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table, *verdict(rows), sep="\n")
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the CSV and the markdown table")] = Path("benchmarks/results"),
     rounds: Annotated[int, typer.Option(min=1, help="Rounds over all rows")] = 15,
@@ -357,13 +246,13 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 160)
     title = f"Forward + backward, B={B}, T={T}, V={V}, {torch.get_num_threads()} threads"
     rows = cpu_rows(rounds, console)
-    show(rows, title, console)
-    write(rows, out / "logprobs", title)
+    harness.show(rows, COLUMNS, verdict(rows), title, console)
+    harness.write(rows, COLUMNS, verdict(rows), out / "logprobs", title)
     if torch.cuda.is_available():
         title = f"{torch.cuda.get_device_name()}, N={GPU_B * GPU_T}, V={GPU_V}"
         rows = timed_rows("cuda", "bf16", 5 * rounds)
-        show(rows, title, console)
-        write(rows, out / "logprobs_gpu", title)
+        harness.show(rows, COLUMNS, verdict(rows), title, console)
+        harness.write(rows, COLUMNS, verdict(rows), out / "logprobs_gpu", title)
 
 
 @pytest.fixture(scope="module", params=DTYPES)

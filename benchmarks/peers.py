@@ -109,6 +109,60 @@ GPU = (
 )
 
 
+# Log-probs of the scored rows, in order, from hidden (B, T, H), weight (V, H) and labels (B, T), aligned.
+LinearFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """`load` imports and returns the function; ImportError makes it a row that says what is missing."""
+
+    name: str
+    load: Callable[[], LinearFunction]
+
+
+def linear_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Logits of every position, as a model's head gives them, widened before the log-sum."""
+    logps = (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return logps[labels != -100]
+
+
+def _linear_compacted(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    scored = labels != -100
+    return (hidden[scored] @ weight.T).float().log_softmax(-1).gather(-1, labels[scored][:, None])[:, 0]
+
+
+def _linear_trl() -> LinearFunction:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        scored = labels != -100
+        arguments = (hidden[scored], weight, None, labels[scored], 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(*arguments)[0]  # type: ignore[index]
+
+    return logprobs
+
+
+def _linear_pytorch() -> LinearFunction:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError("this torch has no linear_cross_entropy")
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        scored = labels != -100
+        return -F.linear_cross_entropy(hidden[scored], weight, labels[scored], reduction="none")
+
+    return logprobs
+
+
+LINEAR = (
+    LinearEntry("eager", lambda: linear_eager),
+    LinearEntry("eager, scored rows", lambda: _linear_compacted),
+    LinearEntry("TRL chunked log-probs, scored rows", _linear_trl),
+    LinearEntry("F.linear_cross_entropy, scored rows", _linear_pytorch),
+)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """A peer's Triton kernels on logits. `launch(dtype, V, target)` calls them as the peer does."""

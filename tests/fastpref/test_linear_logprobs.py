@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
+from fastpref.reference.logprobs import transform_logits
 from tests.tolerance import ALL_STATS, DTYPES, assert_accurate
 
 NAMES = ("linear_token_logprobs", "linear_sequence_logprobs")
@@ -66,9 +67,20 @@ def magnitudes(operands: Operands, labels: Tensor, layouts: Any = None, **option
     kept = {name: value for name, value in options.items() if name not in ("mode", "chunk_rows", "filter_eps", "stats")}
     stats = tuple(name for name in options.get("stats", ()) if name == "entropy")
     dz = run_logits(function or reference.token_logprobs, logits, labels, stats=stats, **kept).flatten(0, -2).abs()
+    if stats:
+        # An entropy's p (log p + H) cancels too, near the row's mass, before it is multiplied.
+        z = transform_logits(logits, **{"temperature": 1.0, "logit_scale": 1.0, "softcap": None} | transform_of(kept))
+        log_p = z.detach().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1).flatten(0, -2)
+        entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+        dz = dz + log_p.exp() * (entropy - log_p)
     rows = hidden.reshape(-1, hidden.shape[-1]).nan_to_num(0.0, 0.0, 0.0).abs()
     sums = {"dhidden": dz @ weight.abs(), "dweight": dz.T @ rows, "dbias": dz.sum(0)}
     return {name: value.max().item() if value.numel() else 0.0 for name, value in sums.items()}
+
+
+def transform_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that transform the logits."""
+    return {name: options[name] for name in ("temperature", "logit_scale", "softcap") if name in options}
 
 
 def run_logits(function: Callable[..., Any], logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
