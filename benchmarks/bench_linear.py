@@ -1,4 +1,4 @@
-"""Log-probs and DPO from hidden states, forward and backward: ours, the peers, and the bare products that are the floor.
+"""Log-probs and DPO from hidden states, forward and backward: ours, the peers, and the bare products.
 
     python benchmarks/bench_linear.py     # the table of the README, under both allocators
     pytest benchmarks/bench_linear.py     # the same rows for pytest-benchmark, under the allocator it starts with

@@ -126,9 +126,9 @@ def tile(dtype: torch.dtype, stats: int, stored: bool) -> None:
     products = torch.promote_types(dtype, torch.float32)
     z, targets, label = torch.zeros(8, TILE, dtype=products), torch.zeros(8, dtype=torch.int64), torch.zeros(8)
     out = torch.zeros(8, TILE, dtype=dtype)
-    state, (anchors, masses) = torch.zeros(6, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
+    state, (anchors, masses) = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
     transform = (1.0, 1.0, None)
-    linear.fold(z, None, targets, label, 0, *transform, stats, state, anchors, masses, out if stored else None)
+    linear.fold(z, None, targets, 0, *transform, stats, state, anchors, masses, out if stored else None)
     if not stored:
         entropy = label if stats else None
         linear.fold_backward(z, None, targets, 0, *transform, torch.zeros(4, 8, dtype=products), label, entropy, out)

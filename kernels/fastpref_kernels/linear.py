@@ -284,6 +284,11 @@ def logprobs(
     return logps, norm, shares, *statistics
 
 
+def _picked(values: Any, pick: Tensor | None) -> Any:
+    """Rows of something (..., R), if there is something, and a choice of rows."""
+    return values if values is None or pick is None else values[..., pick].contiguous()
+
+
 def accumulate_gradients(
     backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,
@@ -329,9 +334,6 @@ def accumulate_gradients(
             if pick is not None and not len(pick):
                 continue
 
-            def picked(values: Any, pick: Tensor | None = pick) -> Any:
-                return values if values is None or pick is None else values[..., pick].contiguous()
-
             w, b = weight[begin:end], None if bias is None else bias[begin:end]
             if kept is not None:
                 tile = kept[part, begin:end] if pick is None else kept[part, begin:end][pick]
@@ -344,7 +346,8 @@ def accumulate_gradients(
                 if narrow != dtype:
                     tile = backend.scratch("gradient", (n, min(COLUMNS, vocabulary)), narrow, x.device)
                     tile = tile[:, : end - begin]
-                backend.fold_backward(z, b, picked(y), begin, *transform, picked(of_row), picked(g), picked(h), tile)
+                upstream = (_picked(of_row, pick), _picked(g, pick), _picked(h, pick))
+                backend.fold_backward(z, b, _picked(y, pick), begin, *transform, *upstream, tile)
             if rows_gradient is not None:
                 if pick is None:
                     backend.product(rows_gradient, tile, w, True)
@@ -362,7 +365,7 @@ def accumulate_gradients(
                     d_weight[begin:end] = sums
             if d_bias is not None:
                 wide = tile.to(dtype)
-                d_bias[begin:end] += wide.sum(0) if row_scale is None else picked(row_scale) @ wide
+                d_bias[begin:end] += wide.sum(0) if row_scale is None else _picked(row_scale, pick) @ wide
         if d_hidden is not None:
             assert rows_gradient is not None
             if row_scale is not None:
@@ -380,14 +383,12 @@ def gradients(
     # Rows of one chunk need no sums between chunks, and so no float32 weight gradient but a tile's.
     once = labels.numel() <= (chunk_rows or backend.rows) and not backend.whole
     kinds = (wide, dtypes[1] if once else wide, wide)
-    totals = [
+    totals: list[Tensor | None] = [
         tensor.new_empty(tensor.shape, dtype=kind) if want and tensor is not None else None
         for tensor, want, kind in zip((hidden, weight, bias), needed, kinds, strict=True)
     ]
-    accumulate_gradients(
-        backend, grad, grad_entropy, hidden, weight, bias, labels, cu_seqlens, norm, store, shares, *totals, True,
-        *scoring,
-    )  # fmt: skip
+    given = (grad, grad_entropy, hidden, weight, bias, labels, cu_seqlens, norm, store, shares)
+    accumulate_gradients(backend, *given, totals[0], totals[1], totals[2], True, *scoring)
     d_hidden, d_weight, d_bias = (
         hidden.new_empty(0, dtype=dtype)
         if total is None
@@ -403,7 +404,16 @@ def scaled_gradient(backend: Backend, total: Tensor, upstream: Tensor | None, dt
     """`fastpref::scaled_gradient`."""
     out = torch.empty_like(total, dtype=dtype)
     backend.prepare(out)
-    return out.copy_(total) if upstream is None else torch.mul(total, upstream, out=out)
+    if upstream is None:
+        return out.copy_(total)
+    if dtype == total.dtype:
+        return torch.mul(total, upstream, out=out)
+    # Rounding in the same call would make the product whole first, in float32.
+    for part, rounded in zip(total.split(COLUMNS), out.split(COLUMNS), strict=True):
+        rounded.copy_(
+            torch.mul(part, upstream, out=backend.scratch("weight", tuple(part.shape), total.dtype, out.device))
+        )
+    return out
 
 
 def library_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

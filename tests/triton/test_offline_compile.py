@@ -49,10 +49,10 @@ def tile(
     def launch() -> None:
         z, targets, label = torch.zeros(R, C, dtype=products), torch.zeros(R, dtype=torch.int64), torch.zeros(R)
         added = None if bias is None else torch.zeros(C, dtype=bias)
-        state, (anchors, masses) = torch.zeros(6, R, dtype=torch.float64), torch.zeros(2, R, dtype=torch.float64)
+        state, (anchors, masses) = torch.zeros(8, R, dtype=torch.float64), torch.zeros(2, R, dtype=torch.float64)
         kept = None if store is None else torch.zeros(R, C, dtype=store)
         transform = (1.0, 1.0, softcap)
-        linear.fold(z, added, targets, label, column, *transform, stats, state, anchors, masses, kept)
+        linear.fold(z, added, targets, column, *transform, stats, state, anchors, masses, kept)
         grad_entropy = label if stats else None
         gradient, norm = torch.zeros(R, C, dtype=out), torch.zeros(4, R, dtype=products)
         linear.fold_backward(z, added, targets, column, *transform, norm, label, grad_entropy, gradient)

@@ -14,16 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastpref_kernels.linear import ENTROPY_LIMIT, LIMIT
 from fastpref_kernels.triton.common import accumulator, dense, exp, join, on_device, power, power_rate, split, tanh
 from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment, _one_minus_exp
 
 # By the bytes of a product, (columns of one iteration, warps). A tile's row is short, so what is done once a row is
-# kept small: few warps to reduce over, and few columns to mask. With more columns a thread, the sums of every statistic
-# would take too many registers.
-FORWARD_LAUNCH = {4: (512, 2), 8: (256, 2)}
+# kept small: one warp reduces without a barrier, and few columns are masked. With more columns a thread, the sums of
+# every statistic would take too many registers.
+FORWARD_LAUNCH = {4: (256, 1), 8: (128, 1)}
 BACKWARD_LAUNCH = {4: (1024, 2), 8: (512, 2)}
-# Above this a row's anchor is raised: 1/S must stay a normal float32, and so must what it multiplies.
-ANCHOR_LIMIT: tl.constexpr = tl.constexpr(float(2**60))
 # Stands in for log 0, so that 0 * log 0 is 0.
 FLOOR: tl.constexpr = tl.constexpr(-1e30)
 
@@ -80,18 +79,18 @@ def _masked(
 # What changes from tile to tile and from batch to batch: a new value must not be a new kernel. The alignment of rows is
 # ALIGN's, STORE_ALIGN's and OUT_ALIGN's to say; what a row has one of begins anywhere.
 LENGTHS = ["C", "column", "stride_z", "stride_store", "state_row", "state_r", "stride_anchors", "stride_masses"]
-PER_ROW = ["targets", "label", "state", "anchors", "masses"]
+PER_ROW = ["targets", "state", "anchors", "masses"]
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=PER_ROW)
 def fold_kernel(
-    z, bias, targets, label, state, anchors, masses, store,  # (R, C), (C,), (R,), (R,), (6, R), (R,), (R,), (R, C)
+    z, bias, targets, state, anchors, masses, store,  # (R, C), (C,), (R,), (8, R), (R,), (R,), (R, C)
     C, column, stride_z, stride_store, state_row, state_r, stride_anchors, stride_masses,
     rate_high, rate_low, inner_high, inner_low, slope_high, slope_low,
-    STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, STORE_ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr, STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    STORE_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program r adds row r of the tile to its state."""
+    """Program r adds row r of the tile to its state, and raises its anchor where the sum would reach LIMIT."""
     r = tl.program_id(0).to(tl.int64)
     rate = join(rate_high, rate_low, ACC)
     inner = join(inner_high, inner_low, ACC)
@@ -105,10 +104,11 @@ def fold_kernel(
         to = store + tl.multiple_of(r * stride_store, STORE_ALIGN)
     state += r * state_r
     anchor = tl.load(state).to(ACC)
-    z_y = tl.load(label + r)
     local = (tl.load(targets + r) - column).to(tl.int32)
     inside = (local >= 0) & (local < C)
     own = tl.where(inside, local, -1)
+    u_y = _load(row, bias, own, inside, inner, CAP, ACC)
+    tl.store(state + 7 * state_row.to(tl.int64), (u_y * rate).to(tl.float64), mask=inside)
     full = C // BLOCK
     blocks = tl.cdiv(C, BLOCK)
     special = tl.where(inside, own // BLOCK, full)
@@ -117,7 +117,8 @@ def fold_kernel(
     weighted = tl.zeros((BLOCK,), ACC)
     squares = tl.zeros((BLOCK,), ACC)
     total = tl.zeros((BLOCK,), ACC)
-    above = tl.full((), False, tl.int1)
+    before = tl.full((), minus_inf, ACC)
+    after = tl.full((), minus_inf, ACC)
     # Full blocks before the label's, then those after it: nothing is masked, nothing is compared.
     for side in range(0, 2):
         begin = tl.where(side == 0, 0, special + 1)
@@ -141,9 +142,10 @@ def fold_kernel(
                 tl.store(to + k, _stored(e, u, slope, CAP).to(store.dtype.element_ty))
         if TOP1 & STATS:
             # A label in another tile has all of this one's columns on one side.
-            peak = tl.max(top) * rate
+            peak = tl.max(top)
             left = (side == 0) & (local >= 0)
-            above = above | ((begin < end) & ((peak > z_y) | ((peak == z_y) & left)))
+            before = tl.maximum(before, tl.where(left, peak, minus_inf))
+            after = tl.maximum(after, tl.where(left, minus_inf, peak))
     # The label's block and the last, which may be the same one.
     for block in range(special, blocks, tl.maximum(full - special, 1)):
         k = block * BLOCK + tl.arange(0, BLOCK)
@@ -151,11 +153,8 @@ def fold_kernel(
             row, bias, to, k, C, own, anchor, rate, inner, slope, total, rest, weighted, squares, STATS, CAP, ACC
         )
         if TOP1 & STATS:
-            left = keep & (k < local)
-            right = keep & (k > local)
-            before = tl.max(tl.where(left, u, minus_inf)) * rate
-            after = tl.max(tl.where(right, u, minus_inf)) * rate
-            above = above | (after > z_y) | (before > z_y) | ((before == z_y) & (tl.max(left.to(tl.int32)) > 0))
+            before = tl.maximum(before, tl.max(tl.where(keep & (k < local), u, minus_inf)))
+            after = tl.maximum(after, tl.max(tl.where(keep & (k > local), u, minus_inf)))
 
     s = tl.sum(rest)
     w = tl.sum(weighted)
@@ -167,7 +166,7 @@ def fold_kernel(
     gap = tl.zeros((), tl.float64)
     factor = tl.full((), 1.0, tl.float64)
     # Written so that a NaN takes this way too: it then reaches the state by the sums themselves.
-    fits = old_rest + s.to(tl.float64) < ANCHOR_LIMIT
+    fits = old_rest + s.to(tl.float64) < LIMIT
     again = fits == 0
     if ENTROPY & STATS:
         again = again | (w != w)
@@ -180,10 +179,12 @@ def fold_kernel(
         # An anchor that nothing has been summed at, which may be of no finite label, is replaced.
         counts = fits | (old_rest > 0.0)
         raised = tl.maximum(tl.where(counts, old_anchor, minus_inf), (tl.max(top) * rate).to(tl.float64))
+        # Nothing but -inf yet: any anchor gives a sum of 0.
+        raised = tl.where(raised == minus_inf, 0.0, raised)
         new_anchor = tl.where(fits, old_anchor, raised)
         gap = tl.where(fits | (counts == 0), 0.0, old_anchor - new_anchor)
         factor = tl.where(counts, tl.exp(gap), 0.0)
-        anchor = tl.where(new_anchor == minus_inf, 0.0, new_anchor).to(ACC)
+        anchor = new_anchor.to(ACC)
         rest = tl.zeros((BLOCK,), ACC)
         weighted = tl.zeros((BLOCK,), ACC)
         squares = tl.zeros((BLOCK,), ACC)
@@ -201,7 +202,8 @@ def fold_kernel(
     tl.store(anchors + r * stride_anchors, new_anchor)
     tl.store(masses + r * stride_masses, mass)
     tl.store(state, new_anchor)
-    tl.store(state + state_row, factor * old_rest + mass)
+    new_rest = factor * old_rest + mass
+    tl.store(state + state_row, new_rest)
     if ENTROPY & STATS:
         at = state + 2 * state_row.to(tl.int64)
         # From powers of 2, where they are that, to nats.
@@ -213,8 +215,12 @@ def fold_kernel(
         at = state + 4 * state_row.to(tl.int64)
         tl.store(at, tl.load(at) + t.to(tl.float64) * rate.to(tl.float64))
     if TOP1 & STATS:
+        # A maximum leaves NaNs out, and nothing is on top of one; it is in the sum.
+        nan = new_rest - new_rest
         at = state + 5 * state_row.to(tl.int64)
-        tl.store(at, tl.maximum(tl.load(at), above.to(tl.float64)))
+        tl.store(at, tl.maximum(tl.load(at), (before * rate).to(tl.float64)) + nan)
+        at += state_row
+        tl.store(at, tl.maximum(tl.load(at), (after * rate).to(tl.float64)) + nan)
 
 
 @triton.jit(
@@ -300,15 +306,15 @@ def _transform(logit_scale: float, temperature: float, softcap: float | None) ->
 
 
 def fold(
-    z: Tensor, bias: Tensor | None, targets: Tensor, label: Tensor, column: int, logit_scale: float,
-    temperature: float, softcap: float | None, stats: int, state: Tensor, anchors: Tensor, masses: Tensor,
-    store: Tensor | None,
+    z: Tensor, bias: Tensor | None, targets: Tensor, column: int, logit_scale: float, temperature: float,
+    softcap: float | None, stats: int, state: Tensor, anchors: Tensor, masses: Tensor, store: Tensor | None,
 ) -> None:  # fmt: skip
     """Add a tile of products to its rows' state, and store what the gradient's products need of it.
 
-    z (R, C) holds columns [column, column + C) of hidden @ weight.T; state (6, R) float64 is, over the columns so far,
+    z (R, C) holds columns [column, column + C) of hidden @ weight.T; state (8, R) float64 is, over the columns so far,
     the anchor a; of d = z - a over columns but the target, the sums of exp(d), exp(d)*d and exp(2d); the sum of z over
-    all columns; and whether another column is ahead of the label. The last four are kept where `stats` asks for them.
+    all columns; the maxima of z before and after the target; and z of the target. The third to the seventh are kept
+    where `stats` asks for them.
     anchors and masses (R,) float64 receive this tile's anchor and sum of exp(d), store (R, C) exp(d) * dz/dx.
     """
     R, C = z.shape
@@ -319,9 +325,10 @@ def fold(
     to = z if store is None else store
     with on_device(z.device):
         fold_kernel[(R,)](
-            z, *dense(bias, targets, label), state, anchors, masses, store,
+            z, *dense(bias, targets), state, anchors, masses, store,
             C, column, z.stride(0), to.stride(0), *state.stride(), anchors.stride(0), masses.stride(0),
             *split(rate), *split(inner), *split(slope),
+            LIMIT=ENTROPY_LIMIT if stats & ENTROPY.value else LIMIT,
             STATS=stats, CAP=softcap is not None, ACC=accumulator(z.dtype),
             ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
             STORE_ALIGN=_alignment(to.stride(0), itemsize=to.element_size()),

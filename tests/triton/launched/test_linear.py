@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu"
 INF, NAN = math.inf, math.nan
 ENTROPY, MEAN, TOP1, LOG_SUM_SQ, ALL_STATS = 2, 4, 8, 16, 31
-REST, WEIGHTED, SQUARES, TOTAL, ABOVE = range(1, 6)
+REST, WEIGHTED, SQUARES, TOTAL, BEFORE, AFTER, LABEL_Z = range(1, 8)
 # The interpreter cuts a float32 off where a GPU rounds it.
 BFLOAT16 = 2.0**-7 if INTERPRETED else 2.0**-8
 # An exponent of 46 in float32, which the label's 32 below its anchor make in powers of 2, is good to 2e-6.
@@ -39,7 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Folded:
     """Everything that folding the columns in tiles gives, and the truth: z, dz/dx and which columns are not targets."""
 
-    state: Tensor  # (6, R)
+    state: Tensor  # (8, R)
     anchors: Tensor  # (tiles, R)
     masses: Tensor  # (tiles, R)
     store: Tensor | None  # (R, V)
@@ -78,7 +78,8 @@ def fold(
     z, slope = transformed(x, bias, transform)
     if label is None:
         label = z.gather(1, targets[:, None])[:, 0].to(x.dtype)
-    state = torch.zeros(6, R, dtype=torch.float64)
+    state = torch.zeros(8, R, dtype=torch.float64)
+    state[BEFORE : AFTER + 1] = -INF
     state[0] = (label + 32).double()
     tiles = [slice(c, min(c + tile, V)) for c in range(0, V, tile)]
     state = state.to(DEVICE)
@@ -87,8 +88,7 @@ def fold(
     for i, columns in enumerate(tiles):
         linear.fold(
             layout(x[:, columns]).to(DEVICE), None if bias is None else bias[columns].to(DEVICE), targets.to(DEVICE),
-            label.to(DEVICE), columns.start, *transform, stats, state, anchors[i], masses[i],
-            None if kept is None else kept[:, columns],
+            columns.start, *transform, stats, state, anchors[i], masses[i], None if kept is None else kept[:, columns],
         )  # fmt: skip
     if kept is not None:
         assert kept[:, V:].isnan().all(), "something was written beyond the columns"
@@ -128,10 +128,12 @@ def check(found: Folded, targets: Tensor, tolerance: float, stats: int = ALL_STA
     if stats & MEAN:
         close(found.state[TOTAL], found.z.sum(1), tolerance * found.z.abs().sum(1))
     if stats & TOP1:
-        z_y = found.z.gather(1, targets[:, None])
-        before = torch.arange(found.z.shape[1]) < targets[:, None]
-        ahead = (found.z > z_y) | ((found.z == z_y) & before)
-        assert torch.equal(found.state[ABOVE], (ahead & found.others).any(1).double())
+        column = torch.arange(found.z.shape[1])
+        for row, side in ((BEFORE, column < targets[:, None]), (AFTER, column > targets[:, None])):
+            highest = torch.where(side, found.z, -INF).amax(1)
+            close(found.state[row], highest, tolerance * highest.abs())
+    z_y = found.z.gather(1, targets[:, None])[:, 0]
+    close(found.state[LABEL_Z], z_y, tolerance * z_y.abs())
 
 
 def rows(R: int, V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -149,8 +151,9 @@ def test_options(transform: tuple[float, float, float | None], dtype: torch.dtyp
     store = torch.float64 if dtype == torch.float64 else torch.float32
     found = fold(x, targets, 70, stats=stats, transform=transform, store=store)
     check(found, targets, TOLERANCE[dtype], stats)
-    unasked = [i for i, bit in ((WEIGHTED, 2), (TOTAL, 4), (ABOVE, 8), (SQUARES, 16)) if not stats & bit]
+    unasked = [i for i, bit in ((WEIGHTED, 2), (TOTAL, 4), (SQUARES, 16)) if not stats & bit]
     assert (found.state[unasked] == 0).all()
+    assert stats & TOP1 or (found.state[[BEFORE, AFTER]] == -INF).all()
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 96, 100])
@@ -205,7 +208,7 @@ def test_far_above_the_anchor(gap: float, dtype: torch.dtype, transform: tuple[f
     # z itself is that far from 0.
     check(found, targets, max(TOLERANCE[dtype], torch.finfo(dtype).eps * found.z.abs().max().item()))
     assert (found.state[REST] < 2.0**60).all()
-    assert found.state.isfinite().all()
+    assert found.state[:BEFORE].isfinite().all()
     if gap == 500.0 and transform[2] is None:
         raised = found.anchors[1:] > found.anchors[:-1]
         assert raised.any(0).tolist() == [False, True, True, False, False]
@@ -218,7 +221,7 @@ def test_raised_a_little(dtype: torch.dtype) -> None:
     """Sums at the old anchor are carried to one so near that they still count."""
     x, targets = rows(2, 160, dtype)
     targets[:] = 40
-    x[0, 3], x[0, 100], x[0, 150] = x[0, 40] + 32 + 39, x[0, 40] + 32 + 42, x[0, 40] + 32 + 41
+    x[0, 3], x[0, 100], x[0, 150] = x[0, 40] + 32 + 6, x[0, 40] + 32 + 9, x[0, 40] + 32 + 8
     found = fold(x, targets, 64, store=dtype)
     check(found, targets, TOLERANCE[dtype])
     assert (found.anchors[1:] > found.anchors[:-1]).tolist() == [[True, False], [False, False]]
@@ -269,6 +272,8 @@ def test_not_a_number(value: float, at: int, stats: int) -> None:
     x[0, at] = value
     found = fold(x, targets, 64, stats=stats)
     assert found.state[REST].isnan().tolist() == [True, False]
+    if stats & TOP1:
+        assert not on_top(found)[0]
     assert found.masses.isfinite()[:, 1].all()
 
 
@@ -296,7 +301,12 @@ def test_label_not_a_number(value: float) -> None:
     x, targets = rows(1, 100)
     found = fold(x, targets, 64, label=torch.full((1,), value))
     assert found.state[REST].isfinite().all()
-    assert (found.state[ABOVE] == 0).all()
+
+
+def on_top(found: Folded) -> list[bool]:
+    """Whether the label is the first of the highest logits."""
+    z_y = found.state[LABEL_Z]
+    return ((found.state[BEFORE] < z_y) & (found.state[AFTER] <= z_y)).tolist()
 
 
 def test_ties() -> None:
@@ -308,17 +318,10 @@ def test_ties() -> None:
     for row, column in enumerate(columns):
         x[row, column] = 2
     found = fold(x, targets, 64)
-    assert found.state[ABOVE].tolist() == [float(column < 40) for column in columns]
+    assert on_top(found) == [column > 40 for column in columns]
     targets[:] = 100
     x[:, 40], x[:, 100] = -1, 2
-    assert fold(x, targets, 64).state[ABOVE].tolist() == [float(column < 100) for column in columns]
-
-
-def test_label_minus_infinity_and_ties() -> None:
-    """No column comes before column 0, so nothing is ahead of it where all are -inf; column 0 is ahead of another."""
-    x = torch.full((2, 64), -INF)
-    assert fold(x, torch.tensor([0, 1]), 64).state[ABOVE].tolist() == [0.0, 1.0]
-    assert fold(x, torch.tensor([0, 33]), 32).state[ABOVE].tolist() == [0.0, 1.0]
+    assert on_top(fold(x, targets, 64)) == [column >= 100 for column in columns]
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:
@@ -336,14 +339,14 @@ def test_store_beyond_32_bits(unpoisoned: None, softcap: float | None) -> None:
         kept = torch.empty(2 * stride + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (stride, 1))
     except RuntimeError:
         pytest.skip("8 GiB cannot be reserved")
-    state = torch.zeros(6, 3, dtype=torch.float64)
+    state = torch.zeros(8, 3, dtype=torch.float64)
     z, slope = transformed(x, None, (1.0, 1.0, softcap))
     label = z.gather(1, targets[:, None])[:, 0].float()
     state[0] = label + 32
     state = state.to(DEVICE)
     outs = torch.empty(2, 3, dtype=torch.float64, device=DEVICE)
     linear.fold(
-        x.to(DEVICE), None, targets.to(DEVICE), label.to(DEVICE), 0, 1.0, 1.0, softcap, 0, state, *outs, kept
+        x.to(DEVICE), None, targets.to(DEVICE), 0, 1.0, 1.0, softcap, 0, state, *outs, kept
     )  # fmt: skip
     truth = torch.where(torch.arange(40) != targets[:, None], (z - label.double()[:, None] - 32).exp() * slope, 0.0)
     close(kept.cpu(), truth, (1e-5 + BFLOAT16) * truth)
@@ -432,8 +435,8 @@ def test_gradient_of_impossible_logits() -> None:
 
 def test_nothing_to_do() -> None:
     empty = torch.empty(0, device=DEVICE)
-    state, none = torch.empty(6, 0, dtype=torch.float64, device=DEVICE), torch.empty(0, dtype=torch.int64).to(DEVICE)
-    linear.fold(empty.view(0, 8), None, none, empty, 0, 1.0, 1.0, None, ALL_STATS, state, state[0], state[1], None)
+    state, none = torch.empty(8, 0, dtype=torch.float64, device=DEVICE), torch.empty(0, dtype=torch.int64).to(DEVICE)
+    linear.fold(empty.view(0, 8), None, none, 0, 1.0, 1.0, None, ALL_STATS, state, state[0], state[1], None)
     linear.fold_backward(
         empty.view(0, 8), None, none, 0, 1.0, 1.0, None, state[:3], empty, None, empty.view(0, 8)
     )  # fmt: skip
