@@ -183,9 +183,11 @@ class TestAgainstTheDefinition:
     @pytest.mark.parametrize("mode", ["save", "recompute"])
     @pytest.mark.parametrize("vocabulary", [8193, 50257])
     def test_several_chunks_of_columns(self, vocabulary: int, mode: str, dtype: torch.dtype) -> None:
-        operands, _ = make((1, 8), vocabulary, 5, dtype=dtype)
+        # Rows and features enough for eager's largest error to be a typical one.
+        operands, _ = make((4, 8), vocabulary, 16, dtype=dtype)
         # Around the borders of chunks of any power of two up to 8192, and at both ends.
         labels = torch.tensor([[0, 1023, 1024, 8191, 8192, vocabulary - 2, vocabulary - 1, 4096]])
+        labels = labels.expand(4, -1)
         assert_matches_reference("linear_token_logprobs", operands, labels, shift=False, mode=mode)
 
     @both

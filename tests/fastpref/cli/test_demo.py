@@ -10,14 +10,17 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from fastpref import cli
 from fastpref.cli.demo import data, evaluate, train
+from fastpref.cli.demo import model as models
 from fastpref.cli.demo.data import Example
 from fastpref.cli.demo.jsonl import MalformedLineError, read_pairs
+from fastpref.cli.demo.memory import peak_bytes
 from fastpref.cli.demo.settings import parse_stages
-from fastpref.cli.demo.tokens import IGNORED, collate, encode, train_tokenizer
+from fastpref.cli.demo.tokens import IGNORED, Batch, collate, encode, train_tokenizer
 
 MODULE = '''
 class Shelf:
@@ -184,6 +187,97 @@ def test_labels_are_the_answer_and_the_prompt_gives_way_first():
     assert torch.equal(whole.labels, whole.input_ids)
 
 
+SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+# What comes after a head's product in transformers: nothing, a bias, a cap, a factor, a divisor.
+HEADS = {
+    "llama": LLAMA | {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
+    "phi": LLAMA,
+    "gemma2": LLAMA | {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 0.5},
+    "cohere": LLAMA | {"logit_scale": 0.25},
+    "granite": LLAMA | {"logits_scaling": 3.0},
+}
+
+
+def small_model(kind):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **SMALL, **HEADS[kind])
+    )
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_()
+    return model
+
+
+def pair_batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (4, 9), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = IGNORED
+    return train.PairBatch(Batch(ids, torch.ones_like(ids), labels), torch.tensor([-20.0, -21.0, -19.0, -22.0]))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_dpo_from_hidden_states_trains_the_model_as_its_own_logits_would(kind):
+    model, pairs = small_model(kind).eval(), pair_batch()
+    models.check_head(model)
+    logps = models.logits(model, pairs.batch)[:, :-1].log_softmax(-1)
+    labels = pairs.batch.labels[:, 1:]
+    token = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORED)
+    chosen, rejected = (token.sum(1) - pairs.ref_logps).chunk(2)
+    loss = -torch.nn.functional.logsigmoid(0.7 * (chosen - rejected)).mean()
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert torch.allclose(models.answer_logps(model, pairs.batch), token.sum(1), atol=1e-4)
+    for pair_loss in (train.linear_loss, train.logits_loss, train.eager_loss):
+        model.zero_grad()
+        step = train.dpo_step(model, pairs, pair_loss=pair_loss, beta=0.7)
+        assert step.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_that_is_more_than_a_product_is_refused_before_the_training():
+    model = small_model("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="LlamaForCausalLM's are not"):
+        models.check_head(model)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux counts it")
+def test_memory_is_what_a_call_needs_and_not_what_was_freed_before_it():
+    cpu = torch.device("cpu")
+    torch.ones(2**26).sum()  # 256 MiB, freed
+    # 1 MiB each: small enough to stay with the allocator when freed.
+    held = [torch.ones(2**18) for _ in range(64)]
+    del held
+    peak = peak_bytes(lambda: [torch.ones(2**18) for _ in range(32)], cpu)
+    assert peak == pytest.approx(2**25, abs=2**23)
+    assert peak_bytes(lambda: None, cpu) < 2**22
+
+
+def test_a_step_of_dpo_from_hidden_states_needs_no_logits_in_memory():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA | {"vocab_size": 16384, "tie_word_embeddings": True})
+    model, pairs = transformers.LlamaForCausalLM(config), pair_batch()
+    wide = Batch(*(tensor.repeat(1, 40) for tensor in pairs.batch))
+    wide.labels[:, :-8] = IGNORED
+    pairs = train.PairBatch(wide, pairs.ref_logps)
+    logits = 4 * wide.input_ids.numel() * 16384
+    measured = {
+        name: train.step_memory(model, pairs, pair_loss=loss, beta=0.1)
+        for name, loss in (("linear", train.linear_loss), ("logits", train.logits_loss), ("eager", train.eager_loss))
+    }
+    if measured["linear"] is None:
+        pytest.skip("nothing here counts memory")
+    assert measured["linear"].loss < 0.3 * logits < 0.9 * logits < measured["logits"].loss < 1.5 * logits
+    assert measured["eager"].loss > 2.9 * logits
+    assert all(memory.step >= 0.9 * memory.loss for memory in measured.values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_tie_counts_one_half():
     scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]])
     assert evaluate.pair_accuracy(scores, (0, 1)) == 0.625
@@ -203,14 +297,22 @@ def test_a_run_from_end_to_end_and_another_on_the_users_own(demo, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["stopped"] is None
     assert {name: len(curve["loss"]) for name, curve in metrics["curves"].items()} == dict.fromkeys(
-        ("sft", "reward", "dpo", "eager"), 4
+        ("sft", "reward", "dpo", "logits", "eager"), 4
     )
-    assert metrics["eager"]["largest_loss_difference"] < 1e-4
+    compared = metrics["comparison"]
+    assert list(compared) == ["dpo", "logits", "eager"]
+    for found in compared.values():
+        assert found["steps"] == 4
+        assert found["largest_loss_difference"] < 1e-5
+        assert 0 < found["median_loss_seconds"] < found["median_step_seconds"]
+    for part in ("step", "loss"):
+        assert compared["dpo"][f"median_{part}_seconds_ratio"] == 1
     assert set(metrics["held_out"]["reward_after"]) == set(metrics["held_out"]["implicit"])
     assert len(metrics["held_out"]["implicit"]) == 6
     assert (out / "curves.png").stat().st_size > 10_000
-    assert (out / "eager.png").stat().st_size > 10_000
+    assert (out / "comparison.png").stat().st_size > 10_000
     assert "Reward model: held-out pair accuracy" in result.output
+    assert "DPO: the same steps in three ways" in result.output
 
     pairs = tmp_path / "prefs.jsonl"
     pairs.write_text(
@@ -223,6 +325,7 @@ def test_a_run_from_end_to_end_and_another_on_the_users_own(demo, tmp_path):
     assert result.exit_code == 0, result.output
     metrics = json.loads((mine / "metrics.json").read_text())
     assert list(metrics["curves"]) == ["reward", "dpo"]
+    assert metrics["comparison"] == {}
     assert list(metrics["held_out"]["reward_after"]) == ["chosen > rejected"]
     assert metrics["data"]["vocabulary"] == 512
     assert {path.name for path in mine.iterdir()} == {"reward", "dpo", "metrics.json", "curves.png"}

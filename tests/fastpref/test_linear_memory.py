@@ -1,0 +1,209 @@
+"""What the functions from hidden states promise beside their values: what is skipped, chosen, kept and let go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref import linear_logprobs as module
+from fastpref_kernels import cpu, linear
+from fastpref_kernels.cpu import linear as cpu_linear
+
+V = 3 * linear.COLUMNS + 5
+
+
+def peaked() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows whose mass lies in the first tile of columns, and labels there but for one row."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 6, 8, generator=generator)
+    weight = torch.randn(V, 8, generator=generator)
+    hidden[..., 0], weight[:, 0] = 1.0, 0.0
+    weight[: linear.COLUMNS, 0] = 12.0
+    labels = torch.randint(linear.COLUMNS, (2, 6), generator=generator)
+    labels[1, 2] = V - 1
+    return hidden, weight, labels
+
+
+def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    result = fastpref.linear_token_logprobs(x, w, labels, shift=False, stats=("dropped_mass",), **options)
+    result.logprobs.sum().backward()
+    assert x.grad is not None and w.grad is not None
+    return x.grad, w.grad, result.dropped_mass
+
+
+class TestFilter:
+    @pytest.mark.parametrize("mode", ["save", "recompute"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_drops_what_it_says(self, implementation: str, mode: str, dtype: torch.dtype) -> None:
+        hidden, weight, labels = peaked()
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        exact_x, exact_w, none = gradients(hidden, weight, labels, mode=mode)
+        assert (none == 0).all()
+        x, w, dropped = gradients(hidden, weight, labels, mode=mode, filter_eps=1e-3)
+        assert (dropped > 0).all() and (dropped < 3e-3).all()
+        # The mass of columns COLUMNS and on, but for the row whose label is among the last of them.
+        p = (hidden.double() @ weight.double().T).softmax(-1)
+        tail = p[..., linear.COLUMNS :].sum(-1)
+        tail[1, 2] -= p[1, 2, 3 * linear.COLUMNS :].sum()
+        torch.testing.assert_close(dropped.double(), tail, rtol=1e-2, atol=1e-7)
+        # Two tiles of columns hold no label and no mass: nothing of them was written but zeros.
+        assert (w[linear.COLUMNS : 3 * linear.COLUMNS] == 0).all()
+        assert (exact_w[linear.COLUMNS : 3 * linear.COLUMNS] != 0).any()
+        rounding = 4 * torch.finfo(dtype).eps * exact_x.abs().max()
+        assert ((x - exact_x).abs().amax(-1) <= dropped * weight.abs().max() + rounding).all()
+
+    def test_skips_the_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[int] = []
+
+        def counted(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+            made.append(a.shape[0] * a.shape[1] * b.shape[1])
+            cpu_linear.product(out, a, b, add)
+
+        backend = cpu_linear.BACKEND._replace(product=counted)
+        hidden, weight, labels = peaked()
+        labels[1, 2] = 0
+        scoring = (-100, False, 1.0, 1.0, None)
+
+        def work(filter_eps: float | None) -> int:
+            logps, norm, shares, *_ = linear.logprobs(
+                backend, hidden, weight, None, labels, None, None, *scoring, 0, None, filter_eps
+            )
+            made.clear()
+            totals = torch.empty_like(hidden), torch.empty_like(weight), None
+            linear.accumulate_gradients(
+                backend, torch.ones_like(logps), None, hidden, weight, None, labels, None, norm, None, shares, *totals,
+                True, *scoring, None, filter_eps,
+            )  # fmt: skip
+            return sum(made)
+
+        assert work(1e-3) * V == work(None) * linear.COLUMNS
+
+    def test_reaches_the_loss(self) -> None:
+        hidden, weight, labels = peaked()
+        x = hidden.requires_grad_()
+        loss = fastpref.linear_dpo_loss(
+            x, weight, labels, shift=False, reference_free=True, filter_eps=1e-3, stats=("dropped_mass",)
+        )
+        assert (loss.dropped_mass > 0).all()
+
+
+class TestMode:
+    @pytest.mark.parametrize(
+        ("budget", "dtype", "mode"),
+        [(10**9, torch.float32, "save"), (10, torch.float32, "recompute"), (10**9, torch.float16, "recompute")],
+    )
+    def test_auto_says_what_it_chose(
+        self, budget: int, dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(module, "SAVE_BUDGET", budget)
+        hidden = torch.randn(2, 3, 4, dtype=dtype, requires_grad=True)
+        with caplog.at_level(logging.DEBUG, logger="fastpref"):
+            fastpref.linear_token_logprobs(hidden, torch.randn(7, 4, dtype=dtype), torch.zeros(2, 3, dtype=torch.long))
+        assert f'"{mode}"' in caplog.text
+
+    def test_nothing_is_kept_without_a_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No room for exponentials where no backward may follow, and three products fewer."""
+        kept: list[int] = []
+        make = module.exponentials
+        monkeypatch.setattr(
+            module, "exponentials", lambda like, rows, *rest: kept.append(rows) or make(like, rows, *rest)
+        )
+        hidden, weight, labels = peaked()
+        fastpref.linear_token_logprobs(hidden, weight, labels)
+        with torch.no_grad():
+            fastpref.linear_token_logprobs(hidden.requires_grad_(), weight, labels)
+        fastpref.linear_token_logprobs(hidden, weight, labels, mode="save")
+        assert kept == [0, 0, 10]
+
+    def test_a_loss_holds_whole_groups_of_at_most_chunk_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stores: list[int] = []
+        make = fastpref.linear_preference.exponentials
+        monkeypatch.setattr(
+            fastpref.linear_preference, "exponentials", lambda like, rows, *rest: stores.append(rows) or make(like, rows, *rest)
+        )  # fmt: skip
+        hidden, weight, labels = torch.randn(8, 5, 4, requires_grad=True), torch.randn(11, 4), torch.zeros(8, 5).long()
+        for chunk_rows in (100, 23, 8, 7):
+            fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True, chunk_rows=chunk_rows).loss.backward()
+        # Pairs of 8 scored rows: four in a chunk, two, one, and at last none, which takes the log-probs first.
+        assert stores == [32, 16, 8]
+
+
+class TestScratch:
+    def test_kept_between_calls_and_released(self) -> None:
+        cpu_linear.release_scratch()
+        first = cpu_linear.scratch("logits", (4, 8), torch.float32, torch.device("cpu"))
+        again = cpu_linear.scratch("logits", (2, 8), torch.float64, torch.device("cpu"))
+        assert again.data_ptr() == first.data_ptr()
+        assert cpu_linear.scratch("other", (4,), torch.float32, torch.device("cpu")).data_ptr() != first.data_ptr()
+        cpu_linear.release_scratch()
+        assert not cpu_linear._scratch.__dict__
+
+
+class TestProduct:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("intel", [True, False])
+    @pytest.mark.parametrize(
+        "layout", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x.repeat_interleave(2, 1)[:, ::2],
+                   lambda x: x[:1].expand_as(x), lambda x: x[:, :1].expand_as(x)],
+        ids=["rows", "columns", "every second", "one row", "one column"],
+    )  # fmt: skip
+    def test_keeps_float32_sums(
+        self, implementation: str, dtype: torch.dtype, intel: bool, layout: Callable[[Tensor], Tensor],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(cpu_linear, "_is_intel", lambda: intel)
+        for m, k, n in ((7, 33, 5), (1, 4, 3), (3, 1, 1), (40, 64, 50)):
+            a, b = layout(torch.randn(m, k).to(dtype)), layout(torch.randn(k, n).to(dtype))
+            out = torch.ones(m, n, dtype=torch.promote_types(dtype, torch.float32))
+            cpu_linear.product(out, a, b, True)
+            truth = a.double() @ b.double()
+            tolerance = {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(out.double(), truth + 1, **tolerance)
+            cpu_linear.product(out, a, b, False)
+            torch.testing.assert_close(out.double(), truth, **tolerance)
+
+    def test_bfloat16_has_a_product_of_its_own_here(self) -> None:
+        native = cpu.native()
+        if not (native and native.has_bf16_gemm()):
+            pytest.skip("no AMX, or no MKL")
+        a = torch.randn(64, 512).bfloat16()
+        out = torch.empty(64, 64)
+        native.bf16_gemm(out, a, a.T, False)
+        torch.testing.assert_close(out, a.float() @ a.float().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators(dtype: torch.dtype) -> None:
+    """Schemas, fakes and mutations are what they say."""
+    hidden, weight = torch.randn(2, 4, 6).to(dtype), torch.randn(9, 6).to(dtype)
+    bias, labels = torch.randn(9).to(dtype), torch.randint(9, (2, 4))
+    store = torch.empty(6, 32, dtype=dtype)[:, :9]
+    scoring = (-100, True, 1.0, 1.0, None)
+    operators = torch.ops.fastpref
+    checks = ("test_schema", "test_faketensor")
+    for stats, filter_eps in ((0, None), (63, 0.1)):
+        forward = (hidden, weight, bias, labels, None, store, *scoring, stats, None, filter_eps)
+        torch.library.opcheck(operators.linear_logprobs.default, forward, test_utils=checks)
+        logps, norm, shares, *_ = operators.linear_logprobs(*forward)
+        grad_entropy = torch.randn_like(logps) if stats else None
+        given = (torch.randn_like(logps), grad_entropy, hidden, weight, bias, labels, None, norm, store, shares)
+        dtypes = [dtype, dtype, torch.float32]
+        backward = (*given, [True, False, True], dtypes, *scoring, 2, filter_eps)
+        torch.library.opcheck(operators.linear_logprobs_backward.default, backward, test_utils=checks)
+        totals = [torch.zeros(t.shape) for t in (hidden, weight, bias)]
+        adding = (*given, *totals, False, *scoring, None, filter_eps)
+        torch.library.opcheck(operators.linear_logprobs_backward_.default, adding, test_utils=checks)
+    total = torch.randn(5, 6)
+    for upstream in (None, torch.tensor(2.0)):
+        torch.library.opcheck(operators.scaled_gradient.default, (total, upstream, dtype), test_utils=checks)
+        torch.testing.assert_close(
+            operators.scaled_gradient(total, upstream, dtype), (total * (upstream or 1)).to(dtype)
+        )
