@@ -34,7 +34,8 @@ def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) ->
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     result = fastpref.linear_token_logprobs(x, w, labels, shift=False, stats=("dropped_mass",), **options)
     result.logprobs.sum().backward()
-    assert x.grad is not None and w.grad is not None
+    assert x.grad is not None
+    assert w.grad is not None
     return x.grad, w.grad, result.dropped_mass
 
 
@@ -47,7 +48,8 @@ class TestFilter:
         exact_x, exact_w, none = gradients(hidden, weight, labels, mode=mode)
         assert (none == 0).all()
         x, w, dropped = gradients(hidden, weight, labels, mode=mode, filter_eps=1e-3)
-        assert (dropped > 0).all() and (dropped < 3e-3).all()
+        assert (dropped > 0).all()
+        assert (dropped < 3e-3).all()
         # The mass of columns COLUMNS and on, but for the row whose label is among the last of them.
         p = (hidden.double() @ weight.double().T).softmax(-1)
         tail = p[..., linear.COLUMNS :].sum(-1)
@@ -94,6 +96,19 @@ class TestFilter:
         assert (loss.dropped_mass > 0).all()
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch, where: Any) -> list[int]:
+    """The numbers of rows that a module makes room for, from now on."""
+    rows: list[int] = []
+    make = where.exponentials
+
+    def recording(like: Tensor, number: int, *rest: Any) -> Tensor:
+        rows.append(number)
+        return make(like, number, *rest)
+
+    monkeypatch.setattr(where, "exponentials", recording)
+    return rows
+
+
 class TestMode:
     @pytest.mark.parametrize(
         ("budget", "dtype", "mode"),
@@ -111,11 +126,7 @@ class TestMode:
 
     def test_nothing_is_kept_without_a_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No room for exponentials where no backward may follow, and three products fewer."""
-        kept: list[int] = []
-        make = module.exponentials
-        monkeypatch.setattr(
-            module, "exponentials", lambda like, rows, *rest: kept.append(rows) or make(like, rows, *rest)
-        )
+        kept = recorded(monkeypatch, module)
         hidden, weight, labels = peaked()
         fastpref.linear_token_logprobs(hidden, weight, labels)
         with torch.no_grad():
@@ -124,11 +135,7 @@ class TestMode:
         assert kept == [0, 0, 10]
 
     def test_a_loss_holds_whole_groups_of_at_most_chunk_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stores: list[int] = []
-        make = fastpref.linear_preference.exponentials
-        monkeypatch.setattr(
-            fastpref.linear_preference, "exponentials", lambda like, rows, *rest: stores.append(rows) or make(like, rows, *rest)
-        )  # fmt: skip
+        stores = recorded(monkeypatch, fastpref.linear_preference)
         hidden, weight, labels = torch.randn(8, 5, 4, requires_grad=True), torch.randn(11, 4), torch.zeros(8, 5).long()
         for chunk_rows in (100, 23, 8, 7):
             fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True, chunk_rows=chunk_rows).loss.backward()
@@ -197,13 +204,13 @@ def test_operators(dtype: torch.dtype) -> None:
         given = (torch.randn_like(logps), grad_entropy, hidden, weight, bias, labels, None, norm, store, shares)
         dtypes = [dtype, dtype, torch.float32]
         backward = (*given, [True, False, True], dtypes, *scoring, 2, filter_eps)
-        torch.library.opcheck(operators.linear_logprobs_backward.default, backward, test_utils=checks)
+        # The schema's own check cannot read a list of dtypes.
+        torch.library.opcheck(operators.linear_logprobs_backward.default, backward, test_utils="test_faketensor")
         totals = [torch.zeros(t.shape) for t in (hidden, weight, bias)]
         adding = (*given, *totals, False, *scoring, None, filter_eps)
         torch.library.opcheck(operators.linear_logprobs_backward_.default, adding, test_utils=checks)
     total = torch.randn(5, 6)
     for upstream in (None, torch.tensor(2.0)):
         torch.library.opcheck(operators.scaled_gradient.default, (total, upstream, dtype), test_utils=checks)
-        torch.testing.assert_close(
-            operators.scaled_gradient(total, upstream, dtype), (total * (upstream or 1)).to(dtype)
-        )
+        wanted = total if upstream is None else total * upstream
+        torch.testing.assert_close(operators.scaled_gradient(total, upstream, dtype), wanted.to(dtype))
