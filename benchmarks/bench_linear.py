@@ -4,7 +4,7 @@
     pytest benchmarks/bench_linear.py     # the same rows for pytest-benchmark, under the allocator it starts with
 
 Every row is held against float64 before it is timed; a peer that is further off than ours may be is timed all the same,
-and its error is in the table. Rounds go over all rows in turn, each round from another one.
+and marked, with its error beside it. Rounds go over all rows in turn, each round from another one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ B, T, V = 4, 256, 65537
 WIDTHS = (512, 1024)
 LONGER = 8  # how much longer the sequences are of the second reading of memory
 TILE = 4096  # columns of a product of the floor
+CHUNK_ROWS = 1024  # our default on a CPU: up to so many positions a gradient is rounded a tile at a time
+BETA = 0.1
 # A log-prob may be off by this, where the labels are far from the top by as much as here.
 GATE = {"fp32": 1e-5, "bf16": 1e-4}
 
@@ -56,20 +58,16 @@ class Problem:
         labels[:, : length // 2] = -100
         return cls(hidden, weight, labels, torch.rand(B * (length - length // 2), generator=generator))
 
-    def logprobs_step(self, function: peers.LinearFunction) -> Tensor:
-        """Log-probs of the scored rows, and the gradients of hidden and weight."""
+    def clear(self) -> None:
+        """Drop the gradients."""
         self.hidden.grad = self.weight.grad = None
-        logps = function(self.hidden, self.weight, self.labels)
-        logps.backward(self.upstream.to(logps.dtype))
-        return logps.detach()
 
-    def dpo_step(self) -> Tensor:
-        """The DPO loss of the two halves, and its gradients."""
-        self.hidden.grad = self.weight.grad = None
-        zeros = torch.zeros(B // 2)
-        loss = fastpref.linear_dpo_loss(self.hidden, self.weight, self.labels, zeros, zeros, shift=False).loss
-        loss.backward()
-        return loss.detach()
+    def step(self, function: peers.LinearFunction) -> Tensor:
+        """Log-probs of the scored rows, or a loss, and the gradients of hidden and weight."""
+        self.clear()
+        out = function(self.hidden, self.weight, self.labels)
+        out.backward(self.upstream.to(out.dtype) if out.dim() else None)
+        return out.detach()
 
 
 def _ours(mode: str) -> peers.LinearFunction:
@@ -79,10 +77,23 @@ def _ours(mode: str) -> peers.LinearFunction:
     return logprobs
 
 
+def _dpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return fastpref.linear_dpo_loss(
+        hidden, weight, labels, beta=BETA, shift=False, reference_free=True
+    ).loss  # fmt: skip
+
+
+def dpo_of(logps: Tensor) -> Tensor:
+    """The DPO loss of the scored rows' log-probs, as its formula."""
+    chosen, rejected = logps.view(B, -1).sum(-1).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
 SAVE = peers.LinearEntry("fastpref, save", lambda: _ours("save"))
 RECOMPUTE = peers.LinearEntry("fastpref, recompute", lambda: _ours("recompute"))
-ENTRIES = (SAVE, RECOMPUTE, *peers.LINEAR)
-DPO = "fastpref, linear_dpo_loss"
+DPO = peers.LinearEntry("fastpref, linear_dpo_loss", lambda: _dpo)
+OURS = (SAVE, RECOMPUTE, DPO)
+ENTRIES = (*OURS, *peers.LINEAR)
 
 
 def relative(found: Tensor | None, truth: Tensor) -> float:
@@ -92,40 +103,67 @@ def relative(found: Tensor | None, truth: Tensor) -> float:
 
 
 class Gate:
-    """The float64 answers for one problem, a few rows at a time: float64 is wide."""
+    """The float64 answers for one problem, and how far from them ours may be.
+
+    A log-prob by `GATE`, the loss by what that can move it, gradients by 2 × eager's own error + 4 ulp of the largest,
+    and a loss's also by what rounding two sequences' log-probs to float32 does to its argument.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        scored = problem.labels != -100
-        hidden, labels = problem.hidden.detach()[scored].double(), problem.labels[scored]
-        weight = problem.weight.detach().double()
-        self.d_weight = torch.zeros_like(weight)
+        logps, *of_logps = self._truth(problem.upstream.double())
+        leaf = logps.requires_grad_()
+        loss = dpo_of(leaf)
+        _, *of_loss = self._truth(*torch.autograd.grad(loss, leaf))
+        self.truth = {"logps": (logps.detach(), *of_logps), "loss": (loss.detach(), *of_loss)}
+        name = next(name for name, dtype in DTYPES.items() if dtype == problem.weight.dtype)
+        first = {"logps": GATE[name], "loss": BETA * len(logps) / B * 2 * GATE[name]}
+        eager = {"logps": peers.linear_eager, "loss": lambda *given: dpo_of(peers.linear_eager(*given))}
+        ulp = torch.finfo(torch.float32).eps * logps.detach().view(B, -1).sum(-1).abs().max().item()
+        slack = {"logps": 4 * torch.finfo(problem.weight.dtype).eps}
+        slack["loss"] = slack["logps"] + 2 * BETA * ulp
+        self.limits = {}
+        for kind, function in eager.items():
+            _, *gradients = self.errors(function)[1].values()
+            self.limits[kind] = (first[kind], *(2 * off + slack[kind] for off in gradients))
+
+    def _truth(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, and the gradients of hidden and weight; a few rows at a time, as float64 is wide."""
+        scored = self.problem.labels != -100
+        hidden, labels = self.problem.hidden.detach()[scored].double(), self.problem.labels[scored]
+        weight = self.problem.weight.detach().double()
+        d_weight = torch.zeros_like(weight)
         logps, d_hidden = [], []
-        for x, y, g in zip(hidden.split(64), labels.split(64), problem.upstream.double().split(64), strict=True):
+        for x, y, g in zip(hidden.split(64), labels.split(64), upstream.split(64), strict=True):
             log_p = (x @ weight.T).log_softmax(-1)
             logps.append(log_p.gather(-1, y[:, None])[:, 0])
             gradient = log_p.exp_().mul_(-g[:, None])
             gradient[torch.arange(len(y)), y] += g
             d_hidden.append(gradient @ weight)
-            self.d_weight += gradient.T @ x
-        self.logps = torch.cat(logps)
-        self.d_hidden = torch.zeros(problem.hidden.shape, dtype=torch.float64)
-        self.d_hidden[scored] = torch.cat(d_hidden)
+            d_weight += gradient.T @ x
+        whole = torch.zeros(self.problem.hidden.shape, dtype=torch.float64)
+        whole[scored] = torch.cat(d_hidden)
+        return torch.cat(logps), whole, d_weight
 
-    def errors(self, function: peers.LinearFunction) -> dict[str, float]:
-        """Errors of the log-probs, absolute, and of the gradients, relative to the largest."""
-        logps = self.problem.logprobs_step(function)
-        return {
-            "error_logps": (logps.double() - self.logps).abs().max().item(),
-            "error_hidden": relative(self.problem.hidden.grad, self.d_hidden),
-            "error_weight": relative(self.problem.weight.grad, self.d_weight),
+    def errors(self, function: peers.LinearFunction) -> tuple[str, dict[str, float]]:
+        """What it makes, and errors: of log-probs or loss, absolute; of gradients, relative to the largest."""
+        out = self.problem.step(function)
+        kind = "logps" if out.dim() else "loss"
+        truth, d_hidden, d_weight = self.truth[kind]
+        return kind, {
+            "error": (out.double() - truth).abs().max().item(),
+            "error_hidden": relative(self.problem.hidden.grad, d_hidden),
+            "error_weight": relative(self.problem.weight.grad, d_weight),
         }
 
-    def dpo_errors(self) -> dict[str, float]:
-        """The error of the loss, absolute."""
-        chosen, rejected = self.logps.view(B, -1).sum(-1).chunk(2)
-        truth = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
-        return {"error_logps": (self.problem.dpo_step().double() - truth).abs().item()}
+    def check(self, entry: peers.LinearEntry, function: peers.LinearFunction) -> dict[str, Any]:
+        """An entry's errors, as fields of its row, and whether they are within ours; raises where ours are not."""
+        out, errors = self.errors(function)
+        limits = self.limits[out]
+        within = all(off <= limit for off, limit in zip(errors.values(), limits, strict=True))
+        if entry in OURS and not within:
+            raise AssertionError(f"{entry.name}: {errors} is further off than {limits}")
+        return {**errors, "gate": "within" if within else "beyond"}
 
 
 def bare_products(problem: Problem, logits: int) -> Callable[[], object]:
@@ -160,15 +198,13 @@ def timed_rows(name: str, H: int, rounds: int) -> harness.Rows:
     for entry in ENTRIES:
         try:
             function = entry.load()
-            rows[entry.name] = dict(gate.errors(function))
-        except Exception as problem_met:
-            rows[entry.name] = {"problem": f"{type(problem_met).__name__}: {problem_met}"}
+            rows[entry.name] = gate.check(entry, function)
+        except Exception as met:
+            if entry in OURS:
+                raise
+            rows[entry.name] = {"problem": " ".join([type(met).__name__, *str(met).strip().splitlines()[-1:]])}
             continue
-        if entry in (SAVE, RECOMPUTE) and not rows[entry.name]["error_logps"] <= GATE[name]:
-            raise ValueError(f"{entry.name}: {rows[entry.name]} is further off than {GATE[name]}")
-        cases[entry.name] = Case(lambda function=function: problem.logprobs_step(function))
-    rows[DPO] = dict(gate.dpo_errors())
-    cases[DPO] = Case(problem.dpo_step)
+        cases[entry.name] = Case(lambda function=function: problem.step(function))
     del gate
     for label, logits in (("bare products, 6NVH", 1), ("bare products, 8NVH", 2)):
         rows[label], cases[label] = {}, Case(bare_products(problem, logits))
@@ -179,34 +215,36 @@ def timed_rows(name: str, H: int, rounds: int) -> harness.Rows:
         rows[case] |= {
             "over_save": medians[case] / medians[SAVE.name],
             "over_recompute": medians[case] / medians[RECOMPUTE.name],
-            "over_dpo": medians[case] / medians[DPO],
+            "over_dpo": medians[case] / medians[DPO.name],
         }
     known = {"dtype": name, "H": H, "rounds": rounds, **peers.provenance()}
     return [{"name": row, **values, **known} for row, values in rows.items()]
 
 
-def peak_mib(name: str, H: int, entry_name: str, length: int) -> float:
-    """MiB of a step beyond the gradients and the weight gradient's float32 buffer; for a process of its own."""
-    small = Problem.of(DTYPES[name], 8, 4)
+def peak_mib(name: str, H: int, entry_name: str, length: int) -> dict[str, float]:
+    """MiB of a step beyond the gradients, and without the weight gradient's float32 buffer where ours keep one whole.
+
+    For a process of its own.
+    """
+    entry = next(entry for entry in ENTRIES if entry.name == entry_name)
+    function = entry.load()
     problem = Problem.of(DTYPES[name], H, length)
-
-    def step(problem: Problem) -> object:
-        if entry_name == DPO:
-            return problem.dpo_step()
-        function = next(entry for entry in ENTRIES if entry.name == entry_name).load()
-        return problem.logprobs_step(function)
-
-    step(small)  # what is built or read from disk on a first call is not a step's memory
+    # What is compiled, built or read from disk on a first call is not a step's memory.
+    (problem if entry.compiles else Problem.of(DTYPES[name], 8, 4)).step(function)
+    problem.clear()
     gradients = problem.hidden.nbytes + problem.weight.nbytes
-    # A float32 weight's gradient is its own buffer, but where a loss keeps it for its backward.
-    buffer = 4 * problem.weight.numel() if problem.weight.dtype != torch.float32 or entry_name == DPO else 0
-    return (harness.peak_bytes(lambda: step(problem)) - gradients - buffer) / MIB
+    peak = (harness.peak_bytes(lambda: problem.step(function)) - gradients) / MIB
+    if entry not in OURS:
+        return {"peak_mib": peak}
+    # A loss keeps it for its backward; else a float32 gradient is its own buffer, and rows of one chunk need none.
+    buffered = entry == DPO or (problem.weight.dtype != torch.float32 and problem.labels.numel() > CHUNK_ROWS)
+    return {"peak_mib": peak, "scratch_mib": peak - (4 * problem.weight.numel() / MIB if buffered else 0)}
 
 
 def all_rows(rounds: int, console: Console) -> harness.Rows:
     """Every dtype and width under every allocator, each in a process of its own, and each row's memory in another."""
     found: harness.Rows = []
-    names = [entry.name for entry in ENTRIES] + [DPO]
+    names = [entry.name for entry in ENTRIES]
     with Progress(console=console) as progress:
         runs = [(a, name, H) for a in ALLOCATORS for name in DTYPES for H in WIDTHS]
         task = progress.add_task("", total=len(runs) * (1 + len(names)))
@@ -220,12 +258,13 @@ def all_rows(rounds: int, console: Console) -> harness.Rows:
                 if row["name"] not in names:
                     continue
                 if "problem" not in row:
-                    lengths = {"peak_mib": T}
-                    if row["name"] in (RECOMPUTE.name, DPO):
-                        lengths["peak_mib_longer"] = LONGER * T
-                    for field, length in lengths.items():
+                    lengths = {"": T}
+                    if row["name"] in (RECOMPUTE.name, DPO.name):
+                        lengths["_longer"] = LONGER * T
+                    for suffix, length in lengths.items():
                         with child(ALLOCATORS[allocator]) as pool:
-                            row[field] = pool.submit(peak_mib, name, H, row["name"], length).result()
+                            peaks = pool.submit(peak_mib, name, H, row["name"], length).result()
+                        row |= {field + suffix: value for field, value in peaks.items()}
                 progress.advance(task)
             found += rows
     return found
@@ -234,9 +273,12 @@ def all_rows(rounds: int, console: Console) -> harness.Rows:
 COLUMNS = (
     ("", "name", "{}"), ("dtype", "dtype", "{}"), ("H", "H", "{}"), ("allocator", "allocator", "{}"),
     ("ms", "ms", "{:.0f}"), ("× save", "over_save", "{:.2f}"), ("× recompute", "over_recompute", "{:.2f}"),
-    ("× linear_dpo_loss", "over_dpo", "{:.2f}"), ("MiB", "peak_mib", "{:.0f}"),
-    (f"MiB, T × {LONGER}", "peak_mib_longer", "{:.0f}"), ("error of log-probs", "error_logps", "{:.1e}"),
+    ("× linear_dpo_loss", "over_dpo", "{:.2f}"),
+    ("MiB beyond gradients", "peak_mib", "{:.0f}"), ("and fp32 buffer", "scratch_mib", "{:.0f}"),
+    (f"T × {LONGER}: MiB", "peak_mib_longer", "{:.0f}"), ("beyond buffer", "scratch_mib_longer", "{:.0f}"),
+    ("error of log-probs or loss", "error", "{:.1e}"),
     ("of hidden's gradient", "error_hidden", "{:.1e}"), ("of the weight's", "error_weight", "{:.1e}"),
+    ("our gate", "gate", "{}"),
 )  # fmt: skip
 
 # Of the default allocator: what, dtype, H, (row, field), how it must compare, and with what.
@@ -244,10 +286,10 @@ TRL = "TRL chunked log-probs, scored rows"
 TARGETS = (
     *((f"{peer} over save", dtype, 512, (peer, "over_save"), ">=", least) for dtype, peer, least in
       (("fp32", TRL, 3.0), ("fp32", "eager", 3.0), ("bf16", TRL, 5.0), ("bf16", "eager", 2.5))),
-    *((f"MiB of {row}", dtype, 512, (row, "peak_mib"), "<", most) for dtype in DTYPES
-      for row, most in ((SAVE.name, 400.0), (RECOMPUTE.name, 100.0), (DPO, 100.0))),
-    *((f"MiB of {row}, T × {LONGER}", dtype, 512, (row, "peak_mib_longer"), "<", 100.0) for dtype in DTYPES
-      for row in (RECOMPUTE.name, DPO)),
+    *((f"MiB of {row}", dtype, 512, (row, "scratch_mib"), "<", most) for dtype in DTYPES
+      for row, most in ((SAVE.name, 400.0), (RECOMPUTE.name, 100.0), (DPO.name, 100.0))),
+    *((f"MiB of {row}, T × {LONGER}", dtype, 512, (row, "scratch_mib_longer"), "<", 100.0) for dtype in DTYPES
+      for row in (RECOMPUTE.name, DPO.name)),
     *((f"{label} over bare products", dtype, 1024, (floor, field), ">=", 1 / 1.3) for dtype in DTYPES
       for label, floor, field in (("save", "bare products, 6NVH", "over_save"),
                                   ("linear_dpo_loss", "bare products, 6NVH", "over_dpo"),
@@ -295,13 +337,8 @@ def test_forward_backward(entry: peers.LinearEntry, gate: Gate, benchmark: Any) 
         function = entry.load()
     except ImportError as problem:
         pytest.skip(str(problem))
-    benchmark.extra_info.update(gate.errors(function))
-    benchmark.pedantic(lambda: gate.problem.logprobs_step(function), rounds=5, warmup_rounds=1)
-
-
-def test_linear_dpo_loss(gate: Gate, benchmark: Any) -> None:
-    benchmark.extra_info.update(gate.dpo_errors())
-    benchmark.pedantic(gate.problem.dpo_step, rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(gate.check(entry, function))
+    benchmark.pedantic(lambda: gate.problem.step(function), rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ GPU = (
 )
 
 
-# Log-probs of the scored rows, in order, from hidden (B, T, H), weight (V, H) and labels (B, T), aligned.
+# From hidden (B, T, H), weight (V, H) and labels (B, T), aligned: log-probs of the scored rows, in order; or, a scalar,
+# the DPO loss of the two halves, β = 0.1, without a reference.
 LinearFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -119,6 +120,7 @@ class LinearEntry:
 
     name: str
     load: Callable[[], LinearFunction]
+    compiles: bool = False  # is compiled for the shape it is first called with
 
 
 def linear_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -155,11 +157,19 @@ def _linear_pytorch() -> LinearFunction:
     return logprobs
 
 
+def _linear_liger() -> LinearFunction:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)
+    return lambda hidden, weight, labels: loss(weight, hidden, labels)[0]
+
+
 LINEAR = (
     LinearEntry("eager", lambda: linear_eager),
     LinearEntry("eager, scored rows", lambda: _linear_compacted),
     LinearEntry("TRL chunked log-probs, scored rows", _linear_trl),
     LinearEntry("F.linear_cross_entropy, scored rows", _linear_pytorch),
+    LinearEntry("Liger linear DPO loss", _linear_liger, compiles=True),
 )
 
 

@@ -36,7 +36,9 @@ def demo(
     stages: Annotated[str, typer.Option(help="Which trainings to run, comma-separated.")] = ",".join(STAGES),
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = DEFAULT.seed,
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds: everything runs, nothing is learnt.")] = False,
-    eager: Annotated[bool, typer.Option(help="Repeat the DPO steps in eager PyTorch and compare.")] = True,
+    eager: Annotated[
+        bool, typer.Option(help="Repeat the DPO steps from logits and in eager PyTorch, and compare.")
+    ] = True,
     device: Annotated[
         str | None, typer.Option(help="Where to train, such as cpu.", show_default="the accelerator if there is one")
     ] = None,

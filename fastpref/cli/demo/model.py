@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +67,66 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
 
+class Head(NamedTuple):
+    """What makes logits of a model's hidden states.
+
+    Attributes:
+        weight: (V, H), the model's own parameter, which may be its embedding too.
+        bias: None, or (V,).
+        logit_scale: multiplies the logits.
+        softcap: then caps them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How fastpref is told of it, beside the weight."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, V) logits of (B, T, H) hidden states, in plain PyTorch."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def head(model: Any) -> Head:
+    """A causal language model's head, by the names that transformers' configurations have for what follows it."""
+    layer = model.get_output_embeddings()
+    scale = getattr(model.config, "logit_scale", None) or 1.0
+    scale /= getattr(model.config, "logits_scaling", None) or 1.0
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+
+def check_head(model: Any) -> None:
+    """Raise ValueError for a model whose logits are not `head` of its last hidden states."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    batch = Batch(ids, torch.ones_like(ids), ids)
+    model.eval()
+    with torch.no_grad():
+        expected = logits(model, batch)
+        found = head(model).logits(hidden_states(model, batch))
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+        raise ValueError(
+            f"DPO needs logits made by a linear layer of the last hidden states; {type(model).__name__}'s are not"
+        )
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """(B, T, H) last hidden states, which the head is given."""
+    return model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+
+
 def answer_logps(model: nn.Module, batch: Batch) -> Tensor:
     """(B,) summed log-probs of the answers, nats, without gradients."""
+    to = head(model)
     with torch.no_grad():
-        return fastpref.sequence_logprobs(logits(model, batch), batch.labels)
+        return fastpref.linear_sequence_logprobs(hidden_states(model, batch), to.weight, batch.labels, **to.options)

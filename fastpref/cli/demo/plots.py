@@ -1,4 +1,4 @@
-"""The pictures: each training's curves, and DPO against the same steps in eager PyTorch."""
+"""The pictures: each training's curves, and DPO against the same steps made in other ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from fastpref.cli.demo.train import Curves
 
 TITLES = {"sft": "Supervised", "reward": "Reward model", "dpo": "DPO"}
-COLORS = {"sft": "#4C72B0", "reward": "#DD8452", "dpo": "#55A868", "eager": "#C44E52"}
+COLORS = {"sft": "#4C72B0", "reward": "#DD8452", "dpo": "#55A868", "logits": "#8172B3", "eager": "#C44E52"}
+WAYS = {"dpo": "from hidden states", "logits": "from logits", "eager": "eager PyTorch"}
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -102,32 +103,39 @@ def _draw_accuracies(axes: Any, accuracies: Mapping[str, Mapping[str, float]]) -
     axes.set(title="Pair accuracy, held out", xlim=(0, 1.12))
 
 
-def plot_eager(ours: Curves, eager: Curves, path: Path) -> None:
-    """DPO's loss with fastpref and in eager PyTorch over the same batches, their difference, and a step's time."""
-    steps = min(len(ours.loss), len(eager.loss))
+def plot_comparison(curves: Mapping[str, Curves], path: Path) -> None:
+    """DPO's loss made in each way over the same batches, how far the others are from the first, and a step's time.
+
+    Args:
+        curves: by name; the first is what the others are held against.
+        path: of the PNG.
+    """
+    ours, *others = curves
+    steps = min(len(curve.loss) for curve in curves.values())
     x = range(1, steps + 1)
-    difference = [abs(a - b) for a, b in zip(ours.loss, eager.loss, strict=False)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 4), layout="constrained")
         loss, gap, seconds = figure.subplots(1, 3)
-        loss.plot(x, eager.loss[:steps], color=COLORS["eager"], linewidth=4, alpha=0.45, label="eager PyTorch")
-        loss.plot(x, ours.loss[:steps], color=COLORS["dpo"], linewidth=1.4, label="fastpref")
+        # The widest line is drawn first: where all agree, each shows beside the next.
+        for width, name in zip((5, 3, 1.2), reversed(list(curves)), strict=True):
+            loss.plot(
+                x, curves[name].loss[:steps], color=COLORS[name], linewidth=width, alpha=0.7, label=WAYS[name]
+            )  # fmt: skip
         loss.set(title="DPO loss, same seed and batches", ylabel="nats")
-        loss.legend()
-        # A difference of exactly zero has no place on a logarithmic axis.
-        gap.plot(x, [value or float("nan") for value in difference], ".", color="#4C4C4C", markersize=5)
-        gap.set(title="Difference of the two (no dot: none)", ylabel="nats")
-        if any(difference):
-            gap.set_yscale("log")
-        for curve, name, label in ((eager, "eager", "eager PyTorch"), (ours, "dpo", "fastpref")):
-            seconds.plot(range(1, len(curve.seconds) + 1), curve.seconds, color=COLORS[name], label=f"{label}, step")
-            seconds.plot(
-                range(1, len(curve.loss_seconds) + 1),
-                curve.loss_seconds,
-                color=COLORS[name],
-                linestyle="--",
-                label=f"{label}, loss alone",
-            )
+        loss.legend(reverse=True)
+        for name in others:
+            pairs = zip(curves[name].loss, curves[ours].loss, strict=False)
+            # A difference of exactly zero has no place on a logarithmic axis.
+            values = [abs(a - b) or float("nan") for a, b in pairs][:steps]
+            gap.plot(x, values, ".", color=COLORS[name], markersize=5, label=WAYS[name])
+            if any(value > 0 for value in values):
+                gap.set_yscale("log")
+        gap.set(title="The others' difference (no dot: none)", ylabel="nats")
+        gap.legend()
+        for name, curve in curves.items():
+            color = COLORS[name]
+            seconds.plot(x, curve.seconds[:steps], color=color, label=f"{WAYS[name]}, step")
+            seconds.plot(x, curve.loss_seconds[:steps], color=color, linestyle="--", label="head to gradient")
         seconds.set(title="Time a step", ylabel="seconds", yscale="log")
         seconds.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         for axes in (loss, gap, seconds):

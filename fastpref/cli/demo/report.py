@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastpref.cli.demo.data import PROMPT_END
+from fastpref.cli.demo.plots import WAYS
 from fastpref.cli.demo.run import Run
 from fastpref.cli.demo.save import accuracies, comparison
 from fastpref.cli.demo.settings import Settings
@@ -29,7 +30,7 @@ def summarise(run: Run) -> None:
         f"{len(run.train)} training and {len(run.held_out)} held-out examples, no {run.data.group} in both; "
         f"{parameters / 1e6:.2f}M parameters, vocabulary {len(run.tokenizer)}."
     )
-    tables = (_reward_table(run), _dpo_table(run), _eager_table(run), _example_table(run))
+    tables = (_reward_table(run), _dpo_table(run), _comparison_table(run), _example_table(run))
     for table in filter(None, tables):
         console.print(table)
     for what, name in (("The reward model", "reward_after"), ("DPO", "implicit")):
@@ -108,21 +109,27 @@ def _at_chance(run: Run, name: str) -> list[str]:
     return [kind for kind, pair in accuracies(run)[name].items() if pair["accuracy"] < bound]
 
 
-def _eager_table(run: Run) -> Table | None:
-    measured = comparison(run)
-    if measured is None:
+def _comparison_table(run: Run) -> Table | None:
+    compared = comparison(run)
+    if not compared:
         return None
-    table = _table("DPO: the same steps, median milliseconds", "", "fastpref", "eager PyTorch", "ratio")
-    for name, part in (("whole step", "step"), ("log-probs, loss and gradient alone", "loss")):
-        table.add_row(
-            name,
-            f"{1e3 * measured[f'median_{part}_seconds']:.0f}",
-            f"{1e3 * measured[f'median_eager_{part}_seconds']:.0f}",
-            f"{measured[f'{part}_time_ratio']:.2f}x",
-        )
+    table = _table("DPO: the same steps in three ways", "", *(WAYS[name] for name in compared))
+    rows = (
+        ("whole step, ms", "median_step_seconds", 1e3),
+        ("head to gradient, ms", "median_loss_seconds", 1e3),
+        ("whole step, MiB", "peak_step_bytes", 2**-20),
+        ("head to gradient, MiB", "peak_loss_bytes", 2**-20),
+    )
+    for title, field, factor in rows:
+        if all(f"{field}_ratio" in found for found in compared.values()):
+            cells = (f"{factor * found[field]:.0f} ({found[f'{field}_ratio']:.2f}x)" for found in compared.values())
+            table.add_row(title, *cells)
+    apart = (
+        f"{found['largest_loss_difference']:.1e} {WAYS[name]}" for name, found in compared.items() if name != "dpo"
+    )
     table.caption = (
-        f"Largest difference of the two losses over {measured['steps']:.0f} steps: "
-        f"{measured['largest_loss_difference']:.1e} nats."
+        f"Medians of {compared['dpo']['steps']:.0f} steps; MiB at most beyond those before it, on the largest batch. "
+        f"Largest difference of a step's loss, nats: {', '.join(apart)}."
     )
     return table
 

@@ -25,7 +25,13 @@ from fastpref.cli.demo.progress import Advance, Bars
 from fastpref.cli.demo.settings import Settings
 from fastpref.cli.demo.stop import Stop, Stopped
 from fastpref.cli.demo.tokens import Batch, collate, draw_batches, encode, load_tokenizer, train_tokenizer
-from fastpref.cli.demo.train import Curves, PairBatch
+from fastpref.cli.demo.train import Curves, Memory, PairBatch
+
+# How DPO is repeated to compare: the bar's title, and its loss.
+REPETITIONS = {
+    "logits": ("DPO from logits", train.logits_loss),
+    "eager": ("DPO in eager PyTorch", train.eager_loss),
+}
 
 
 def load_data(settings: Settings) -> Dataset:
@@ -40,7 +46,8 @@ class Run:
 
     Attributes:
         models: by stage, in training order; the last one may be half trained.
-        curves: by stage, and `eager` for DPO's repetition.
+        curves: by stage, and `logits` and `eager` for DPO's repetitions.
+        memory: of a step of DPO and of its repetitions, by the same names, where it can be measured.
         scores: (N, K) held-out scores by name, such as `reward_before`.
         stopped: where a Ctrl-C stopped the run; None if it did not.
     """
@@ -52,6 +59,7 @@ class Run:
         self.console = console
         self.models: dict[str, Any] = {}
         self.curves: dict[str, Curves] = {}
+        self.memory: dict[str, Memory] = {}
         self.scores: dict[str, Tensor] = {}
         self.stopped: str | None = None
         self.stop = Stop()
@@ -67,6 +75,8 @@ class Run:
         self.held_out_examples = held_out
         self.held_out = encode(held_out, self.tokenizer, settings.max_length)
         self.base = self._base_model().to(self.device)
+        if "dpo" in settings.stages:
+            models.check_head(self.base)
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -129,18 +139,31 @@ class Run:
         self.scores["ref_mean_logps"] = self.scores["ref_logps"] / answer_lengths(self.held_out)
         pairs = self._pairs(reference)
         step = partial(train.dpo_step, beta=self.settings.beta)
-        trainings = [("DPO", model, partial(step, pair_loss=train.fastpref_loss), curves)]
+        trainings = [("DPO", model, partial(step, pair_loss=train.linear_loss), curves)]
         if self.settings.eager:
-            # Step by step beside the other, so that whatever else the machine does slows both alike.
-            self.curves["eager"] = Curves()
-            twin = copy.deepcopy(reference)
-            eager_step = partial(step, pair_loss=train.eager_loss)
-            trainings.append(("DPO in eager PyTorch", twin, eager_step, self.curves["eager"]))
+            # Step by step beside the first, so that whatever else the machine does slows all of them alike.
+            for name, (title, pair_loss) in REPETITIONS.items():
+                self.curves[name] = Curves()
+                twin = copy.deepcopy(reference)
+                trainings.append((title, twin, partial(step, pair_loss=pair_loss), self.curves[name]))
         self._train(pairs, self.settings.dpo_rate, *trainings)
+        if self.settings.eager:
+            self._measure_memory(model, max(pairs, key=lambda pair: pair.batch.input_ids.numel()))
         self._measure("policy_logps", model, partial(models.answer_logps, model))
         self.scores["implicit"] = fastpref.implicit_reward(
             self.scores["policy_logps"], self.scores["ref_logps"], beta=self.settings.beta
         )
+
+    def _measure_memory(self, model: nn.Module, pairs: PairBatch) -> None:
+        """Once all are trained: given back to the operating system, memory would make a timed step slower."""
+        losses = {"dpo": train.linear_loss, **{name: loss for name, (_, loss) in REPETITIONS.items()}}
+        with self.bars.task("memory of a step", len(losses)) as advance:
+            for name, pair_loss in losses.items():
+                self.stop.check()
+                memory = train.step_memory(model, pairs, pair_loss=pair_loss, beta=self.settings.beta)
+                if memory is not None:
+                    self.memory[name] = memory
+                advance()
 
     def _policy(self) -> nn.Module:
         return self.models.get("sft", self.base)

@@ -14,29 +14,37 @@ import torch
 import transformers
 
 from fastpref.cli.demo.evaluate import pair_accuracy, pair_margin
-from fastpref.cli.demo.plots import plot_curves, plot_eager
-from fastpref.cli.demo.run import Run
+from fastpref.cli.demo.plots import plot_comparison, plot_curves
+from fastpref.cli.demo.run import REPETITIONS, Run
 
 
-def comparison(run: Run) -> dict[str, float] | None:
-    """DPO with fastpref against eager PyTorch over the steps that both made; None before both made one."""
-    ours, eager = run.curves.get("dpo"), run.curves.get("eager")
-    if not ours or not eager or not eager.loss_seconds:
-        return None
-    steps = len(eager.loss)
-    medians = {
-        "step": statistics.median(ours.seconds[:steps]),
-        "eager_step": statistics.median(eager.seconds),
-        "loss": statistics.median(ours.loss_seconds[:steps]),
-        "eager_loss": statistics.median(eager.loss_seconds),
-    }
-    return {
-        "steps": steps,
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours.loss, eager.loss, strict=False)),
-        **{f"median_{name}_seconds": value for name, value in medians.items()},
-        "step_time_ratio": medians["eager_step"] / medians["step"],
-        "loss_time_ratio": medians["eager_loss"] / medians["loss"],
-    }
+def comparison(run: Run) -> dict[str, dict[str, float]]:
+    """DPO from hidden states and each of its repetitions, over the steps that all made; empty before they made one.
+
+    Ratios are to DPO from hidden states, and so is the largest difference of a step's loss.
+    """
+    curves = {name: run.curves[name] for name in ("dpo", *REPETITIONS) if name in run.curves}
+    steps = min(len(curve.loss_seconds) for curve in curves.values()) if len(curves) > 1 else 0
+    if not steps:
+        return {}
+    ours = curves["dpo"]
+    compared: dict[str, dict[str, float]] = {}
+    for name, curve in curves.items():
+        found = {
+            "steps": float(steps),
+            "median_step_seconds": statistics.median(curve.seconds[:steps]),
+            "median_loss_seconds": statistics.median(curve.loss_seconds[:steps]),
+        }
+        if name in run.memory:
+            found |= {f"peak_{part}_bytes": float(value) for part, value in run.memory[name]._asdict().items()}
+        compared[name] = found
+    for name, found in compared.items():
+        for field in [field for field in found if field != "steps"]:
+            if compared["dpo"].get(field):
+                found[f"{field}_ratio"] = found[field] / compared["dpo"][field]
+        differences = (abs(a - b) for a, b in zip(ours.loss[:steps], curves[name].loss[:steps], strict=True))
+        found["largest_loss_difference"] = max(differences)
+    return compared
 
 
 def accuracies(run: Run) -> dict[str, dict[str, dict[str, float]]]:
@@ -74,13 +82,13 @@ def metrics(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "stopped": run.stopped,
         "held_out": accuracies(run),
-        "eager": comparison(run),
+        "comparison": comparison(run),
         "curves": {name: asdict(curves) for name, curves in run.curves.items()},
     }
 
 
 def save(run: Run) -> None:
-    """Write every model with its tokenizer, `metrics.json`, `curves.png` and, after DPO's repetition, `eager.png`."""
+    """Write models and tokenizer, `metrics.json`, `curves.png` and, after DPO's repetitions, `comparison.png`."""
     out = run.settings.out
     transformers.utils.logging.disable_progress_bar()
     for stage, model in run.trained.items():
@@ -97,5 +105,5 @@ def save(run: Run) -> None:
         }
         text = run.settings.data or "the functions of Python's standard library"
         plot_curves(drawn, after, out / "curves.png", title=f"Preference training on {text}")
-    if comparison(run) is not None:
-        plot_eager(run.curves["dpo"], run.curves["eager"], out / "eager.png")
+    if comparison(run):
+        plot_comparison({name: run.curves[name] for name in ("dpo", *REPETITIONS)}, out / "comparison.png")

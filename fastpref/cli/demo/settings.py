@@ -26,7 +26,7 @@ class Settings:
         batch: sequences a step: that many for SFT, a K-th as many prompts for the reward model, half as many DPO pairs.
         sft_steps: of supervised training.
         reward_steps: of the reward model's.
-        dpo_steps: of DPO, and of its repetition in eager PyTorch.
+        dpo_steps: of DPO, and of its repetitions.
         sft_rate: highest learning rate.
         reward_rate: highest learning rate.
         dpo_rate: highest learning rate.
@@ -34,7 +34,7 @@ class Settings:
         held_out: share of the data to hold out.
         evaluated: at most so many held-out prompts are scored.
         functions: use so many functions of the standard library; None for all.
-        eager: repeat the DPO steps in eager PyTorch.
+        eager: repeat the DPO steps from logits and in eager PyTorch, and compare.
         device: where to train, such as `cpu`; None for the accelerator if there is one.
     """
 

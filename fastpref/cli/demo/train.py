@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastpref
 from fastpref.cli.demo import model as models
+from fastpref.cli.demo.memory import peak_bytes
 from fastpref.cli.demo.stop import Stop
 from fastpref.cli.demo.tokens import IGNORED, Batch
 
@@ -31,7 +32,7 @@ class Curves:
         accuracy: share of the batch's pairs ranked right.
         margin: mean reward of the better answer minus that of the worse.
         seconds: of the whole step.
-        loss_seconds: of the log-probs, the loss and their gradient alone, where they are timed.
+        loss_seconds: of everything after the hidden states and their gradient, where it is timed.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -39,6 +40,18 @@ class Curves:
     margin: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
+
+
+class Memory(NamedTuple):
+    """Bytes that a step of DPO has at most beyond what is there before it.
+
+    Attributes:
+        step: forward and backward of the whole model.
+        loss: from the hidden states to their gradient and the head's.
+    """
+
+    step: int
+    loss: int
 
 
 class Step(NamedTuple):
@@ -131,36 +144,69 @@ class PairBatch(NamedTuple):
     ref_logps: Tensor
 
 
-PairLoss = Callable[[Tensor, PairBatch, float], fastpref.PreferenceLoss]
+PairLoss = Callable[[Tensor, models.Head, PairBatch, float], fastpref.PreferenceLoss]
 
 
-def fastpref_loss(logits: Tensor, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
-    """DPO from logits: what a training loop calls. The gradient is written over the logits."""
-    chosen, rejected = fastpref.sequence_logprobs(logits, pairs.batch.labels, inplace_backward=True).chunk(2)
-    return fastpref.dpo_loss(chosen, rejected, *pairs.ref_logps.chunk(2), beta=beta)
+def linear_loss(hidden: Tensor, head: models.Head, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
+    """DPO from hidden states: what a training loop calls. Only scored tokens meet the head."""
+    references = pairs.ref_logps.chunk(2)
+    out = fastpref.linear_dpo_loss(hidden, head.weight, pairs.batch.labels, *references, beta=beta, **head.options)
+    return fastpref.PreferenceLoss(out.loss, out.chosen_rewards, out.rejected_rewards)
 
 
-def eager_loss(logits: Tensor, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
+def logits_loss(hidden: Tensor, head: models.Head, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
+    """DPO from logits, for a loop that has them anyway. The gradient is written over them."""
+    logps = fastpref.sequence_logprobs(head.logits(hidden), pairs.batch.labels, inplace_backward=True)
+    return fastpref.dpo_loss(*logps.chunk(2), *pairs.ref_logps.chunk(2), beta=beta)
+
+
+def eager_loss(hidden: Tensor, head: models.Head, pairs: PairBatch, beta: float) -> fastpref.PreferenceLoss:
     """The same in plain PyTorch, as training loops write it."""
     labels = pairs.batch.labels[:, 1:]
     scored = labels != IGNORED
-    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, labels.masked_fill(~scored, 0)[:, :, None]).squeeze(-1)
+    logits = head.logits(hidden)[:, :-1].float()
+    logps = logits.log_softmax(-1).gather(-1, labels.masked_fill(~scored, 0)[:, :, None]).squeeze(-1)
     chosen, rejected = (beta * ((logps * scored).sum(1) - pairs.ref_logps)).chunk(2)
     return fastpref.PreferenceLoss(-F.logsigmoid(chosen - rejected).mean(), chosen.detach(), rejected.detach())
 
 
+def loss_gradients(
+    model: nn.Module, hidden: Tensor, pairs: PairBatch, *, pair_loss: PairLoss, beta: float
+) -> tuple[fastpref.PreferenceLoss, Tensor]:
+    """The loss and its gradient by the hidden states; that by the head is left in the model."""
+    leaf = hidden.detach().requires_grad_()
+    out = pair_loss(leaf, models.head(model), pairs, beta)
+    out.loss.backward()
+    assert leaf.grad is not None
+    return out, leaf.grad
+
+
 def dpo_step(model: nn.Module, pairs: PairBatch, *, pair_loss: PairLoss, beta: float) -> Step:
     """DPO on one batch of pairs (arXiv 2305.18290)."""
-    logits = models.logits(model, pairs.batch)
-    # loss.backward() would do; stopping once at the logits is what lets the loss be timed apart from the model.
-    _synchronize(logits)
+    hidden = models.hidden_states(model, pairs.batch)
+    # loss.backward() would do; stopping once at the hidden states is what lets the loss be timed apart from the model.
+    _synchronize(hidden)
     start = time.perf_counter()
-    out = pair_loss(logits, pairs, beta)
-    (grad,) = torch.autograd.grad(out.loss, logits)
-    _synchronize(logits)
+    out, grad = loss_gradients(model, hidden, pairs, pair_loss=pair_loss, beta=beta)
+    _synchronize(hidden)
     seconds = time.perf_counter() - start
-    logits.backward(grad)
+    hidden.backward(grad)
     return Step(out.loss.detach(), _accuracy(out.margins), out.margins.mean(), seconds)
+
+
+def step_memory(model: nn.Module, pairs: PairBatch, *, pair_loss: PairLoss, beta: float) -> Memory | None:
+    """What one step of DPO needs, its gradients included; no optimizer steps. None where it cannot be measured."""
+    options: Any = {"pair_loss": pair_loss, "beta": beta}
+    model.train()
+    dpo_step(model, pairs, **options)  # what a first call keeps for the next is not a step's memory
+    model.zero_grad()
+    step = peak_bytes(lambda: dpo_step(model, pairs, **options), pairs.ref_logps.device)
+    model.zero_grad()
+    with torch.no_grad():
+        hidden = models.hidden_states(model, pairs.batch)
+    loss = peak_bytes(lambda: loss_gradients(model, hidden, pairs, **options), hidden.device)
+    model.zero_grad()
+    return None if step is None or loss is None else Memory(step, loss)
 
 
 def _accuracy(margins: Tensor) -> Tensor:
