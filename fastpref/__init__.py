@@ -6,6 +6,7 @@ a training signal. `fastpref.reference` states every one of them in plain PyTorc
 
 from fastpref import losses, reference
 from fastpref._results import PreferenceLoss
+from fastpref.integrations.transformers import attach as attach
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 from fastpref.linear_preference import linear_dpo_loss, linear_preference_loss
 from fastpref.logprobs import sequence_logprobs, token_logprobs

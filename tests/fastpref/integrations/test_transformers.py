@@ -1,0 +1,514 @@
+"""Models that `attach` has patched, against their own logits: log-probs, every gradient, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastpref
+from fastpref import reference
+from fastpref.integrations import transformers as integration
+from fastpref.integrations.transformers import detach
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+# What each does to its logits is far from nothing at these sizes.
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MODELS = {
+    "Llama": {},
+    "Qwen3": {"tie_word_embeddings": True},
+    "Gemma2": {"final_logit_softcapping": 0.3},
+    "GPT2": {"n_inner": 24},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 4.0},
+    "HyperCLOVAX": {"logits_scaling": 4.0},
+    "MiniCPM3": {"dim_model_base": 4, "num_key_value_heads": 2, **MLA},
+}
+TRANSFORMED = ("Gemma2", "Cohere", "Granite", "HyperCLOVAX")
+LABELS = torch.tensor([[-100, -100, 7, 1, 60, 0, 22], [-100, 3, 3, 9, 60, -100, -100]])
+IDS = torch.tensor([[5, 8, 7, 1, 60, 0, 22], [4, 3, 3, 9, 60, 0, 0]])
+
+
+def build(name: str = "Llama", **config: Any) -> Any:
+    """A model with random weights, in float64, whose logits spread by about 1."""
+    made = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS.get(name, {}), **config})
+    model = transformers.AutoModelForCausalLM.from_config(made).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def gradients(model: nn.Module, values: Tensor) -> dict[str, Tensor]:
+    weights = torch.linspace(-1, 2, values.numel(), dtype=values.dtype).view_as(values)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(
+        values, list(trained.values()), weights if values.dim() else None, retain_graph=True, allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    return dict(zip(trained, found, strict=True))
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def assert_as_own_logits(model: Any, *, seed: int = 0, **options: Any) -> Any:
+    """Hold log-probs, statistics and every gradient against the model's own logits. Returns ours."""
+    torch.manual_seed(seed)
+    theirs = reference.token_logprobs(model(IDS).logits, LABELS, stats=("entropy", "lse"))
+    torch.manual_seed(seed)
+    ours = fastpref.attach(model)(IDS, labels=LABELS, fastpref=True, stats=("entropy", "lse"), **options)
+    for field in ("logprobs", "entropy", "lse"):
+        assert_close(getattr(ours, field), getattr(theirs, field))
+    expected, found = gradients(model, theirs.logprobs), gradients(model, ours.logprobs)
+    assert any(value.abs().max() > 1e-3 for value in expected.values())
+    assert_close(found, expected)
+    return ours
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_as_its_own_logits_do(name: str) -> None:
+    model = build(name)
+    assert_as_own_logits(model)
+    assert not model._fastpref.verify
+    assert_as_own_logits(model, mode="recompute", chunk_rows=3)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transform_left_out_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    theirs = reference.token_logprobs(model(IDS).logits, LABELS)
+    monkeypatch.setattr(integration, "_transform", lambda config: {"logit_scale": 1.0, "softcap": None})
+    with pytest.raises(NotImplementedError, match="something else"):
+        fastpref.attach(model)(IDS, labels=LABELS, fastpref=True)
+    detach(model)
+    wrong = fastpref.attach(model, verify=False)(IDS, labels=LABELS, fastpref=True).logprobs
+    assert (wrong - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("post", [lambda z: 1.1 * z, lambda z: z.clamp(max=900.0), lambda z: z[..., :60]])
+def test_a_forward_that_does_more_is_seen_and_leaves_the_model_whole(post: Callable[[Tensor], Tensor]) -> None:
+    model = build()
+    own = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = post(output.logits)
+        return output
+
+    model.forward = forward
+    fastpref.attach(model)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="something else"):
+            model(IDS, labels=LABELS, fastpref=True)
+    assert "forward" not in model.lm_head.__dict__
+    assert not model.lm_head._forward_hooks
+    assert_close(model(IDS).logits, post(own(IDS).logits))
+    assert detach(model).forward is forward
+
+
+def test_sequences_ld_and_packing() -> None:
+    model = fastpref.attach(build("Gemma2"))
+    logits = model(IDS).logits
+    for options in (
+        {"reduction": "sum"}, {"reduction": "mean", "temperature": 0.7}, {"reduction": "sum", "ld_alpha": 0.3},
+        {"reduction": "sum", "ld_alpha": 0.3, "shared_lengths": torch.tensor([2, 1])},
+        {"reduction": "sum", "ignore_index": 60}, {"reduction": "mean", "shift": False},
+    ):  # fmt: skip
+        labels = LABELS.clamp(min=0) if "ignore_index" in options else LABELS
+        ours = model(IDS, labels=labels, fastpref=True, **options).logprobs
+        assert_close(ours, reference.sequence_logprobs(logits, labels, **options))
+    packed, bounds = LABELS.view(1, -1), torch.tensor([0, 4, 14])
+    places = torch.cat([torch.arange(4), torch.arange(10)])[None]
+    ours = model(IDS.view(1, -1), position_ids=places, labels=packed, fastpref=True, reduction="sum", cu_seqlens=bounds)
+    logits = model(IDS.view(1, -1), position_ids=places).logits
+    assert_close(ours.logprobs, reference.sequence_logprobs(logits, packed, reduction="sum", cu_seqlens=bounds))
+
+
+def test_tied_head_has_both_gradients() -> None:
+    model = build("GPT2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    ours = assert_as_own_logits(model)
+    both = gradients(model, ours.logprobs)["transformer.wte.weight"]
+    hidden = ours.last_hidden_state.detach()
+    head = model.lm_head.weight.detach().requires_grad_()
+    alone = fastpref.linear_token_logprobs(hidden, head, LABELS)
+    (once,) = torch.autograd.grad(alone, head, torch.linspace(-1, 2, alone.numel(), dtype=alone.dtype).view_as(alone))
+    # A token that is not in the input has only the head's.
+    assert_close(both[30], once[30])
+    assert (both[5] - once[5]).abs().max() > 1e-3
+
+
+def test_head_hooks_run_around_the_log_probs() -> None:
+    """As under ZeRO-3: the weight is there between the head's hooks alone, and gone before the model goes on."""
+    model = fastpref.attach(build())
+    expected = model(IDS, labels=LABELS, fastpref=True, stats=("lse",))
+    weight, seen = model.lm_head.weight.data, []
+
+    def gather(module: nn.Module, args: Any) -> None:
+        module.weight.data = weight
+
+    def release(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output)
+        module.weight.data = torch.empty(0, dtype=weight.dtype)
+
+    model.lm_head.register_forward_pre_hook(gather)
+    model.lm_head.register_forward_hook(release)
+    model.lm_head.weight.data = torch.empty(0, dtype=weight.dtype)
+    with torch.no_grad():
+        ours = model(IDS, labels=LABELS, fastpref=True, stats=("lse",))
+    assert_close(ours.logprobs, expected.logprobs)
+    assert len(seen) == 1
+    assert seen[0].logprobs is ours.logprobs
+    assert len(model.lm_head._forward_hooks) == 1
+
+
+def test_a_hook_that_replaces_the_log_probs_is_followed() -> None:
+    """ZeRO-3 gives every output a new tensor, whose gradient gathers the weight again."""
+    model = fastpref.attach(build())
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    ours = model(IDS, labels=LABELS, fastpref=True).logprobs
+    assert_close(ours, 2 * reference.token_logprobs(F.linear(model.model(IDS)[0], model.lm_head.weight), LABELS))
+
+
+def test_accelerate_hook_on_the_head_runs() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Gather(hooks.ModelHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            module.weight.data = weight
+            return args, kwargs
+
+    model = build()
+    expected = reference.token_logprobs(model(IDS).logits, LABELS)
+    weight = model.lm_head.weight.data
+    model.lm_head.weight.data = torch.empty(0, dtype=weight.dtype)
+    hooks.add_hook_to_module(model.lm_head, Gather())
+    kept = model.lm_head._old_forward
+    assert_close(fastpref.attach(model)(IDS, labels=LABELS, fastpref=True).logprobs, expected)
+    assert model.lm_head._old_forward == kept
+
+
+def test_other_calls_are_as_before() -> None:
+    model = build()
+    before = model(IDS, labels=LABELS)
+    signature, keys = inspect.signature(model.forward), model.state_dict().keys()
+    drawn = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    fastpref.attach(model)(IDS, labels=LABELS, fastpref=True)
+    after = model(IDS, labels=LABELS)
+    assert torch.equal(after.logits, before.logits)
+    assert torch.equal(after.loss, before.loss)
+    assert type(model(IDS, return_dict=False)) is tuple
+    assert inspect.signature(model.forward) == signature
+    assert model.state_dict().keys() == keys
+    assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), drawn)
+
+
+def test_attach_once_and_detach() -> None:
+    model = build()
+    assert fastpref.attach(model) is model
+    patched = model.forward
+    assert fastpref.attach(model).forward is patched
+    assert detach(model) is model
+    assert "forward" not in model.__dict__
+    assert "_fastpref" not in model.__dict__
+    assert detach(model) is model
+    fastpref.attach(model)
+    model.forward = lambda *args, own=model.forward, **kwargs: own(*args, **kwargs)
+    with pytest.raises(ValueError, match="patched again"):
+        detach(model)
+
+
+def test_a_deep_copy_scores_with_its_own_weights() -> None:
+    model = fastpref.attach(build())
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.zero_()
+    ours = other(IDS, labels=LABELS, fastpref=True).logprobs
+    assert_close(ours[0, 1:], torch.full((5,), -torch.tensor(61.0).double().log().item(), dtype=ours.dtype))
+    assert model(IDS, labels=LABELS, fastpref=True).logprobs.std() > 0.1
+
+
+def test_outputs_are_the_models() -> None:
+    model = fastpref.attach(build())
+    output = model(IDS, labels=LABELS, fastpref=True, output_hidden_states=True, use_cache=True)
+    own = model(IDS, output_hidden_states=True)
+    assert output._fields == ("logprobs", "last_hidden_state", "past_key_values", "hidden_states", "attentions")
+    assert output.logprobs.shape == (2, 6)
+    assert output.past_key_values.get_seq_length() == 7
+    assert_close(output.hidden_states, own.hidden_states)
+    assert_close(output.last_hidden_state, own.hidden_states[-1])
+    assert model(IDS, labels=LABELS, fastpref=True, use_cache=False).past_key_values is None
+    # DDP's own search for what needs a gradient.
+    tensors = torch.nn.parallel.distributed._find_tensors(output)
+    assert any(tensor is output.logprobs for tensor in tensors)
+
+
+def test_router_loss_is_the_models() -> None:
+    model = build("Mixtral", num_local_experts=4, output_router_logits=True, experts_implementation="eager")
+    own = model(IDS)
+    ours = assert_as_own_logits(model)
+    assert own.aux_loss > 0
+    assert_close(ours.aux_loss, own.aux_loss)
+    assert_close(gradients(model, ours.aux_loss), gradients(model, own.aux_loss))
+
+
+def test_embeddings_and_masks_reach_the_model() -> None:
+    model = fastpref.attach(build())
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    inputs = {"inputs_embeds": model.get_input_embeddings()(IDS), "attention_mask": mask}
+    ours = model(**inputs, labels=LABELS, fastpref=True).logprobs
+    assert_close(ours, reference.token_logprobs(model(**inputs).logits, LABELS))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = build().train()
+    model.enable_input_require_grads()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    theirs = reference.token_logprobs(model(IDS, use_cache=False).logits, LABELS).sum()
+    theirs.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    fastpref.attach(model)(IDS, labels=LABELS, fastpref=True, use_cache=False).logprobs.sum().backward()
+    assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere"])
+def test_bf16_and_autocast_pass_the_check(name: str) -> None:
+    model = build(name)
+    truth = reference.token_logprobs(model(IDS).logits, LABELS)
+    fastpref.attach(model.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(IDS, labels=LABELS, fastpref=True).logprobs
+    detach(model)
+    for found in (cast, fastpref.attach(model.bfloat16())(IDS, labels=LABELS, fastpref=True).logprobs):
+        assert found.dtype == torch.float32
+        assert not model._fastpref.verify
+        torch.testing.assert_close(found.double(), truth, rtol=0.1, atol=0.1)
+
+
+class Lora(nn.Module):
+    """A linear layer as PEFT wraps it: its names, and its forward."""
+
+    def __init__(self, base: nn.Linear, *, dropout: float = 0.0, bias: bool = False, names: Any = ("default",)) -> None:
+        super().__init__()
+        kind = {"dtype": base.weight.dtype}
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({name: nn.Linear(base.in_features, 3, bias=False, **kind) for name in names})
+        self.lora_B = nn.ModuleDict({name: nn.Linear(3, base.out_features, bias=bias, **kind) for name in names})
+        self.lora_dropout = nn.ModuleDict({name: nn.Dropout(dropout) for name in names})
+        self.lora_magnitude_vector, self.lora_variant = nn.ModuleDict(), {}
+        self.scaling = {name: 1.5 + index for index, name in enumerate(names)}
+        self.active_adapters, self.disable_adapters, self.merged = list(names), False, False
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            low = self.lora_A[name](self.lora_dropout[name](x))
+            result = result + self.lora_B[name](low) * self.scaling[name]
+        return result
+
+
+def with_lora(**options: Any) -> Any:
+    model = build("Gemma2", tie_word_embeddings=False)
+    model.lm_head = Lora(model.lm_head, **options)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"names": ("one", "two")}, {"dropout": 0.5}])
+def test_lora_on_the_head(options: dict[str, Any]) -> None:
+    model = with_lora(**options).train()
+    ours = assert_as_own_logits(model)
+    assert model._fastpref.verify == ("dropout" in options)
+    trained = gradients(model, ours.logprobs)
+    assert min(trained[name].abs().max().item() for name in trained if "lora_" in name) > 1e-3
+    assert not any("base_layer" in name for name in trained)
+    assert_as_own_logits(model.eval())
+    assert not model._fastpref.verify
+
+
+def test_lora_disabled_merged_and_chosen() -> None:
+    model = with_lora(names=("one", "two"))
+    full = assert_as_own_logits(model).logprobs
+    head = model.lm_head
+    for attribute, value in (("disable_adapters", True), ("merged", True), ("active_adapters", ["two"])):
+        before = getattr(head, attribute)
+        setattr(head, attribute, value)
+        assert (assert_as_own_logits(model).logprobs - full).abs().max() > 1e-3
+        setattr(head, attribute, before)
+
+
+def test_lora_hooks_run() -> None:
+    model, seen = with_lora(), []
+    for name, module in model.lm_head.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
+    fastpref.attach(model, verify=False)(IDS, labels=LABELS, fastpref=True)
+    wanted = {"", "base_layer", "lora_A.default", "lora_B.default"}
+    assert sorted(wanted) == sorted(name for name in seen if name in wanted)
+
+
+def test_small_lora_is_not_rounded_away() -> None:
+    """Added to a bf16 weight, most of it would be."""
+    model = with_lora().bfloat16()
+    model.lm_head.lora_B["default"].weight.data.mul_(1e-3)
+    fastpref.attach(model)
+    ours = model(IDS, labels=LABELS, fastpref=True)
+    hidden, head = ours.last_hidden_state.detach().double(), model.lm_head
+    cap = model.config.final_logit_softcapping
+
+    def logprobs(weight: Tensor) -> Tensor:
+        return reference.linear_token_logprobs(hidden, weight, LABELS, softcap=cap)
+
+    base = head.weight.double()
+    delta = 1.5 * head.lora_B["default"].weight.double() @ head.lora_A["default"].weight.double()
+    truth = logprobs(base + delta)
+    rounded = logprobs((base + delta).bfloat16().double())
+    assert 4 * (ours.logprobs - truth).abs().max() < (rounded - truth).abs().max()
+
+
+def test_a_head_that_peft_trains_whole() -> None:
+    class Saved(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.original_module, self.active_adapters, self.disable_adapters = module, ["default"], False
+            self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.original_module if self.disable_adapters else self.modules_to_save["default"])(x)
+
+    model = build()
+    model.lm_head = Saved(model.lm_head)
+    model.lm_head.modules_to_save["default"].weight.data.mul_(1.3)
+    trained = assert_as_own_logits(model).logprobs
+    model.lm_head.disable_adapters = True
+    assert (assert_as_own_logits(model).logprobs - trained).abs().max() > 1e-3
+
+
+def test_peft_model_reaches_the_causal_lm() -> None:
+    class Peft(nn.Module):
+        peft_config: Any = SimpleNamespace()
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.base_model = model
+
+        def get_base_model(self) -> Any:
+            return self.base_model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.base_model(*args, **kwargs)
+
+    inner = with_lora()
+    outer = Peft(inner)
+    assert fastpref.attach(outer) is outer
+    ours = outer(IDS, labels=LABELS, fastpref=True).logprobs
+    assert_close(ours, reference.token_logprobs(inner(IDS).logits, LABELS))
+    assert detach(outer) is outer
+    assert "forward" not in inner.__dict__
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def refused_dora(model: Any) -> None:
+    model.lm_head = Lora(model.lm_head)
+    model.lm_head.lora_magnitude_vector["default"] = nn.LayerNorm(61)
+
+
+def refused_variant(model: Any) -> None:
+    model.lm_head = Lora(model.lm_head)
+    model.lm_head.lora_variant["default"] = object()
+
+
+def refused_adapter(model: Any) -> None:
+    model.lm_head = Lora(model.lm_head)
+    model.lm_head.lora_E = nn.ParameterDict({"default": nn.Parameter(torch.zeros(3))})
+
+
+def refused_base(model: Any) -> None:
+    model.lm_head = Lora(Scaled(16, 61))
+
+
+def refused_linear(model: Any) -> None:
+    model.lm_head = Scaled(16, 61, bias=False)
+
+
+def refused_parameter(model: Any) -> None:
+    model.lm_head.register_parameter("gain", nn.Parameter(torch.ones(61)))
+
+
+@pytest.mark.parametrize(
+    "change", [refused_dora, refused_variant, refused_adapter, refused_base, refused_linear, refused_parameter]
+)
+def test_refused_heads(change: Callable[[Any], None]) -> None:
+    model, late = build(), fastpref.attach(build())
+    for changed in (model, late):
+        change(changed)
+    with pytest.raises(NotImplementedError, match="lm_head"):
+        fastpref.attach(model)
+    with pytest.raises(NotImplementedError, match="lm_head"):
+        late(IDS, labels=LABELS, fastpref=True)
+
+
+def test_quantised_weight_is_refused() -> None:
+    model = fastpref.attach(build(), verify=False)
+    del model.lm_head.weight
+    model.lm_head.weight = torch.zeros(61, 16, dtype=torch.int8)
+    with pytest.raises(TypeError, match="weight must be a floating-point tensor"):
+        model(IDS, labels=LABELS, fastpref=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "labels"),
+        ({"labels": LABELS, "logits_to_keep": 3}, "logits_to_keep"),
+        ({"labels": LABELS, "softcap": 3.0}, "softcap"),
+        ({"labels": LABELS, "cu_seqlens": torch.tensor([0, 14])}, "reduction"),
+        ({"labels": LABELS, "ld_alpha": 0.5}, "reduction"),
+        ({"labels": LABELS, "reduction": "max"}, "reduction"),
+        ({"labels": LABELS, "stats": ("perplexity",)}, "stats"),
+        ({"labels": LABELS[:, :5]}, "labels"),
+        ({"labels": LABELS, "return_dict": False}, "return_dict"),
+    ],
+)
+def test_refused_arguments(options: dict[str, Any], message: str) -> None:
+    model = fastpref.attach(build())
+    with pytest.raises(ValueError, match=message):
+        model(IDS, fastpref=True, **options)
+    assert_close(model(IDS).logits.shape, (2, 7, 61))
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_refused_models() -> None:
+    model = build()
+    for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        with pytest.raises(TypeError, match="before it is wrapped"):
+            fastpref.attach(wrapper)
+    for headless in (model.model, nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="output embeddings"):
+            fastpref.attach(headless)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 61}
+    with pytest.raises(TypeError, match="encoder-decoder"):
+        fastpref.attach(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)))
