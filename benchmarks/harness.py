@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
-import gc
 import multiprocessing
 import os
 import time
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers
+from fastpref.cli.demo import memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOCATORS = {"default": {}, "THP": {"THP_MEM_ALLOC_ENABLE": "1"}}
@@ -69,20 +68,12 @@ def interleaved(cases: dict[str, Case], rounds: int, cuda: bool) -> dict[str, li
     return seconds
 
 
-def resident(field: str) -> int:
-    """Bytes of a field of this process's memory, such as VmRSS."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Bytes that a call has at most beyond what is resident before it; meant for a process of its own."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
-    run()
-    return resident("VmHWM") - before
+    """Bytes that a call on the CPU has at most beyond what is resident before it; meant for a process of its own."""
+    peak = memory.peak_bytes(run, torch.device("cpu"))
+    if peak is None:
+        raise OSError("/proc/self/clear_refs cannot be written: nothing here counts a peak of memory")
+    return peak
 
 
 @contextmanager

@@ -6,7 +6,7 @@ a training signal. `fastpref.reference` states every one of them in plain PyTorc
 
 from fastpref import losses, reference
 from fastpref._results import PreferenceLoss
-from fastpref.integrations.transformers import attach as attach
+from fastpref.integrations.transformers import attach, detach
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 from fastpref.linear_preference import linear_dpo_loss, linear_preference_loss
 from fastpref.logprobs import sequence_logprobs, token_logprobs
@@ -16,7 +16,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PreferenceLoss",
+    "attach",
     "best_of_k_loss",
+    "detach",
     "dpo_loss",
     "implicit_reward",
     "linear_dpo_loss",

@@ -17,6 +17,7 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 REDUCTIONS = ("none", "sum", "mean")
+MODES = ("auto", "save", "recompute")
 
 
 def describe(value: object) -> str:
@@ -50,6 +51,34 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
 
 
+def _check_positions(
+    name: str, values: Tensor, axis: str, entry: str, labels: Tensor, cu_seqlens: Tensor | None
+) -> None:
+    """Check `values`, (B, T, axis) or (N, axis), and the labels and boundaries of its positions."""
+    check_tensor(name, values, FLOATING, f"a fp16, bf16, fp32 or fp64 tensor (B, T, {axis}) or (N, {axis})")
+    check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {name}'s shape without {axis}")
+    if values.dim() not in (2, 3):
+        raise ValueError(f"{name} must be (B, T, {axis}) or (N, {axis}); got {describe(values)}")
+    if values.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one {entry}, {axis} > 0; got {describe(values)}")
+    packed = cu_seqlens is not None and values.dim() == 3 and labels.dim() == 1
+    if labels.shape != (values.shape[1:2] if packed and values.shape[0] == 1 else values.shape[:-1]):
+        raise ValueError(
+            f"labels must have {name}'s shape without {axis}, {tuple(values.shape[:-1])} "
+            f"(aligned with input_ids: the shift is made inside); got {describe(labels)}"
+        )
+    check_same_device("labels", labels, name, values)
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, INTEGER, "an int32 or int64 tensor (S+1,)")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must be (S+1,), starting at 0; got {describe(cu_seqlens)}")
+        if values.dim() == 3 and values.shape[0] != 1:
+            raise ValueError(
+                f"with cu_seqlens, {name} must be packed, (N, {axis}) or (1, N, {axis}); got {describe(values)}"
+            )
+        check_same_device("cu_seqlens", cu_seqlens, name, values)
+
+
 def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
     """Check what `token_logprobs` and `sequence_logprobs` are given.
 
@@ -62,26 +91,7 @@ def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> N
         TypeError: a wrong dtype.
         ValueError: a wrong shape or device.
     """
-    check_tensor("logits", logits, FLOATING, "a fp16, bf16, fp32 or fp64 tensor (B, T, V) or (N, V)")
-    check_tensor("labels", labels, INTEGER, "an int64 or int32 tensor of logits' shape without V")
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits must be (B, T, V) or (N, V); got {describe(logits)}")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one vocabulary entry, V > 0; got {describe(logits)}")
-    packed = cu_seqlens is not None and logits.dim() == 3 and labels.dim() == 1
-    if labels.shape != (logits.shape[1:2] if packed and logits.shape[0] == 1 else logits.shape[:-1]):
-        raise ValueError(
-            f"labels must have logits' shape without V, {tuple(logits.shape[:-1])} "
-            f"(aligned with input_ids: the shift is made inside); got {describe(labels)}"
-        )
-    check_same_device("labels", labels, "logits", logits)
-    if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, INTEGER, "an int32 or int64 tensor (S+1,)")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens must be (S+1,), starting at 0; got {describe(cu_seqlens)}")
-        if logits.dim() == 3 and logits.shape[0] != 1:
-            raise ValueError(f"with cu_seqlens, logits must be packed, (N, V) or (1, N, V); got {describe(logits)}")
-        check_same_device("cu_seqlens", cu_seqlens, "logits", logits)
+    _check_positions("logits", logits, "V", "vocabulary entry", labels, cu_seqlens)
 
 
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
@@ -119,9 +129,6 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")
 
 
-MODES = ("auto", "save", "recompute")
-
-
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of `device`."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -145,12 +152,7 @@ def check_linear(
         ValueError: a wrong shape or device.
     """
     of = f"{prefix}hidden"
-    check_tensor(of, hidden, FLOATING, "a fp16, bf16, fp32 or fp64 tensor (B, T, H) or (N, H)")
-    check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {of}'s shape without H")
-    if hidden.dim() not in (2, 3):
-        raise ValueError(f"{of} must be (B, T, H) or (N, H); got {describe(hidden)}")
-    if hidden.shape[-1] == 0:
-        raise ValueError(f"{of} must have at least one feature, H > 0; got {describe(hidden)}")
+    _check_positions(of, hidden, "H", "feature", labels, cu_seqlens)
     check_tensor(f"{prefix}weight", weight, FLOATING, f"a floating-point tensor (V, H) of {of}'s dtype")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{prefix}weight must be (V, H) with {of}'s H, {hidden.shape[-1]}; got {describe(weight)}")
@@ -168,20 +170,6 @@ def check_linear(
         check_same_device(name, value, of, hidden)
         if value.dtype != hidden.dtype and not cast:
             raise TypeError(f"{name} must have {of}'s dtype, {hidden.dtype}; got {describe(value)}")
-    packed = cu_seqlens is not None and hidden.dim() == 3 and labels.dim() == 1
-    if labels.shape != (hidden.shape[1:2] if packed and hidden.shape[0] == 1 else hidden.shape[:-1]):
-        raise ValueError(
-            f"labels must have {of}'s shape without H, {tuple(hidden.shape[:-1])} "
-            f"(aligned with input_ids: the shift is made inside); got {describe(labels)}"
-        )
-    check_same_device("labels", labels, of, hidden)
-    if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, INTEGER, "an int32 or int64 tensor (S+1,)")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens must be (S+1,), starting at 0; got {describe(cu_seqlens)}")
-        if hidden.dim() == 3 and hidden.shape[0] != 1:
-            raise ValueError(f"with cu_seqlens, {of} must be packed, (N, H) or (1, N, H); got {describe(hidden)}")
-        check_same_device("cu_seqlens", cu_seqlens, of, hidden)
 
 
 def check_mode(mode: str, chunk_rows: int | None, filter_eps: float | None) -> None:

@@ -202,13 +202,15 @@ def linear_token_logprobs(
         chunk_rows: the rows of a tile of logits. None: 1024 on a CPU, 4096 on a GPU. A tile holds 4096 columns.
         filter_eps: None: exact. Otherwise a row's gradient leaves out every 4096 columns whose softmax mass is below
             it, unless they hold the label: their products are not made. The statistic "dropped_mass" says what it cost.
+            A backward through the statistic "entropy" is exact: it leaves nothing out, of the log-probs' part either.
         ignore_index: as in `token_logprobs`, like every argument after it.
         shift: `labels` are aligned with `input_ids`: hidden[:, t] scores labels[:, t+1].
         temperature: divides the logits.
         logit_scale: multiplies the logits.
         softcap: caps the logits.
-        stats: names of `token_logprobs`' statistics; or "dropped_mass", the softmax mass each token's gradient leaves
-            out, 0 without `filter_eps`.
+        stats: names of `token_logprobs`' statistics; or "dropped_mass", the softmax mass that a gradient of the
+            log-probs alone leaves out of each token's, 0 without `filter_eps`. It is told in the forward, so also where
+            the backward then goes through the entropy as well, and leaves nothing out.
 
     Returns:
         (B, T−1), or (B, T) without `shift`; float32 (float64 for float64). With `stats`, a named tuple: `logprobs`,

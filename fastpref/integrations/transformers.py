@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections import namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -20,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastpref._results import result_type
+from fastpref.integrations import _head
+from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
+
 _SCORING = ("ignore_index", "shift", "temperature", "stats", "mode", "chunk_rows", "filter_eps")
 _SEQUENCE = ("cu_seqlens", "ld_alpha", "shared_lengths")
 # What a model's config says, and what would leave out logits that labels score.
 _REFUSED = ("logit_scale", "softcap", "inplace_backward", "logits_to_keep", "num_logits_to_keep")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _WRAPPERS = ("module", "_fsdp_wrapped_module", "_orig_mod")  # where DDP and DeepSpeed, FSDP, and compile keep a model
-_LORA = re.compile(r"base_layer\.(weight|bias)|lora_A\.[^.]+\.weight|lora_B\.[^.]+\.(weight|bias)")
 
 
 def attach(model: Any, *, verify: bool = True) -> Any:
@@ -57,7 +55,7 @@ def attach(model: Any, *, verify: bool = True) -> Any:
             something else than its config says.
     """
     inner = _causal_lm(model)
-    _head(inner)
+    _head.find(inner)
     if not _is_attached(inner):
         inner._fastpref = _Patch(inner.__dict__.get("forward"), verify)
         inner.forward = MethodType(_patched(type(inner)), inner)
@@ -65,14 +63,23 @@ def attach(model: Any, *, verify: bool = True) -> Any:
 
 
 def detach(model: Any) -> Any:
-    """Undo `attach`. Returns the model."""
+    """Undo `attach`: the model's forward is its own again, and `fastpref` no longer one of its arguments.
+
+    Args:
+        model: what `attach` was given, not yet wrapped; one that is not attached is left as it is.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: not a decoder with a head, or wrapped.
+        ValueError: the model's forward was patched again after `attach`, and that patch would be lost.
+    """
     inner = _causal_lm(model)
     if _is_attached(inner):
-        own = inner._fastpref.own
-        if own is None:
-            del inner.forward
-        else:
-            inner.forward = own
+        del inner.forward
+        if inner._fastpref.own is not None:
+            inner.forward = inner._fastpref.own
         del inner._fastpref
     elif "_fastpref" in inner.__dict__:
         raise ValueError("the model's forward was patched again after attach: undo that first")
@@ -112,117 +119,31 @@ def _causal_lm(model: Any) -> Any:
     return inner
 
 
-def _head(model: Any) -> nn.Module:
-    """The module that makes the logits, checked to be a linear one, or LoRA on one."""
-    head = model.get_output_embeddings()
-    if hasattr(head, "modules_to_save"):  # PEFT's copy that is trained whole
-        active, copies = head.active_adapters, head.modules_to_save
-        plain = head.disable_adapters or not active or any(name not in copies for name in active)
-        head = head.original_module if plain else copies[active[0]]
-    name = next((name for name, module in model.named_modules() if module is head), "head")
-    if hasattr(head, "base_layer"):
-        unknown = [parameter for parameter, _ in head.named_parameters() if not _LORA.fullmatch(parameter)]
-        if unknown or not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
-            raise NotImplementedError(f"{name}, a {type(head).__name__}, is not plain LoRA: {', '.join(unknown)}")
-    linear = getattr(head, "base_layer", head)
-    # A quantised linear layer, or one that does more, has a forward or parameters of its own.
-    names = {parameter for parameter, _ in linear.named_parameters()}
-    if type(linear).forward is not nn.Linear.forward or not names <= {"weight", "bias"}:
-        raise NotImplementedError(f"{name} must be a plain nn.Linear, or LoRA on one; got {linear}")
-    return head
-
-
-def _transform(config: Any) -> dict[str, Any]:
-    """How a model with this config transforms its logits: `logit_scale` and `softcap`."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kind, scale, softcap = getattr(config, "model_type", ""), 1.0, None
-    # MPT's is never used; MiniCPM3 divides hidden states, before the head.
-    for name in () if kind == "mpt" else _SCALES:
-        scale *= 1.0 if getattr(config, name, None) is None else getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None and kind != "minicpm3":
-        scale = scale * scaling if kind.startswith("hyperclovax") else scale / scaling
-    for name in _SOFTCAPS:
-        softcap = getattr(config, name, None) or softcap
-    return {"logit_scale": scale, "softcap": softcap}
-
-
-@contextmanager
-def _forward(module: Any, function: Callable[[Tensor], Any]) -> Iterator[Callable[[Tensor], Any]]:
-    """Within it, calling the module runs `function` in place of its forward, between its hooks. Gives the forward."""
-    # accelerate's hooks are a forward around the one it keeps.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    before, forward = module.__dict__.get(name), getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield forward
-    finally:
-        delattr(module, name)
-        if before is not None:
-            setattr(module, name, before)
-
-
-def _multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
-    """`function(hidden, weight, bias)` of what the head multiplies, within its forward and that of what it is made of.
-
-    LoRA is one product more: [h, s·A(h)] @ [W, B]ᵀ. Added to W, in bf16, most of a small s·B@A would be rounded away.
-    """
-    if not hasattr(head, "base_layer"):
-        return function(hidden, head.weight, head.bias)
-    if head.disable_adapters and head.merged:
-        head.unmerge()  # as its own forward does
-    skips = head.disable_adapters or head.merged
-    adapters = [] if skips else [name for name in head.active_adapters if name in head.lora_A]
-
-    def run(hidden: Tensor) -> Any:
-        linear = head.base_layer
-        columns, weights, bias = [hidden], [linear.weight], linear.bias
-        for name in adapters:
-            down, up, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
-            low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * scaling
-            columns.append(low.to(hidden.dtype))
-            weights.append(up.weight.to(linear.weight.dtype))
-            if up.bias is not None:
-                added = (up.bias * scaling).to(linear.weight.dtype)
-                bias = added if bias is None else bias + added
-        if not adapters:
-            return function(hidden, linear.weight, bias)
-        return function(torch.cat(columns, -1), torch.cat(weights, 1), bias)
-
-    modules = (head.base_layer, *(head.lora_B[name] for name in adapters))
-    return functools.reduce(lambda inner, module: functools.partial(_within, module, inner), modules, run)(hidden)
-
-
-def _within(module: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    with _forward(module, function):
-        return module(hidden)
+def _scoring_function(kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """The function of hidden states, weight, labels and bias that a call asks for; takes its options from `kwargs`."""
+    refused = [name for name in _REFUSED if name in kwargs]
+    if refused:
+        raise ValueError(f"with fastpref=True every label is scored, as the config says; got {', '.join(refused)}")
+    reduction = kwargs.pop("reduction", None) or "none"
+    options = {name: kwargs.pop(name) for name in _SCORING if name in kwargs}
+    given = {name: kwargs.pop(name) for name in _SEQUENCE if name in kwargs}
+    if reduction != "none":
+        return functools.partial(linear_sequence_logprobs, reduction=reduction, **given, **options)
+    if any(value is not None for value in given.values()):
+        raise ValueError(f'{", ".join(_SEQUENCE)} are of sequences, and need reduction="sum" or "mean"; got none')
+    return functools.partial(linear_token_logprobs, **options)
 
 
 class _Call:
     """One scored call of a model: what stands in for its head's forward, and what the head was given and gave."""
 
     def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        # Imported on use: the operators are not needed to attach.
-        from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
-
-        refused = [name for name in _REFUSED if name in kwargs]
-        if refused:
-            raise ValueError(f"with fastpref=True every label is scored, as the config says; got {', '.join(refused)}")
+        self.function = _scoring_function(kwargs)
         self.labels = kwargs.pop("labels", None)
         if self.labels is None:
             raise ValueError("fastpref=True scores labels: pass labels=, aligned with input_ids; got none")
-        reduction = kwargs.pop("reduction", None) or "none"
-        options = {name: kwargs.pop(name) for name in (*_SCORING, *_SEQUENCE) if name in kwargs}
-        if reduction != "none":
-            options["reduction"] = reduction
-        elif any(options.get(name) is not None for name in _SEQUENCE):
-            raise ValueError(f'{", ".join(_SEQUENCE)} are of sequences, and need reduction="sum" or "mean"; got none')
-        else:
-            options = {name: value for name, value in options.items() if name not in _SEQUENCE}
-        self.transform = _transform(model.config)
-        function = linear_token_logprobs if reduction == "none" else linear_sequence_logprobs
-        self.function = functools.partial(function, **options, **self.transform)
-        self.patch, self.head, self.outermost = model._fastpref, _head(model), model.get_output_embeddings()
+        self.transform = _head.logit_transform(model.config)
+        self.patch, self.head, self.outermost = model._fastpref, _head.find(model), model.get_output_embeddings()
         # What dropout draws cannot be held against another draw.
         drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in self.head.modules())
         self.verifies = self.patch.verify and not drops
@@ -230,17 +151,16 @@ class _Call:
 
     def run(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's own forward, with log-probs where its logits were."""
-        with ExitStack() as stack:
-            self.own_head = stack.enter_context(_forward(self.head, self.score))
-            # The last hook, so that every other, those of FSDP and ZeRO among them, is given the log-probs.
-            stack.callback(self.outermost.register_forward_hook(self.take).remove)
+        # The last hook, so that every other, those of FSDP and ZeRO among them, is given the log-probs.
+        last_hook = self.outermost.register_forward_hook(self.take)
+        with last_hook, _head.replaced_forward(self.head, self.score) as self.own_head:
             output = own(*args, **kwargs)
         if not hasattr(output, "logits"):
             raise ValueError(f"fastpref=True needs the model's named outputs, return_dict=True; got {type(output)}")
         if len(self.seen) != 1:
             raise NotImplementedError(f"a head must be called once to be scored; this one was {len(self.seen)} times")
         if self.verifies:
-            self.check(output.logits[0])
+            _head.check_transform(output.logits[0], self.products, **self.transform)
             self.patch.verify = False
         (hidden, scored), *_ = self.seen
         values = {"logprobs": scored} if isinstance(scored, Tensor) else scored._asdict()
@@ -249,52 +169,29 @@ class _Call:
             if name not in ("loss", "logits"):
                 values.setdefault(name, getattr(output, name))
         # A named tuple, because DDP and FSDP look for tensors in tuples and dicts, and in no other object.
-        return _output_type(tuple(values))(*values.values())
+        return result_type(tuple(values)[1:])(*values.values())
 
     def score(self, hidden: Tensor) -> Any:
         """In place of the head's forward: log-probs."""
         if self.verifies:
             with torch.no_grad():
                 # Not scored rows: every rank of a sharded model must run the head as often as the others.
-                self.rows = self.own_head(hidden.reshape(-1, hidden.shape[-1])[:8])
-        return _multiply(self.head, hidden, self.multiply)
+                self.rows = self.own_head(hidden.flatten(0, -2)[:8])
+        return _head.multiply(self.head, hidden, self.logprobs)
 
-    def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    def logprobs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if hasattr(weight, "__tensor_flatten__"):
             raise NotImplementedError(f"the head's weight must be a plain tensor; got a {type(weight).__name__}")
         if self.verifies:
             with torch.no_grad():
-                self.expected = F.linear(hidden.reshape(-1, hidden.shape[-1])[:8], weight, bias)
-        scored = self.function(hidden, weight, self.labels.to(hidden.device), bias)
+                self.products = F.linear(hidden.flatten(0, -2)[:8], weight, bias)
+        scored = self.function(hidden, weight, self.labels.to(hidden.device), bias, **self.transform)
         # No views: writing to one would drop the hooks that FSDP puts on outputs to gather the weight again.
         return scored.clone() if isinstance(scored, Tensor) else scored._make(value.clone() for value in scored)
 
     def take(self, head: nn.Module, args: tuple[Any, ...], scored: Any) -> Tensor:
         """The hook that keeps the log-probs, and gives the model a row or a few to go on with as its logits."""
         self.seen.append((args[0], scored))
-        if not self.verifies:
-            return args[0].new_zeros(1, 1, getattr(self.head, "base_layer", self.head).out_features)
-        ramp = torch.linspace(-1000, 1000, self.rows.shape[-1], dtype=self.rows.dtype, device=self.rows.device)
-        self.expected = torch.cat([self.expected, ramp[None]])
-        return torch.cat([self.rows, ramp[None]])[None]
-
-    def check(self, own: Tensor) -> None:
-        """Raise unless the model's own logits of a few rows are those its weight and config give."""
-        scale, softcap = self.transform["logit_scale"], self.transform["softcap"]
-        z = self.expected.double() * scale
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        allowed = max(1e-2, 4 * torch.finfo(self.rows.dtype).eps)
-        if own.shape == z.shape:
-            off = (own.double() - z).abs().amax(-1) / z.abs().amax(-1).clamp(min=1e-30)
-            # A padded row may be NaN in both; what becomes of the last, the one between −1000 and 1000, may not.
-            if off[-1] <= allowed and not (off > allowed).any():
-                return
-        raise NotImplementedError(
-            f"this model's logits are not hidden @ weight.T, times {scale}, capped at {softcap}, as its config has it: "
-            "its forward makes something else of them, and fastpref cannot score it"
-        )
-
-
-@functools.cache
-def _output_type(fields: tuple[str, ...]) -> Any:
-    return namedtuple("ScoredOutput", fields)
+        if self.verifies:
+            return _head.with_ramp(self.rows)[None]
+        return args[0].new_zeros(1, 1, getattr(self.head, "base_layer", self.head).out_features)

@@ -74,13 +74,12 @@ ALIGNED = {
 }
 TILES = {
     "tile": tile(),
-    "tile, not stored": tile(store=None),
+    "tile, not stored": tile(store=None, out=torch.float16),
     "tile, what a loss asks for": tile(stats=linear.ENTROPY.value | linear.MEAN.value | linear.TOP1.value),
     "tile, what a loss asks for, not stored": tile(
         stats=linear.ENTROPY.value | linear.MEAN.value | linear.TOP1.value, store=None
     ),
     "tile, every statistic, fp32 stored": tile(stats=ALL_STATS, store=torch.float32, out=torch.float32),
-    "tile, fp16 gradient": tile(store=None, out=torch.float16),
     "tile, bias, capped": tile(stats=ALL_STATS, bias=torch.bfloat16, softcap=30.0),
     "fp64 tile, capped": tile(
         stats=ALL_STATS, products=torch.float64, store=torch.float64, out=torch.float64, softcap=30.0

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastpref
-from fastpref import reference
-from fastpref.integrations import transformers as integration
-from fastpref.integrations.transformers import detach
+from fastpref import detach, reference
+from fastpref.integrations import _head
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -90,7 +89,7 @@ def test_scores_as_its_own_logits_do(name: str) -> None:
 def test_a_transform_left_out_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name)
     theirs = reference.token_logprobs(model(IDS).logits, LABELS)
-    monkeypatch.setattr(integration, "_transform", lambda config: {"logit_scale": 1.0, "softcap": None})
+    monkeypatch.setattr(_head, "logit_transform", lambda config: {"logit_scale": 1.0, "softcap": None})
     with pytest.raises(NotImplementedError, match="something else"):
         fastpref.attach(model)(IDS, labels=LABELS, fastpref=True)
     detach(model)
