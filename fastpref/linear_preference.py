@@ -2,7 +2,7 @@
 
 A chunk holds whole groups (pairs, or the K answers to a prompt). Once its log-probs are known, so is the loss's
 gradient by them, and both gradient products follow at once on the exponentials just made: three products in all, the
-fewest there can be, and nothing of N × V outlives its chunk.
+fewest there can be, and nothing of N × V outlives its chunk. A batch that is one chunk keeps them for its backward.
 """
 
 from __future__ import annotations
@@ -101,12 +101,10 @@ class _GradientsInForward(torch.autograd.Function):
         scale = 1 / max(groups, 1) if mean else 1.0
         statistics: list[Tensor] = []
         for number, (begin, end) in enumerate(runs):
-            chunk = labels
-            if len(runs) > 1:
-                group = index % groups
-                inside = (group >= begin) & (group < end)
-                chunk = labels.clone()
-                chunk[:, int(shift) :] = targets.masked_fill(~inside, ignore_index)
+            group = index % groups
+            inside = (group >= begin) & (group < end)
+            chunk = labels.clone()
+            chunk[:, int(shift) :] = targets.masked_fill(~inside, ignore_index)
             token, norm, shares, *of_chunk = torch.ops.fastpref.linear_logprobs(
                 *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
             )
@@ -130,12 +128,6 @@ class _GradientsInForward(torch.autograd.Function):
                 by_sequence[index] * token_weights, None, *operands, chunk, cu_seqlens, norm, store, shares, *totals,
                 number == 0, *scoring, None, filter_eps,
             )  # fmt: skip
-        if not runs:
-            for total in totals:
-                if total is not None:
-                    total.zero_()
-            kinds = (torch.bool if name == "is_top1" else wide for name in LINEAR_STATISTICS)
-            statistics = [scored.new_zeros(scored.shape, dtype=kind) for kind in kinds]
         kept = [loss.new_empty(0) if total is None else total for total in totals]
         return loss * scale, logps, *kept, *statistics
 
@@ -178,17 +170,20 @@ def _group_loss(
     rows_labels = labels[None] if labels.dim() == 1 else labels
     _, scored = scored_targets(rows_labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     index = sequence_index(scored, cu_seqlens)
-    plan = None
+    plan, held = None, "recompute" if mode == "auto" else mode
     # fp16 has not the range for exponentials, nor for a gradient before GradScaler's factor has entered it.
     if mode == "auto" and reduction != "none" and dtype != torch.float16 and wants_gradient(hidden, weight, bias):
         limit = chunk_rows or ops.loss_chunk_rows(weight, dtype)
         plan = _plan(scored, index, sequences, group_size, limit, cu_seqlens is not None)
+        if plan is not None and len(plan[0]) <= 1:
+            # One chunk's exponentials may as well wait for the backward: its products then need no float32 buffer.
+            plan, held = None, "save"
     if plan is None:
         result = linear_sequence_logprobs(
             hidden, weight, labels, bias, reduction="mean" if average_logps else "sum", cu_seqlens=cu_seqlens,
-            ld_alpha=ld_alpha, shared_lengths=shared_lengths, mode="recompute" if mode == "auto" else mode,
-            chunk_rows=chunk_rows, filter_eps=filter_eps, ignore_index=ignore_index, shift=shift,
-            temperature=temperature, logit_scale=logit_scale, softcap=softcap, stats=stats,
+            ld_alpha=ld_alpha, shared_lengths=shared_lengths, mode=held, chunk_rows=chunk_rows, filter_eps=filter_eps,
+            ignore_index=ignore_index, shift=shift, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            stats=stats,
         )  # fmt: skip
         logps, *statistics = result if names else (result,)
         losses = loss_fn(logps.view(group_size, sequences // group_size).T)
@@ -250,7 +245,8 @@ def linear_dpo_loss(
 
     The forward makes the loss and, if a backward may follow, the gradients of hidden, weight and bias, each only if it
     is required: 6·N·V·H operations for N scored rows, and exponentials of one chunk of pairs at a time. The backward
-    multiplies them by the upstream gradient.
+    multiplies them by the upstream gradient. Where all pairs fit in one chunk, its exponentials are kept and the
+    gradients made from them in the backward: as many operations, and no float32 buffer of the weight's gradient.
 
     Args:
         hidden: (2B, T, H) = [chosen; rejected]; or packed with `cu_seqlens`, the first half of the sequences chosen.
@@ -276,7 +272,7 @@ def linear_dpo_loss(
         mode: "auto": gradients in the forward, unless `reduction="none"`, fp16, or a pair of more scored rows than a
             chunk: then the log-probs first and the products again in the backward, 8·N·V·H operations, with the same
             answers. "save" and "recompute" take the log-probs first, as `linear_token_logprobs` does.
-        chunk_rows: the most scored rows whose exponentials are kept at a time. None: what fills 64 MiB on a CPU, 1 GiB
+        chunk_rows: the most scored rows whose exponentials are kept at a time. None: what fills 80 MiB on a CPU, 1 GiB
             on a GPU.
         filter_eps: as in `linear_token_logprobs`, like every argument after it.
         ignore_index: the label that is not scored.

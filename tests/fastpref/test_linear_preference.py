@@ -514,12 +514,14 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("unpoisoned", "fresh_compiler")
 @pytest.mark.parametrize("stats", [(), ("entropy",)], ids=["plain", "statistics"])
-def test_dpo_compiles_to_one_graph(stats: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("pairs_of_a_chunk", [1, PAIRS])
+def test_dpo_compiles_to_one_graph(stats: tuple[str, ...], pairs_of_a_chunk: int) -> None:
     operands, labels = make(dtype=torch.float32)
+    chunk_rows = pairs_of_a_chunk * 2 * labels.shape[1]
     refs = torch.full((PAIRS,), -15.0), torch.full((PAIRS,), -16.0)
 
     def step(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ref: tuple[Tensor, Tensor]) -> Any:
-        return fastpref.linear_dpo_loss(hidden, weight, labels, *ref, bias=bias, stats=stats)
+        return fastpref.linear_dpo_loss(hidden, weight, labels, *ref, bias=bias, stats=stats, chunk_rows=chunk_rows)
 
     runs = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):

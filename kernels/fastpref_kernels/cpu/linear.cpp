@@ -1,5 +1,4 @@
-// The row passes over a tile of logits that a matrix product has just written, while it is still in the cache, and the
-// bfloat16 product that keeps its float32 sums.
+// The row passes over a tile of logits that a matrix product has just written, while it is still in the cache.
 //
 // Exponentials are anchored at the label: e_j = exp(z_j - a) needs no running maximum, and bfloat16, which has float32's
 // range, can hold them. A row whose sum would pass 2^60 moves its anchor up to the tile's maximum; and one whose entropy
@@ -13,16 +12,6 @@
 
 #include <algorithm>
 #include <limits>
-
-#if defined(__AMX_BF16__) && defined(__linux__)
-// Part of every libtorch_cpu that is built with MKL, and nothing in one that is not.
-extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
-                                                             int k, float alpha, const void* a, int lda, const void* b,
-                                                             int ldb, float beta, float* c, int ldc);
-#define FASTPREF_HAS_BF16_GEMM (cblas_gemm_bf16bf16f32 != nullptr)
-#else
-#define FASTPREF_HAS_BF16_GEMM false
-#endif
 
 namespace fastpref {
 namespace {
@@ -257,39 +246,11 @@ void fold_backward(const Tensor& z, const std::optional<Tensor>& bias, const Ten
   }
 }
 
-bool has_bf16_gemm() {
-  return FASTPREF_HAS_BF16_GEMM;
-}
-
-// out (M, N) float32 = a (M, K) @ b (K, N) in bfloat16, summed in float32; or += of it. out's rows are contiguous.
-void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
-  TORCH_CHECK(has_bf16_gemm(), "this build has no bfloat16 product with float32 sums");
-#if defined(__AMX_BF16__) && defined(__linux__)
-  const int m = int(left.size(0)), k = int(left.size(1)), n = int(right.size(1));
-  if (m == 0 || n == 0 || k == 0) return;
-  constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112;
-  const auto layout = [](const Tensor& x) { return x.stride(1) == 1 ? kPlain : kTransposed; };
-  const auto leading = [&](const Tensor& x) { return int(x.stride(layout(x) == kPlain ? 0 : 1)); };
-  // One stride of an operand must be 1, and the other must step over a whole line.
-  const auto laid_out = [](const Tensor& x) {
-    const bool plain = x.stride(1) == 1 && x.stride(0) >= x.size(1);
-    const bool transposed = x.stride(0) == 1 && x.stride(1) >= x.size(0);
-    return plain || transposed ? x : x.clone(at::MemoryFormat::Contiguous);
-  };
-  const Tensor a = laid_out(left), b = laid_out(right);
-  cblas_gemm_bf16bf16f32(kRowMajor, layout(a), layout(b), m, n, k, 1.0f, a.const_data_ptr(), leading(a),
-                         b.const_data_ptr(), leading(b), add ? 1.0f : 0.0f, out.mutable_data_ptr<float>(),
-                         int(std::max(out.stride(0), out.size(1))));
-#endif
-}
-
 }  // namespace
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
   m.def("fold", &fastpref::fold);
   m.def("fold_backward", &fastpref::fold_backward);
-  m.def("has_bf16_gemm", &fastpref::has_bf16_gemm);
-  m.def("bf16_gemm", &fastpref::bf16_gemm);
   m.def("advise_huge_pages(Tensor fresh) -> ()", [](const at::Tensor& fresh) { fastpref::advise_huge_pages(fresh); });
 }

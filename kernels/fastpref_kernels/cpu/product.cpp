@@ -1,0 +1,239 @@
+// bfloat16 matrix products that keep their float32 sums: MKL's own where there is AMX to run it on, and oneDNN's kernels
+// on packed blocks where the processor has no more than a bfloat16 dot product.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+// Part of every libtorch_cpu that is built with MKL, and nothing in one that is not.
+extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
+                                                             int k, float alpha, const void* a, int lda, const void* b,
+                                                             int ldb, float beta, float* c, int ldc);
+#define FASTPREF_BF16_LIBRARY
+#elif defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#define FASTPREF_BF16_BLOCKS
+#endif
+
+namespace fastpref {
+namespace {
+
+using at::Tensor;
+using c10::BFloat16;
+
+#ifdef FASTPREF_BF16_LIBRARY
+
+bool has_bf16_gemm() {
+  return cblas_gemm_bf16bf16f32 != nullptr;
+}
+
+void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+  constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112;
+  const auto layout = [](const Tensor& x) { return x.stride(1) == 1 ? kPlain : kTransposed; };
+  const auto leading = [&](const Tensor& x) { return int(x.stride(layout(x) == kPlain ? 0 : 1)); };
+  // One stride of an operand must be 1, and the other must step over a whole line.
+  const auto laid_out = [](const Tensor& x) {
+    const bool plain = x.stride(1) == 1 && x.stride(0) >= x.size(1);
+    const bool transposed = x.stride(0) == 1 && x.stride(1) >= x.size(0);
+    return plain || transposed ? x : x.clone(at::MemoryFormat::Contiguous);
+  };
+  const Tensor a = laid_out(left), b = laid_out(right);
+  cblas_gemm_bf16bf16f32(kRowMajor, layout(a), layout(b), int(a.size(0)), int(b.size(1)), int(a.size(1)), 1.0f,
+                         a.const_data_ptr(), leading(a), b.const_data_ptr(), leading(b), add ? 1.0f : 0.0f,
+                         out.mutable_data_ptr<float>(), int(std::max(out.stride(0), out.size(1))));
+}
+
+#elif defined(FASTPREF_BF16_BLOCKS)
+
+bool has_bf16_gemm() {
+  return true;
+}
+
+// Rows and columns of one call: its packed columns stay in the L2 cache, whatever else streams past them.
+constexpr int64_t kBlock = 64, kDepth = 1024;
+
+struct Matrix {
+  const BFloat16* data;
+  int64_t rows, columns, by_row, by_column;
+
+  explicit Matrix(const Tensor& x)
+      : data(x.const_data_ptr<BFloat16>()), rows(x.size(0)), columns(x.size(1)), by_row(x.stride(0)),
+        by_column(x.stride(1)) {}
+
+  const BFloat16* at(int64_t i, int64_t j) const { return data + i * by_row + j * by_column; }
+};
+
+constexpr int64_t even(int64_t n) {
+  return n + (n & 1);
+}
+
+// x[i:i+m, j:j+k] row by row, even(k) apart, its odd end filled with 0.
+void copy_rows(const Matrix& x, int64_t i, int64_t m, int64_t j, int64_t k, BFloat16* to) {
+  const int64_t width = even(k);
+  if (x.by_row == 1) {
+    for (int64_t row = 0; row < m; row += 32) {
+      for (int64_t column = 0; column < k; column += 32) {
+        at::vec::transpose_mxn<BFloat16>(x.at(i + row, j + column), x.by_column, to + row * width + column, width,
+                                         int(std::min<int64_t>(32, k - column)), int(std::min<int64_t>(32, m - row)));
+      }
+    }
+  } else {
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t column = 0; column < k; ++column) to[row * width + column] = *x.at(i + row, j + column);
+    }
+  }
+  if (width > k) {
+    for (int64_t row = 0; row < m; ++row) to[row * width + k] = BFloat16(0);
+  }
+}
+
+// x[i:i+k, j:j+n] as pairs of rows, the two of a column side by side, as a dot product of pairs wants them.
+void pack_pairs(const Matrix& x, int64_t i, int64_t k, int64_t j, int64_t n, BFloat16* to) {
+  int64_t done = 0;
+  if (x.by_row == 1 && x.by_column % 2 == 0 && reinterpret_cast<uintptr_t>(x.at(i, j)) % alignof(float) == 0) {
+    // A pair is 4 bytes of one line: what is transposed are floats.
+    const auto* from = reinterpret_cast<const float*>(x.at(i, j));
+    const int64_t pairs = k / 2, stride = x.by_column / 2;
+    for (int64_t pair = 0; pair < pairs; pair += 16) {
+      for (int64_t column = 0; column < n; column += 16) {
+        at::vec::transpose_mxn<float>(from + column * stride + pair, stride,
+                                      reinterpret_cast<float*>(to) + pair * n + column, n,
+                                      int(std::min<int64_t>(16, n - column)), int(std::min<int64_t>(16, pairs - pair)));
+      }
+    }
+    done = 2 * pairs;
+  } else if (x.by_column == 1) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (; done + 2 <= k; done += 2) {
+      const BFloat16 *first = x.at(i + done, j), *second = x.at(i + done + 1, j);
+      BFloat16* row = to + done * n;
+      int64_t column = 0;
+      for (; column + 32 <= n; column += 32) {
+        const __m512i a = _mm512_loadu_si512(first + column), b = _mm512_loadu_si512(second + column);
+        _mm512_storeu_si512(row + 2 * column, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_storeu_si512(row + 2 * column + 32, _mm512_permutex2var_epi16(a, high, b));
+      }
+      for (; column < n; ++column) {
+        row[2 * column] = first[column];
+        row[2 * column + 1] = second[column];
+      }
+    }
+  }
+  for (; done < k; done += 2) {
+    for (int64_t column = 0; column < n; ++column) {
+      to[done * n + 2 * column] = *x.at(i + done, j + column);
+      to[done * n + 2 * column + 1] = done + 1 < k ? *x.at(i + done + 1, j + column) : BFloat16(0);
+    }
+  }
+}
+
+// Each shape of a call is a kernel generated once, so a number of rows is made of few sizes.
+template <typename F>
+void row_blocks(int64_t rows, const F& body) {
+  for (int64_t i = 0; i < rows;) {
+    const int64_t m = std::min<int64_t>(kBlock, std::bit_floor(uint64_t(rows - i)));
+    body(i, m);
+    i += m;
+  }
+}
+
+void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+  const Matrix a(left), b(right);
+  const int64_t M = a.rows, N = b.columns, K = a.columns, stride = out.stride(0);
+  float* c = out.mutable_data_ptr<float>();
+  const auto blocks = [](int64_t n) { return (n + kBlock - 1) / kBlock; };
+  const auto buffer = [](int64_t size) { return at::empty({size}, at::kBFloat16); };
+  const auto packed_rows = [&](int64_t i, int64_t m, int64_t from, int64_t depth, BFloat16* scratch) {
+    const bool in_place = a.by_column == 1 && depth % 2 == 0;
+    if (!in_place) copy_rows(a, i, m, from, depth, scratch);
+    return std::pair(in_place ? a.at(i, from) : scratch, in_place ? a.by_row : even(depth));
+  };
+  const auto call = [&](int64_t i, int64_t m, int64_t j, int64_t n, int64_t from, int64_t depth,
+                        std::pair<const BFloat16*, int64_t> rows, const BFloat16* columns) {
+    at::native::cpublas::brgemm(m, n, even(depth), rows.second, n, stride, add || from > 0, rows.first, columns,
+                                c + i * stride + j);
+  };
+  // The longer side of the result is what threads share out; what the other side needs of packing is done once.
+  const bool by_columns = N >= M && (a.by_column == 1 && K % 2 == 0);
+  if (by_columns) {
+    at::parallel_for(0, blocks(N), 1, [&](int64_t begin, int64_t end) {
+      const Tensor held = buffer(kBlock * kDepth);
+      auto* columns = held.mutable_data_ptr<BFloat16>();
+      for (int64_t j = begin * kBlock; j < std::min(N, end * kBlock); j += kBlock) {
+        const int64_t n = std::min(kBlock, N - j);
+        for (int64_t from = 0; from < K; from += kDepth) {
+          const int64_t depth = std::min(kDepth, K - from);
+          pack_pairs(b, from, depth, j, n, columns);
+          row_blocks(M, [&](int64_t i, int64_t m) {
+            call(i, m, j, n, from, depth, packed_rows(i, m, from, depth, nullptr), columns);
+          });
+        }
+      }
+      at::native::cpublas::brgemm_release();
+    });
+    return;
+  }
+  const Tensor packed = buffer(even(K) * N);
+  auto* columns = packed.mutable_data_ptr<BFloat16>();
+  // Block (from, j) follows all blocks of rows before it.
+  const auto place = [&](int64_t from, int64_t depth, int64_t j) { return columns + from * N + even(depth) * j; };
+  at::parallel_for(0, blocks(N), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t from = 0; from < K; from += kDepth) {
+      const int64_t depth = std::min(kDepth, K - from);
+      for (int64_t j = begin * kBlock; j < std::min(N, end * kBlock); j += kBlock) {
+        pack_pairs(b, from, depth, j, std::min(kBlock, N - j), place(from, depth, j));
+      }
+    }
+  });
+  at::parallel_for(0, blocks(M), 1, [&](int64_t begin, int64_t end) {
+    const Tensor held = buffer(kBlock * kDepth);
+    auto* scratch = held.mutable_data_ptr<BFloat16>();
+    const int64_t first = begin * kBlock;
+    for (int64_t from = 0; from < K; from += kDepth) {
+      const int64_t depth = std::min(kDepth, K - from);
+      row_blocks(std::min(M, end * kBlock) - first, [&](int64_t i, int64_t m) {
+        const auto rows = packed_rows(first + i, m, from, depth, scratch);
+        for (int64_t j = 0; j < N; j += kBlock) {
+          call(first + i, m, j, std::min(kBlock, N - j), from, depth, rows, place(from, depth, j));
+        }
+      });
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+#else
+
+bool has_bf16_gemm() {
+  return false;
+}
+
+void multiply(const Tensor&, const Tensor&, const Tensor&, bool) {}
+
+#endif
+
+// out (M, N) float32 = a (M, K) @ b (K, N) in bfloat16, summed in float32; or += of it. out's rows are contiguous.
+void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+  TORCH_CHECK(has_bf16_gemm(), "this build has no bfloat16 product with float32 sums");
+  if (out.numel() == 0) return;
+  if (left.size(1) == 0) {
+    if (!add) out.zero_();
+    return;
+  }
+  multiply(out, left, right, add);
+}
+
+}  // namespace
+}  // namespace fastpref
+
+TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
+  m.def("has_bf16_gemm", &fastpref::has_bf16_gemm);
+  m.def("bf16_gemm", &fastpref::bf16_gemm);
+}
