@@ -4,7 +4,7 @@
     pytest benchmarks/bench_linear.py     # the same rows for pytest-benchmark, under the allocator it starts with
 
 Every row is held against float64 before it is timed; a peer that is further off than ours may be is timed all the same,
-and marked, with its error beside it. Rounds go over all rows in turn, each round from another one.
+and marked, with its error beside it. Every round takes all rows, in an order of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 import fastpref
 from benchmarks import harness, peers
 from benchmarks.harness import ALLOCATORS, DTYPES, MIB, Case, child, interleaved
+from fastpref_kernels import ops
+from fastpref_kernels.cpu.linear import release_scratch
 
 B, T, V = 4, 256, 65537
 WIDTHS = (512, 1024)
@@ -230,14 +232,21 @@ def peak_mib(name: str, H: int, entry_name: str, length: int) -> dict[str, float
     function = entry.load()
     problem = Problem.of(DTYPES[name], H, length)
     # What is compiled, built or read from disk on a first call is not a step's memory.
-    (problem if entry.compiles else Problem.of(DTYPES[name], 8, 4)).step(function)
+    limit = ops.loss_chunk_rows(problem.weight, problem.weight.dtype)
+    small = Problem.of(DTYPES[name], 8, limit if entry == DPO else 4)  # a loss of two chunks
+    (problem if entry.compiles else small).step(function)
+    del small
+    release_scratch()
     problem.clear()
     gradients = problem.hidden.nbytes + problem.weight.nbytes
     peak = (harness.peak_bytes(lambda: problem.step(function)) - gradients) / MIB
     if entry not in OURS:
         return {"peak_mib": peak}
-    # A loss keeps it for its backward; else a float32 gradient is its own buffer, and rows of one chunk need none.
-    buffered = entry == DPO or (problem.weight.dtype != torch.float32 and problem.labels.numel() > CHUNK_ROWS)
+    # A float32 gradient is its own buffer, and rows of one chunk need none. A loss of several chunks, if its pairs fit
+    # in them, keeps one for its backward.
+    scored = int((problem.labels != -100).sum())
+    in_forward = entry == DPO and scored // (B // 2) <= limit < scored
+    buffered = in_forward or (problem.weight.dtype != torch.float32 and problem.labels.numel() > CHUNK_ROWS)
     return {"peak_mib": peak, "scratch_mib": peak - (4 * problem.weight.numel() / MIB if buffered else 0)}
 
 

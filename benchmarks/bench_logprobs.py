@@ -3,8 +3,8 @@
     python benchmarks/bench_logprobs.py     # the table of the README, under both allocators
     pytest benchmarks/bench_logprobs.py     # the same rows for pytest-benchmark, under the allocator it starts with
 
-Every row is held against float64 before it is timed. Rounds go over all rows in turn, each round from another one, so
-that a drift of the machine's speed reaches all of them alike.
+Every row is held against float64 before it is timed. Every round takes all rows, in an order of its own, so that a
+drift of the machine's speed reaches all of them alike.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -53,15 +54,19 @@ class Case:
 
 
 def interleaved(cases: dict[str, Case], rounds: int, cuda: bool) -> dict[str, list[float]]:
-    """Seconds of every round of every case, after two rounds that are not counted."""
+    """Seconds of every round of every case, after two rounds that are not counted.
+
+    Every round is in an order of its own: what a case leaves behind in the allocator and the operating system is the
+    next one's to pay, and must not always fall to the same.
+    """
     names = list(cases)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-2, rounds):
         # All of them now and not each before its own timing, which would then find its logits in the cache.
         for name in names:
             cases[name].before()
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             taken = cases[name].seconds(cuda)
             if number >= 0:
                 seconds[name].append(taken)
