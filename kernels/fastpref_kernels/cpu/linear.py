@@ -15,6 +15,8 @@ from fastpref_kernels import cpu, linear
 
 # Rows of a tile: more of them mean fewer passes over the weight and its gradient.
 ROWS = 1024
+# Terms of a float32 product that oneDNN adds up before they meet the others.
+SUMMED = 512
 # What a loss keeps of exponentials at a time: 320 float32 rows of a vocabulary of 65536.
 LOSS_BYTES = 80 << 20
 
@@ -70,8 +72,11 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
             return
     a, b = a.to(out.dtype), b.to(out.dtype)
     if out.dtype == torch.float32 and not _is_intel() and torch.backends.mkldnn.is_available():
-        result = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        out.copy_(out + result if add else result)
+        # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
+        for begin in range(0, a.shape[1], SUMMED):
+            part = a[:, begin : begin + SUMMED], b[begin : begin + SUMMED].t()
+            result = torch.ops.mkldnn._linear_pointwise(*part, None, "none", [], "")
+            out.add_(result) if add or begin else out.copy_(result)
     elif add:
         torch.addmm(out, a, b, out=out)
     else:
