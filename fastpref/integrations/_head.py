@@ -7,6 +7,7 @@ which log-probs can be made from.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,17 +28,20 @@ def find(model: Any) -> nn.Module:
         active, copies = head.active_adapters, head.modules_to_save
         plain = head.disable_adapters or not active or any(name not in copies for name in active)
         head = head.original_module if plain else copies[active[0]]
-    name = next((name for name, module in model.named_modules() if module is head), "head")
     if hasattr(head, "base_layer"):
         unknown = [parameter for parameter, _ in head.named_parameters() if not _LORA.fullmatch(parameter)]
         if unknown or not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
-            raise NotImplementedError(f"{name}, a {type(head).__name__}, is not plain LoRA: {', '.join(unknown)}")
+            raise NotImplementedError(f"{_name(model, head)} is not plain LoRA, {', '.join(unknown)}: {head}")
     linear = getattr(head, "base_layer", head)
     # A quantised linear layer, or one that does more, has a forward or parameters of its own.
     names = {parameter for parameter, _ in linear.named_parameters()}
     if type(linear).forward is not nn.Linear.forward or not names <= {"weight", "bias"}:
-        raise NotImplementedError(f"{name} must be a plain nn.Linear, or LoRA on one; got {linear}")
+        raise NotImplementedError(f"{_name(model, head)} must be a plain nn.Linear, or LoRA on one; got {linear}")
     return head
+
+
+def _name(model: nn.Module, head: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is head), "head")
 
 
 def logit_transform(config: Any) -> dict[str, Any]:
@@ -55,25 +59,43 @@ def logit_transform(config: Any) -> dict[str, Any]:
     return {"logit_scale": scale, "softcap": softcap}
 
 
+# Both of these write to the module's own dict and leave other dicts as they are. So they hold within one replica of
+# DataParallel, which shares its hooks' dict with all others in other threads, and `torch.compile` can trace them.
+
+
 @contextmanager
-def replaced_forward(module: Any, function: Callable[[Tensor], Any]) -> Iterator[Callable[[Tensor], Any]]:
+def replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Within it, calling the module runs `function` in place of its forward, between its hooks. Gives the forward."""
     # accelerate's hooks are a forward around the one it keeps.
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     before, forward = module.__dict__.get(name), getattr(module, name)
-    setattr(module, name, function)
+    module.__dict__[name] = function
     try:
         yield forward
     finally:
-        delattr(module, name)
-        if before is not None:
-            setattr(module, name, before)
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
+
+
+@contextmanager
+def last_hook(module: Any, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """Within it, `hook(module, args, output)` runs on the module's output, after all its other hooks."""
+    hooks = module._forward_hooks
+    module._forward_hooks = OrderedDict([*hooks.items(), ("fastpref", hook)])
+    try:
+        yield
+    finally:
+        module._forward_hooks = hooks
 
 
 def multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
     """`function(hidden, weight, bias)` of what the head multiplies; call it in place of the head's forward.
 
     LoRA is one product more: [h, s·A(h)] @ [W, B]ᵀ. Added to W, in bf16, most of a small s·B@A would be rounded away.
+    A frozen W is copied into [W, B], and the backward makes the gradient of [W, B] whole to keep that of B alone: what
+    makes the gradients knows no weight of which only some columns are trained.
     """
     if not hasattr(head, "base_layer"):
         return function(hidden, head.weight, head.bias)

@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from fastpref._results import result_type
 from fastpref.integrations import _head
-from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
+from fastpref.integrations._call import Call
 
-_SCORING = ("ignore_index", "shift", "temperature", "stats", "mode", "chunk_rows", "filter_eps")
-_SEQUENCE = ("cu_seqlens", "ld_alpha", "shared_lengths")
-# What a model's config says, and what would leave out logits that labels score.
-_REFUSED = ("logit_scale", "softcap", "inplace_backward", "logits_to_keep", "num_logits_to_keep")
 _WRAPPERS = ("module", "_fsdp_wrapped_module", "_orig_mod")  # where DDP and DeepSpeed, FSDP, and compile keep a model
 
 
@@ -39,31 +31,37 @@ def attach(model: Any, *, verify: bool = True) -> Any:
     the config's. Everything else goes to the model as ever, and a call without `fastpref=True` is as it was.
 
     LoRA on the head is computed, dropout too. So is a head that PEFT trains whole. Of other heads only `nn.Linear` is.
+    To train LoRA on the head costs what to train the head costs: one more product of it in the backward, 2·N·V·(H + r)
+    flops for N scored rows, and its V × (H + r) sums while it runs; also a copy of the weight, kept for the backward.
+
+    The model's class becomes a subclass of it, of the same name, so a copy, pickle or replica of the model scores too.
 
     Args:
-        model: a causal LM, or a PEFT model of one. Attach before DDP, FSDP or compile wrap it; `copy.deepcopy` of an
-            attached model is attached.
+        model: a causal LM, or a PEFT model of one. Attach before DDP, FSDP or compile wrap it, and before anything else
+            replaces its `forward` by what does not call the one it had: such a forward is not told of `fastpref`.
+            `torch.compile` traces plain and scored calls whole, but for the check of the first scored one: with
+            `fullgraph=True`, score once before compiling, or attach with `verify=False`.
         verify: at the first scored call, hold what is known of this model's logits against its own head on eight rows,
             and against what its own forward makes of one row of logits between −1000 and 1000.
 
     Returns:
-        `model`, its forward patched. Attaching again changes nothing; `detach` undoes it.
+        `model`, its class replaced. Attaching again changes nothing; `detach` undoes it.
 
     Raises:
         TypeError: not a decoder with a head, or already wrapped.
         NotImplementedError: the head is not one that can be computed; at a scored call, the model makes of its logits
-            something else than its config says.
+            something else than its config says, or PEFT's `adapter_names` choose adapters of the head by the sequence.
     """
     inner = _causal_lm(model)
     _head.find(inner)
-    if not _is_attached(inner):
-        inner._fastpref = _Patch(inner.__dict__.get("forward"), verify)
-        inner.forward = MethodType(_patched(type(inner)), inner)
+    if not isinstance(inner, _Attached):
+        inner._fastpref = _Patch(inner.__dict__.pop("forward", None), verify)
+        inner.__class__ = _attached(type(inner))
     return model
 
 
 def detach(model: Any) -> Any:
-    """Undo `attach`: the model's forward is its own again, and `fastpref` no longer one of its arguments.
+    """Undo `attach`: the model's class is its own again, and `fastpref` no longer one of its arguments.
 
     Args:
         model: what `attach` was given, not yet wrapped; one that is not attached is left as it is.
@@ -73,16 +71,19 @@ def detach(model: Any) -> Any:
 
     Raises:
         TypeError: not a decoder with a head, or wrapped.
-        ValueError: the model's forward was patched again after `attach`, and that patch would be lost.
+        ValueError: the model's forward was patched, or its class replaced, after `attach`, which would be lost.
     """
     inner = _causal_lm(model)
-    if _is_attached(inner):
-        del inner.forward
+    if isinstance(inner, _Attached):
+        cls: Any = type(inner)
+        ours = MethodType(cls.forward, inner)
+        if "_own_class" not in vars(cls) or inner.__dict__.get("forward", ours) != ours:
+            raise ValueError("the model's forward or class was patched again after attach: undo that first")
+        inner.__dict__.pop("forward", None)
+        inner.__class__ = cls._own_class
         if inner._fastpref.own is not None:
             inner.forward = inner._fastpref.own
         del inner._fastpref
-    elif "_fastpref" in inner.__dict__:
-        raise ValueError("the model's forward was patched again after attach: undo that first")
     return model
 
 
@@ -92,20 +93,44 @@ class _Patch:
     verify: bool
 
 
-def _is_attached(model: nn.Module) -> bool:
-    return hasattr(getattr(model.__dict__.get("forward"), "__func__", None), "is_fastpref")
+class _Attached:
+    """What an attached model's class adds to the model's own: a `forward` of its own, and how to pickle it."""
+
+    _own_class: type
+    _fastpref: _Patch
+    forward: Callable[..., Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # of type(model)(config) or type(model).from_pretrained
+        super().__init__(*args, **kwargs)
+        self._fastpref = _Patch(None, True)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "_own_class" not in vars(type(self)):  # a class made of this one, such as FSDP2's
+            return super().__reduce_ex__(protocol)
+        _, _, *state = super().__reduce_ex__(2)
+        return _blank, (self._own_class,), *state
 
 
-def _patched(cls: type) -> Callable[..., Any]:
-    # A method, and no closure over the model: a deep copy's forward must be the copy's. Its signature stays the
-    # model's, because trainers choose a batch's columns by it.
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+def _blank(cls: type) -> Any:
+    attached: Any = _attached(cls)
+    return attached.__new__(attached)
+
+
+@functools.cache
+def _attached(cls: Any) -> type:
+    # A class, as FSDP2 makes one, and no forward of the instance: that would be bound to this model in a replica of
+    # DataParallel, and replaced unseen by whatever patches forward next.
+    @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, fastpref: bool = False, **kwargs: Any) -> Any:
-        own = self._fastpref.own or MethodType(type(self).forward, self)
-        return _Call(self, kwargs).run(own, args, kwargs) if fastpref else own(*args, **kwargs)
+        own = self._fastpref.own or functools.partial(cls.forward, self)
+        return Call(self, kwargs).run(own, args, kwargs) if fastpref else own(*args, **kwargs)
 
-    forward.is_fastpref = True  # type: ignore[attr-defined]
-    return forward
+    # Its signature stays the model's, because trainers choose a batch's columns by it. What follows __wrapped__, as
+    # accelerate's unwrap_model does, would lose this forward.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (_Attached, cls), {**names, "_own_class": cls, "forward": forward})
 
 
 def _causal_lm(model: Any) -> Any:
@@ -117,81 +142,3 @@ def _causal_lm(model: Any) -> Any:
     if getattr(inner.config, "is_encoder_decoder", False):
         raise TypeError(f"model must be a decoder alone; got an encoder-decoder, a {type(inner).__name__}")
     return inner
-
-
-def _scoring_function(kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function of hidden states, weight, labels and bias that a call asks for; takes its options from `kwargs`."""
-    refused = [name for name in _REFUSED if name in kwargs]
-    if refused:
-        raise ValueError(f"with fastpref=True every label is scored, as the config says; got {', '.join(refused)}")
-    reduction = kwargs.pop("reduction", None) or "none"
-    options = {name: kwargs.pop(name) for name in _SCORING if name in kwargs}
-    given = {name: kwargs.pop(name) for name in _SEQUENCE if name in kwargs}
-    if reduction != "none":
-        return functools.partial(linear_sequence_logprobs, reduction=reduction, **given, **options)
-    if any(value is not None for value in given.values()):
-        raise ValueError(f'{", ".join(_SEQUENCE)} are of sequences, and need reduction="sum" or "mean"; got none')
-    return functools.partial(linear_token_logprobs, **options)
-
-
-class _Call:
-    """One scored call of a model: what stands in for its head's forward, and what the head was given and gave."""
-
-    def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        self.function = _scoring_function(kwargs)
-        self.labels = kwargs.pop("labels", None)
-        if self.labels is None:
-            raise ValueError("fastpref=True scores labels: pass labels=, aligned with input_ids; got none")
-        self.transform = _head.logit_transform(model.config)
-        self.patch, self.head, self.outermost = model._fastpref, _head.find(model), model.get_output_embeddings()
-        # What dropout draws cannot be held against another draw.
-        drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in self.head.modules())
-        self.verifies = self.patch.verify and not drops
-        self.seen: list[tuple[Tensor, Any]] = []
-
-    def run(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's own forward, with log-probs where its logits were."""
-        # The last hook, so that every other, those of FSDP and ZeRO among them, is given the log-probs.
-        last_hook = self.outermost.register_forward_hook(self.take)
-        with last_hook, _head.replaced_forward(self.head, self.score) as self.own_head:
-            output = own(*args, **kwargs)
-        if not hasattr(output, "logits"):
-            raise ValueError(f"fastpref=True needs the model's named outputs, return_dict=True; got {type(output)}")
-        if len(self.seen) != 1:
-            raise NotImplementedError(f"a head must be called once to be scored; this one was {len(self.seen)} times")
-        if self.verifies:
-            _head.check_transform(output.logits[0], self.products, **self.transform)
-            self.patch.verify = False
-        (hidden, scored), *_ = self.seen
-        values = {"logprobs": scored} if isinstance(scored, Tensor) else scored._asdict()
-        values["last_hidden_state"] = hidden
-        for name in (field.name for field in dataclasses.fields(output)):
-            if name not in ("loss", "logits"):
-                values.setdefault(name, getattr(output, name))
-        # A named tuple, because DDP and FSDP look for tensors in tuples and dicts, and in no other object.
-        return result_type(tuple(values)[1:])(*values.values())
-
-    def score(self, hidden: Tensor) -> Any:
-        """In place of the head's forward: log-probs."""
-        if self.verifies:
-            with torch.no_grad():
-                # Not scored rows: every rank of a sharded model must run the head as often as the others.
-                self.rows = self.own_head(hidden.flatten(0, -2)[:8])
-        return _head.multiply(self.head, hidden, self.logprobs)
-
-    def logprobs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        if hasattr(weight, "__tensor_flatten__"):
-            raise NotImplementedError(f"the head's weight must be a plain tensor; got a {type(weight).__name__}")
-        if self.verifies:
-            with torch.no_grad():
-                self.products = F.linear(hidden.flatten(0, -2)[:8], weight, bias)
-        scored = self.function(hidden, weight, self.labels.to(hidden.device), bias, **self.transform)
-        # No views: writing to one would drop the hooks that FSDP puts on outputs to gather the weight again.
-        return scored.clone() if isinstance(scored, Tensor) else scored._make(value.clone() for value in scored)
-
-    def take(self, head: nn.Module, args: tuple[Any, ...], scored: Any) -> Tensor:
-        """The hook that keeps the log-probs, and gives the model a row or a few to go on with as its logits."""
-        self.seen.append((args[0], scored))
-        if self.verifies:
-            return _head.with_ramp(self.rows)[None]
-        return args[0].new_zeros(1, 1, getattr(self.head, "base_layer", self.head).out_features)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
+import threading
 from collections.abc import Callable
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,11 @@ from fastpref import detach, reference
 from fastpref.integrations import _head
 
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT reads it
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
+]
 SIZES = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
@@ -215,19 +223,145 @@ def test_other_calls_are_as_before() -> None:
     assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), drawn)
 
 
+def assert_scores(model: Any) -> None:
+    """A model, in whatever precision it is run, scores what its own logits say."""
+    ours = model(IDS, labels=LABELS, fastpref=True).logprobs
+    torch.testing.assert_close(ours, reference.token_logprobs(model(IDS).logits.to(ours.dtype), LABELS))
+
+
+def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: forward(*args, **kwargs)
+
+
 def test_attach_once_and_detach() -> None:
     model = build()
+    own = type(model)
     assert fastpref.attach(model) is model
-    patched = model.forward
-    assert fastpref.attach(model).forward is patched
+    attached = type(model)
+    assert type(fastpref.attach(model)) is attached
+    assert isinstance(model, own)
     assert detach(model) is model
-    assert "forward" not in model.__dict__
-    assert "_fastpref" not in model.__dict__
+    assert type(model) is own
+    assert not {"forward", "_fastpref"} & model.__dict__.keys()
     assert detach(model) is model
-    fastpref.attach(model)
-    model.forward = lambda *args, own=model.forward, **kwargs: own(*args, **kwargs)
+
+
+def test_a_forward_patched_after_attach_is_kept() -> None:
+    model = fastpref.attach(build())
+    before = model.forward
+    model.forward = patch = wrapped(before)
+    assert fastpref.attach(model).forward is patch
+    assert_scores(model)
     with pytest.raises(ValueError, match="patched again"):
         detach(model)
+    model.forward = before  # as accelerate's hooks undo themselves
+    assert_scores(model)
+    assert_scores(pickle.loads(pickle.dumps(model)))
+    assert "forward" not in detach(model).__dict__
+
+
+def test_a_class_made_of_the_attached_one_is_kept() -> None:
+    """As FSDP2 makes one."""
+    model = fastpref.attach(build())
+    model.__class__ = sharded = type("Sharded", (type(model),), {})
+    assert type(fastpref.attach(model)) is sharded
+    assert_scores(model)
+    with pytest.raises(ValueError, match="patched again"):
+        detach(model)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="Sharded"):
+        pickle.dumps(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_accelerate_prepares_it_before_or_after(late: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build().float()
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        model = accelerator.prepare(model if late else fastpref.attach(model))
+        for _ in range(2):
+            fastpref.attach(model)
+            ours = model(IDS, labels=LABELS, fastpref=True)
+            theirs = reference.token_logprobs(model(IDS).logits.double(), LABELS)
+            torch.testing.assert_close(ours.logprobs.double(), theirs, rtol=0.02, atol=0.02)
+            assert ours.last_hidden_state.dtype == torch.float32
+        if not late:
+            assert_scores(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_its_class_is_the_models_by_name(tmp_path: Path) -> None:
+    model = build()
+    own = type(model)
+    fastpref.attach(model)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(type(model), name) == getattr(own, name)
+    assert inspect.signature(type(model).forward) == inspect.signature(own.forward)
+    model.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) is own
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    ours = again(IDS, labels=LABELS, fastpref=True).logprobs
+    assert_close(ours, model(IDS, labels=LABELS, fastpref=True).logprobs)
+
+
+def test_a_pickle_scores() -> None:
+    model = fastpref.attach(build("GPT2"))
+    model(IDS, labels=LABELS, fastpref=True)
+    other = pickle.loads(pickle.dumps(model))
+    assert_close(other(IDS, labels=LABELS, fastpref=True)[:2], model(IDS, labels=LABELS, fastpref=True)[:2])
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert not other._fastpref.verify
+    assert type(detach(other)) is transformers.GPT2LMHeadModel
+
+
+def replica(model: nn.Module, scale: float) -> Any:
+    """A replica as DataParallel makes it, with weights of its own."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, made in copies.items():
+        for name, child in module._modules.items():
+            made._modules[name] = copies[child]
+        for name, parameter in module._parameters.items():
+            setattr(made, name, None if parameter is None else scale * parameter)
+    return copies[model]
+
+
+def test_replicas_of_data_parallel_score_with_their_own_weights() -> None:
+    model, meet = fastpref.attach(build()), threading.Barrier(2, timeout=30)
+
+    def wait(module: nn.Module, args: Any) -> None:
+        meet.wait()
+
+    model.lm_head.register_forward_pre_hook(wait)  # both heads run while both are replaced
+    copies = [replica(model, 1.0), replica(model, 1.3)]
+    with ThreadPoolExecutor(2) as threads:
+        logits = list(threads.map(lambda made: made(IDS).logits, copies))
+        ours = list(threads.map(lambda made: made(IDS, labels=LABELS, fastpref=True).logprobs, copies))
+    assert_close(ours, [reference.token_logprobs(own, LABELS) for own in logits])
+    assert (ours[0] - ours[1]).abs().max() > 1e-2
+
+
+def test_compile() -> None:
+    model = build(num_hidden_layers=1).float()
+    plain = model(IDS).logits
+    fastpref.attach(model)
+    torch._dynamo.reset()
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(IDS).logits, plain)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="score once"):
+        whole(IDS, labels=LABELS, fastpref=True)
+    broken = torch.compile(model, backend="eager")
+    theirs = reference.token_logprobs(plain, LABELS)
+    assert model._fastpref.verify
+    torch.testing.assert_close(broken(IDS, labels=LABELS, fastpref=True).logprobs, theirs)
+    assert not model._fastpref.verify
+    ours = whole(IDS, labels=LABELS, fastpref=True).logprobs
+    torch.testing.assert_close(ours, theirs)
+    found, expected = gradients(model, ours), gradients(model, theirs)
+    torch.testing.assert_close(found, expected)
+    assert "forward" not in model.lm_head.__dict__
+    assert not model.lm_head._forward_hooks
 
 
 def test_a_deep_copy_scores_with_its_own_weights() -> None:
@@ -299,66 +433,64 @@ def test_bf16_and_autocast_pass_the_check(name: str) -> None:
         torch.testing.assert_close(found.double(), truth, rtol=0.1, atol=0.1)
 
 
-class Lora(nn.Module):
-    """A linear layer as PEFT wraps it: its names, and its forward."""
-
-    def __init__(self, base: nn.Linear, *, dropout: float = 0.0, bias: bool = False, names: Any = ("default",)) -> None:
-        super().__init__()
-        kind = {"dtype": base.weight.dtype}
-        self.base_layer = base.requires_grad_(False)
-        self.lora_A = nn.ModuleDict({name: nn.Linear(base.in_features, 3, bias=False, **kind) for name in names})
-        self.lora_B = nn.ModuleDict({name: nn.Linear(3, base.out_features, bias=bias, **kind) for name in names})
-        self.lora_dropout = nn.ModuleDict({name: nn.Dropout(dropout) for name in names})
-        self.lora_magnitude_vector, self.lora_variant = nn.ModuleDict(), {}
-        self.scaling = {name: 1.5 + index for index, name in enumerate(names)}
-        self.active_adapters, self.disable_adapters, self.merged = list(names), False, False
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
-        if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            low = self.lora_A[name](self.lora_dropout[name](x))
-            result = result + self.lora_B[name](low) * self.scaling[name]
-        return result
+def lora(*targets: str, **options: Any) -> Any:
+    sizes = {"r": 3, "lora_alpha": 7, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(target_modules=list(targets), **sizes, **options)
 
 
-def with_lora(**options: Any) -> Any:
-    model = build("Gemma2", tie_word_embeddings=False)
-    model.lm_head = Lora(model.lm_head, **options)
-    return model
+def with_lora(model: Any = None, *, targets: tuple[str, ...] = ("lm_head", "q_proj"), **options: Any) -> Any:
+    model = build("Gemma2", tie_word_embeddings=False) if model is None else model
+    made = peft.get_peft_model(model, lora(*targets, **options)).eval()
+    model.model.norm.weight.requires_grad_()  # something to train where no adapter is on
+    return made
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"names": ("one", "two")}, {"dropout": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}])
 def test_lora_on_the_head(options: dict[str, Any]) -> None:
     model = with_lora(**options).train()
+    assert fastpref.attach(model) is model
     ours = assert_as_own_logits(model)
-    assert model._fastpref.verify == ("dropout" in options)
+    assert model._fastpref.verify == ("lora_dropout" in options)
     trained = gradients(model, ours.logprobs)
-    assert min(trained[name].abs().max().item() for name in trained if "lora_" in name) > 1e-3
+    on_head = [value.abs().max().item() for name, value in trained.items() if "lm_head.lora_" in name]
+    assert len(on_head) == (3 if "lora_bias" in options else 2)
+    assert min(on_head) > 1e-3
     assert not any("base_layer" in name for name in trained)
     assert_as_own_logits(model.eval())
     assert not model._fastpref.verify
+    assert_as_own_logits(copy.deepcopy(model))
+    assert_as_own_logits(pickle.loads(pickle.dumps(model)))
+    assert type(detach(model).get_base_model()) is transformers.Gemma2ForCausalLM
 
 
-def test_lora_disabled_merged_and_chosen() -> None:
-    model = with_lora(names=("one", "two"))
-    full = assert_as_own_logits(model).logprobs
-    head = model.lm_head
-    for attribute, value in (("disable_adapters", True), ("merged", True), ("active_adapters", ["two"])):
-        before = getattr(head, attribute)
-        setattr(head, attribute, value)
-        assert (assert_as_own_logits(model).logprobs - full).abs().max() > 1e-3
-        setattr(head, attribute, before)
+def test_lora_put_on_an_attached_model() -> None:
+    model = with_lora(fastpref.attach(build("Gemma2", tie_word_embeddings=False)))
+    assert "logprobs" in model(IDS, labels=LABELS, fastpref=True)._fields
+    assert_as_own_logits(model)
+
+
+def test_lora_chosen_disabled_and_merged() -> None:
+    model = with_lora()
+    model.add_adapter("two", lora("lm_head"))
+    seen = [assert_as_own_logits(model)]
+    model.set_adapter("two")
+    seen.append(assert_as_own_logits(model))
+    model.base_model.set_adapter(["default", "two"])
+    seen.append(assert_as_own_logits(model))
+    with model.disable_adapter():
+        seen.append(assert_as_own_logits(model))
+    model.merge_adapter(["two"])  # and then the other is not computed either
+    seen.append(assert_as_own_logits(model))
+    with model.disable_adapter():  # which unmerges
+        assert_close(assert_as_own_logits(model).logprobs, seen[3].logprobs)
+    assert_close(assert_as_own_logits(model).logprobs, seen[2].logprobs)
+    for index, one in enumerate(seen):
+        assert all((one.logprobs - other.logprobs).abs().max() > 1e-3 for other in seen[:index])
 
 
 def test_lora_hooks_run() -> None:
     model, seen = with_lora(), []
-    for name, module in model.lm_head.named_modules():
+    for name, module in model.get_base_model().lm_head.named_modules():
         module.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
     fastpref.attach(model, verify=False)(IDS, labels=LABELS, fastpref=True)
     wanted = {"", "base_layer", "lora_A.default", "lora_B.default"}
@@ -366,63 +498,52 @@ def test_lora_hooks_run() -> None:
 
 
 def test_small_lora_is_not_rounded_away() -> None:
-    """Added to a bf16 weight, most of it would be."""
-    model = with_lora().bfloat16()
-    model.lm_head.lora_B["default"].weight.data.mul_(1e-3)
-    fastpref.attach(model)
-    ours = model(IDS, labels=LABELS, fastpref=True)
-    hidden, head = ours.last_hidden_state.detach().double(), model.lm_head
-    cap = model.config.final_logit_softcapping
+    """Added to a bf16 weight, most of it would be. PEFT keeps its own weights in float32."""
+    model = with_lora(build("Gemma2", tie_word_embeddings=False).bfloat16(), targets=("lm_head",))
+    head, cap = model.get_base_model().lm_head, model.config.final_logit_softcapping
+    up, down = head.lora_B["default"].weight, head.lora_A["default"].weight
+    assert up.dtype == torch.float32
+    up.data.mul_(1e-3 / up.std())
+    ours = fastpref.attach(model)(IDS, labels=LABELS, fastpref=True)
+    hidden = ours.last_hidden_state.detach().double()
 
     def logprobs(weight: Tensor) -> Tensor:
         return reference.linear_token_logprobs(hidden, weight, LABELS, softcap=cap)
 
-    base = head.weight.double()
-    delta = 1.5 * head.lora_B["default"].weight.double() @ head.lora_A["default"].weight.double()
-    truth = logprobs(base + delta)
-    rounded = logprobs((base + delta).bfloat16().double())
+    base, delta = head.weight.double(), head.scaling["default"] * up.double() @ down.double()
+    truth, rounded = logprobs(base + delta), logprobs((base + delta).bfloat16().double())
     assert 4 * (ours.logprobs - truth).abs().max() < (rounded - truth).abs().max()
 
 
 def test_a_head_that_peft_trains_whole() -> None:
-    class Saved(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.original_module, self.active_adapters, self.disable_adapters = module, ["default"], False
-            self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.original_module if self.disable_adapters else self.modules_to_save["default"])(x)
-
-    model = build()
-    model.lm_head = Saved(model.lm_head)
-    model.lm_head.modules_to_save["default"].weight.data.mul_(1.3)
-    trained = assert_as_own_logits(model).logprobs
-    model.lm_head.disable_adapters = True
-    assert (assert_as_own_logits(model).logprobs - trained).abs().max() > 1e-3
+    model = with_lora(build(), targets=("q_proj",), modules_to_save=["lm_head"])
+    model.get_base_model().lm_head.modules_to_save["default"].weight.data.mul_(1.3)
+    trained = assert_as_own_logits(model)
+    with model.disable_adapter():
+        assert (assert_as_own_logits(model).logprobs - trained.logprobs).abs().max() > 1e-3
 
 
-def test_peft_model_reaches_the_causal_lm() -> None:
-    class Peft(nn.Module):
-        peft_config: Any = SimpleNamespace()
+def test_adapters_by_the_sequence() -> None:
+    names = ["default", "two"]
+    for on_head in ({}, {"targets": ("q_proj",), "modules_to_save": ["lm_head"]}):
+        for chosen in (names, ["two", "two"]):
+            model = with_lora(build(), **on_head)
+            model.add_adapter("two", model.peft_config["default"])
+            with pytest.raises(NotImplementedError, match="adapter_names"):
+                fastpref.attach(model)(IDS, labels=LABELS, fastpref=True, adapter_names=chosen)
+    model = with_lora(build(), targets=("q_proj",))
+    model.add_adapter("two", lora("q_proj"))
+    ours = fastpref.attach(model)(IDS, labels=LABELS, fastpref=True, adapter_names=names).logprobs
+    assert_close(ours, reference.token_logprobs(model(IDS, adapter_names=names).logits, LABELS))
 
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.base_model = model
 
-        def get_base_model(self) -> Any:
-            return self.base_model
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.base_model(*args, **kwargs)
-
-    inner = with_lora()
-    outer = Peft(inner)
-    assert fastpref.attach(outer) is outer
-    ours = outer(IDS, labels=LABELS, fastpref=True).logprobs
-    assert_close(ours, reference.token_logprobs(inner(IDS).logits, LABELS))
-    assert detach(outer) is outer
-    assert "forward" not in inner.__dict__
+def test_compile_with_lora() -> None:
+    model = fastpref.attach(with_lora(build(num_hidden_layers=1).float()), verify=False)
+    torch._dynamo.reset()
+    ours = torch.compile(model, fullgraph=True, backend="eager")(IDS, labels=LABELS, fastpref=True).logprobs
+    theirs = reference.token_logprobs(model(IDS).logits, LABELS)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(model, ours), gradients(model, theirs))
 
 
 class Scaled(nn.Linear):
@@ -431,22 +552,21 @@ class Scaled(nn.Linear):
 
 
 def refused_dora(model: Any) -> None:
-    model.lm_head = Lora(model.lm_head)
-    model.lm_head.lora_magnitude_vector["default"] = nn.LayerNorm(61)
+    with_lora(model, use_dora=True)
 
 
 def refused_variant(model: Any) -> None:
-    model.lm_head = Lora(model.lm_head)
+    with_lora(model)
     model.lm_head.lora_variant["default"] = object()
 
 
 def refused_adapter(model: Any) -> None:
-    model.lm_head = Lora(model.lm_head)
-    model.lm_head.lora_E = nn.ParameterDict({"default": nn.Parameter(torch.zeros(3))})
+    peft.get_peft_model(model, peft.AdaLoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", total_step=9))
 
 
 def refused_base(model: Any) -> None:
-    model.lm_head = Lora(Scaled(16, 61))
+    model.lm_head = Scaled(16, 61)
+    with_lora(model)
 
 
 def refused_linear(model: Any) -> None:
