@@ -6,6 +6,7 @@ target, and nothing runs. So what is read here is what a launch would use, not a
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -38,6 +39,8 @@ _ALU = {
     "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VABSDIFF", "VIADD",
     "VIADDMNMX", "VIMNMX", "VIMNMX3",
 }  # fmt: skip
+# Matrix products, of any NVIDIA generation and of AMD's.
+_TENSOR = re.compile(r"(UTC)?[A-Z]G?MMA|v_s?mfma_\w+")
 # AMD has one vector pipe, and these at a quarter of its rate.
 _AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 
@@ -56,7 +59,7 @@ class Instruction:
     opcode: str
     guarded: bool
     access: tuple[str, int] | None
-    pipe: str  # "fma", "alu", "special", "other"
+    pipe: str  # "fma", "alu", "special", "tensor", "other"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Program:
     shared: int  # bytes
     instructions: tuple[Instruction, ...]
     loops: tuple[Loop, ...]  # the innermost ones, in the program's order
+    epilogue: int  # instructions issued after the loop of matrix products, the shortest way; 0 without such a loop
 
     @cached_property
     def passes(self) -> tuple[Loop, ...]:
@@ -162,7 +166,7 @@ def read(compiled: Any, target: str) -> Program:
     names = compiled.src.fn.arg_names
     describe = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
     lines, resources = describe(compiled)
-    instructions, loops = _loops(lines)
+    instructions, loops, epilogue = _flow(lines)
     spilled = sum(i.opcode.split(".")[0] in ("LDL", "STL") or i.opcode.startswith("scratch_") for i in instructions)
     return Program(
         name=compiled.name,
@@ -175,6 +179,7 @@ def read(compiled: Any, target: str) -> Program:
         shared=compiled.metadata.shared,
         instructions=instructions,
         loops=loops,
+        epilogue=epilogue,
     )
 
 
@@ -196,12 +201,14 @@ def _read_nvidia(compiled: Any) -> tuple[list[_Line], dict[str, int]]:
         if name == "NOP":  # pads the program's end
             continue
         pipe = next((p for p, ops in (("fma", _FMA), ("alu", _ALU), ("special", _SPECIAL)) if name in ops), "other")
+        if _TENSOR.fullmatch(name):
+            pipe = "tensor"
         access = None
         if name in ("LDG", "STG", "LDGSTS"):
             width = next((m for m in modifiers if re.fullmatch(r"[US]?(8|16|64|128|256)", m)), "32")
             access = ("store" if name == "STG" else "load", int(width.lstrip("US")) // 8)
         branch = re.search(r"`\((\.L\w+)\)", match["args"]) if name == "BRA" else None
-        guarded = match["guard"] is not None
+        guarded = match["guard"] is not None or (name == "BRA" and not match["args"].strip().startswith("`"))
         lines.append((Instruction(match["op"], guarded, access, pipe), branch[1] if branch else None))
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return lines, {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
@@ -216,6 +223,8 @@ def _read_amd(compiled: Any) -> tuple[list[_Line], dict[str, int]]:
             continue
         name = match["op"]
         pipe = "special" if _AMD_SPECIAL.match(name) else "alu" if name.startswith("v_") else "other"
+        if _TENSOR.fullmatch(name):
+            pipe = "tensor"
         access = None
         if found := _AMD_ACCESS.match(name):
             access = (found[1], _AMD_BYTES[found[2]] * int(found[3] or 1))
@@ -232,22 +241,39 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _loops(lines: list[_Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...]]:
-    """Every instruction, and the innermost stretches from a label to a branch back to it."""
+def _flow(lines: list[_Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...], int]:
+    """Every instruction, the innermost stretches from a label to a branch back to it, and `Program.epilogue`."""
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
-    spans: list[tuple[int, int]] = []
+    branches: dict[int, str] = {}
     for line in lines:
         if isinstance(line, str):
             labels[line] = len(instructions)
             continue
         instruction, branch = line
+        if branch is not None:
+            branches[len(instructions)] = branch
         instructions.append(instruction)
-        if branch in labels:
-            spans.append((labels[branch], len(instructions)))
+    spans = [(labels[b], at + 1) for at, b in branches.items() if b in labels and labels[b] <= at]
     innermost = [
         (begin, end)
         for begin, end in spans
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
     ]
-    return tuple(instructions), tuple(Loop(tuple(instructions[begin:end])) for begin, end in innermost)
+    loops = tuple(Loop(tuple(instructions[begin:end])) for begin, end in innermost)
+    products = [end for loop, (_, end) in zip(loops, innermost, strict=True) if loop.count("tensor")]
+    if not products:
+        return tuple(instructions), loops, 0
+    to_end = [math.inf] * len(instructions) + [0.0]  # from an instruction on
+    before: list[float] = []
+    while before != to_end:
+        before = to_end.copy()
+        for at in reversed(range(len(instructions))):
+            name, guarded = instructions[at].opcode.split(".")[0], instructions[at].guarded
+            ways = [] if name in ("BRA", "s_branch") and not guarded else [to_end[at + 1]]
+            if branches.get(at) in labels:
+                ways.append(to_end[labels[branches[at]]])
+            if name in ("EXIT", "s_endpgm"):
+                ways = [0.0]
+            to_end[at] = 1 + min(ways, default=math.inf)
+    return tuple(instructions), loops, int(to_end[max(products)])

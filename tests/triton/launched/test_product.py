@@ -1,0 +1,348 @@
+"""The product that folds its own logits, through the public functions, against the definition in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref_kernels import cpu, linear
+from fastpref_kernels.triton import product
+from tests.fastpref.test_linear_logprobs import LAYOUTS, NAMES, assert_matches_reference, make, run
+from tests.tolerance import ALL_STATS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu")
+INF, NAN = math.inf, math.nan
+# Small, so that a small vocabulary has several blocks, each folded in two halves, and a few rows several groups.
+LAUNCH = product.Launch(block_m=16, block_n=32, block_k=16, group_m=2, stages=2, warps=4, width=16)
+EVERY = range(1 << 40)
+# The interpreter multiplies the bits of bfloat16.
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+modes = pytest.mark.parametrize("mode", ["save", "recompute"])
+
+
+def there(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on the GPU's copies of its CPU tensors."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
+        options = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
+        result = function(*moved, **options)
+        return type(result)(*(v.cpu() for v in result)) if isinstance(result, tuple) else result.cpu()
+
+    return call
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("a tile was folded")
+
+
+BACKEND = linear.library_backend(never, linear.fold_backward, product.product_fold)
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public functions on the fused kernel, whatever the shape."""
+    device = product._name(DEVICE)
+    rows = [product.Measured(device, dtype, EVERY, EVERY, EVERY, LAUNCH, "never") for dtype in DTYPES]
+    monkeypatch.setattr(product, "TABLE", tuple(rows))
+    if INTERPRETED:
+        monkeypatch.setattr(cpu, "native", lambda: None)
+        for name, function in {
+            "linear_logprobs": linear.logprobs,
+            "linear_logprobs_backward": linear.gradients,
+            "linear_logprobs_backward_": linear.accumulate_gradients,
+        }.items():
+            monkeypatch.setattr(torch.ops.fastpref, name, functools.partial(function, BACKEND))
+    else:
+        for name in NAMES:
+            monkeypatch.setattr(fastpref, name, there(getattr(fastpref, name)))
+
+
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, int]]:
+    """What every chunk of rows has given: anchors and masses (blocks, R), and the columns of a block."""
+    found, launcher = [], product.product_fold
+
+    def product_fold(*arguments: Any) -> Any:
+        found.append(launcher(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(product, "product_fold", product_fold)
+    if INTERPRETED:
+        backend = BACKEND._replace(product_fold=product_fold)
+        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.logprobs, backend))
+    return found
+
+
+def skip_unless_it_may_be_kept(mode: str, dtype: torch.dtype) -> None:
+    if mode == "save" and dtype == torch.float16:
+        pytest.skip("fp16 has not the range of the exponentials that are kept")
+
+
+@dtypes
+@modes
+def test_modes(mode: str, dtype: torch.dtype) -> None:
+    """Groups of full height and not, a prime V, an H that no block divides."""
+    skip_unless_it_may_be_kept(mode, dtype)
+    operands, labels = make((5, 12), 131, 33, dtype=dtype)
+    assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=ALL_STATS)
+    assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode)
+
+
+@pytest.mark.parametrize("stat", [*ALL_STATS, "dropped_mass"])
+def test_one_statistic(stat: str) -> None:
+    operands, labels = make((2, 5), 70)
+    assert_matches_reference("linear_token_logprobs", operands, labels, stats=(stat,))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 31, 32, 33, 64])
+def test_vocabulary(vocabulary: int) -> None:
+    operands, labels = make((1, 4), vocabulary, 16)
+    assert_matches_reference("linear_token_logprobs", operands, labels, stats=ALL_STATS, shift=False)
+
+
+@pytest.mark.parametrize("label", [0, 15, 16, 31, 32, 52])
+def test_one_row(label: int) -> None:
+    operands, labels = make((1, 1), 53, 7)
+    labels[:] = label
+    assert_matches_reference("linear_token_logprobs", operands, labels, stats=ALL_STATS, shift=False)
+
+
+@modes
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.3, "logit_scale": 0.6}, {"temperature": 1.3, "logit_scale": 0.6, "softcap": 4.0}],
+    ids=["scaled", "capped"],
+)  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_transform(bias: bool, options: dict[str, float], mode: str) -> None:
+    operands, labels = make((3, 7), 83, bias=bias)
+    for stats in ((), ALL_STATS):
+        assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=stats, **options)
+
+
+@modes
+def test_packed_sequences_in_chunks_of_rows(mode: str) -> None:
+    operands, labels = make((13,), 67)
+    options = {"cu_seqlens": torch.tensor([0, 4, 5, 5, 13]), "reduction": "mean", "chunk_rows": 3, "mode": mode}
+    assert_matches_reference("linear_sequence_logprobs", operands, labels, **options)
+
+
+@pytest.mark.parametrize(("operand", "shape", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(operand: str, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> None:
+    operands, labels = make((3, 5), 37)
+    operands[operand] = torch.randn(shape)
+    assert_matches_reference("linear_token_logprobs", operands, labels, layouts={operand: layout}, mode="save")
+
+
+def rows_of(logits: Tensor) -> dict[str, Tensor]:
+    """Operands whose logits (R, V) are given."""
+    return {"hidden": torch.eye(len(logits))[None], "weight": logits.T.contiguous()}
+
+
+@modes
+@pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
+def test_far_above_the_label(mode: str, stats: tuple[str, ...], folded: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Only a block that holds logits far above the label's is anchored higher, by as much as it needs."""
+    logits = torch.rand(6, 131)
+    labels = torch.tensor([[5, 5, 40, 130, 5, 5]])
+    for row, gap in enumerate((60.0, 89.0, 115.0, 130.0)):
+        logits[row, 70] += gap
+    logits[4, [70, 100]] += torch.tensor([90.0, 62.0])
+    assert_matches_reference(
+        "linear_token_logprobs", rows_of(logits), labels, shift=False, mode=mode, stats=stats
+    )  # fmt: skip
+    anchors, _, columns = folded[-1]
+    raised = anchors.cpu() > logits.gather(1, labels.T)[:, 0] + 1e-4
+    wanted = torch.zeros(5, 6, dtype=torch.bool)
+    wanted[2, :5] = wanted[3, 4] = True
+    assert columns == 32
+    assert torch.equal(raised, wanted)
+    torch.testing.assert_close(anchors[2, :5].cpu(), logits[:5, 70], rtol=1e-6, atol=0)
+
+
+@modes
+@pytest.mark.parametrize("rest", [1e-5, 1e-7])
+def test_logp_near_zero_keeps_its_digits(rest: float, mode: str) -> None:
+    logits = torch.full((1, 100), 8.0 + math.log(rest / 99))
+    logits[0, 99] = 8.0
+    labels = torch.tensor([[99]])
+    found = assert_matches_reference("linear_token_logprobs", rows_of(logits), labels, shift=False, mode=mode)
+    truth = -math.log1p(math.exp(logits[0, 0].double().item() - 8.0) * 99)
+    assert abs(found["logprobs"].item() / truth - 1) < 1e-4
+
+
+@modes
+@pytest.mark.parametrize("stats", [(), ("lse", "entropy", "is_top1", "log_sum_sq_probs")], ids=["plain", "statistics"])
+def test_minus_infinity(mode: str, stats: tuple[str, ...]) -> None:
+    """Of probability 0 wherever it is not the label, a whole block of it too, and beside a row that is raised."""
+    operands, labels = make((1, 8), 100)
+    labels[:] = torch.randint(30, labels.shape)
+    operands["bias"][40:70] = -INF
+    assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=stats)
+    operands["bias"][35] = 90.0
+    assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=stats)
+
+
+@modes
+@pytest.mark.parametrize("level", [0.0, -1e4])
+def test_label_of_minus_infinity(level: float, mode: str) -> None:
+    """Nothing is anchored at it, nor at a block without a number, far as all others are from 0."""
+    logits = torch.rand(2, 100) + level
+    operands = {"hidden": torch.eye(2)[None], "weight": logits.T.contiguous(), "bias": torch.zeros(100)}
+    operands["bias"][:40] = -INF
+    found = run(
+        fastpref.linear_token_logprobs, operands, torch.tensor([[20, 50]]), shift=False, mode=mode, stats=("lse",)
+    )
+    truth = (logits.double() + operands["bias"].double()).logsumexp(1)
+    torch.testing.assert_close(found["lse"][0].double(), truth, rtol=1e-6, atol=0)
+    assert found["logprobs"][0, 0] == -INF
+    assert found["logprobs"][0, 1].isfinite()
+    assert found["dweight"].isfinite().all()
+
+
+@modes
+@pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_not_a_number_harms_its_sequence_alone(value: float, stats: tuple[str, ...], mode: str) -> None:
+    operands, labels = make((3, 6), 70)
+    labels[1, 3] = 5
+    options = {"mode": mode, "stats": stats}
+    clean = run(fastpref.linear_sequence_logprobs, operands, labels, **options)
+    operands["hidden"][1, 2, 4] = value
+    found = run(fastpref.linear_sequence_logprobs, operands, labels, **options)
+    assert found["logprobs"][1].isnan()
+    if stats:
+        assert not found["is_top1"][1, 2]
+    for name in ("logprobs", "dhidden"):
+        assert torch.equal(found[name][[0, 2]], clean[name][[0, 2]])
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("column", [3, 40, 65])
+def test_not_a_number_in_one_column(column: int, value: float) -> None:
+    """At the label, in its block and in another one."""
+    operands, labels = make((1, 4), 70)
+    labels[:] = 40
+    operands["bias"][column] = value
+    found = run(fastpref.linear_token_logprobs, operands, labels, stats=("is_top1",))
+    assert found["logprobs"].isnan().all()
+    assert (found["is_top1"] == (column == 40 and value == INF)).all()
+
+
+def test_ties() -> None:
+    """A column that equals the label is ahead of it where it comes first, in any half of any block."""
+    columns = [0, 31, 34, 36, 47, 48, 63, 64, 96]
+    logits = torch.zeros(len(columns), 97) - 1
+    logits[:, 35] = 2
+    for row, column in enumerate(columns):
+        logits[row, column] = 2
+    labels = torch.full((1, len(columns)), 35)
+    found = run(fastpref.linear_token_logprobs, rows_of(logits), labels, shift=False, stats=("is_top1",))
+    assert found["is_top1"][0].tolist() == [column > 35 for column in columns]
+
+
+@modes
+@pytest.mark.parametrize("filter_eps", [1e-9, 1e-3, 0.3])
+def test_filter(filter_eps: float, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out is told and chosen by tiles, of two blocks here, the last of which has one."""
+    monkeypatch.setattr(linear, "COLUMNS", 64)
+    operands, labels = make((2, 6), 150)
+    operands["weight"] *= 4
+    options = {"mode": mode, "filter_eps": filter_eps, "stats": ("dropped_mass",)}
+    found = run(fastpref.linear_token_logprobs, operands, labels, **options)
+    monkeypatch.setattr(product, "TABLE", ())
+    backend = linear.library_backend(linear.fold, linear.fold_backward, product.product_fold)
+    if INTERPRETED:
+        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.logprobs, backend))
+    by_tiles = run(fastpref.linear_token_logprobs, operands, labels, **options)
+    for name, value in found.items():
+        torch.testing.assert_close(value, by_tiles[name], rtol=1e-5, atol=2e-5)
+    assert found["dropped_mass"].any() or filter_eps < 1e-6
+
+
+@pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
+@modes
+def test_two_runs_agree_bit_for_bit(mode: str, stats: tuple[str, ...], unpoisoned: None) -> None:
+    operands, labels = make((3, 9), 131, 33)
+    first, second = (
+        run(fastpref.linear_token_logprobs, operands, labels, mode=mode, stats=stats) for _ in range(2)
+    )  # fmt: skip
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
+def test_rows_do_not_depend_on_the_batch(stats: tuple[str, ...]) -> None:
+    """Alone, last of its block, and beside rows with their labels in every block and far above their anchors."""
+    operands, labels = make((1, 40), 131, 33)
+    hidden = operands["hidden"]
+    hidden[:, 1::2] *= 40
+    labels[:] = torch.arange(40) * 3
+    together = run(fastpref.linear_token_logprobs, operands, labels, shift=False, stats=stats)
+    for row in (0, 15, 16, 38):
+        alone = {**operands, "hidden": hidden[:, row : row + 1]}
+        found = run(fastpref.linear_token_logprobs, alone, labels[:, row : row + 1], shift=False, stats=stats)
+        for name in ("logprobs", *stats):
+            assert torch.equal(found[name][0, 0], together[name][0, row]), name
+
+
+def call(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, store: Tensor) -> tuple[Tensor, ...]:
+    """State, anchors and masses of a call of the launcher itself."""
+    transform = (1.0, 1.0, softcap)
+    state = torch.zeros(8, len(x), dtype=torch.float64)
+    state[0] = linear._label_logits(x, weight, None, targets, transform)
+    state = state.to(DEVICE)
+    done = product.product_fold(
+        x.to(DEVICE), weight.to(DEVICE), None, targets.to(DEVICE), *transform, 0, state, store
+    )  # fmt: skip
+    assert done is not None
+    return state.cpu(), done[0].cpu(), done[1].cpu()
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_bfloat16_store_beyond_32_bits(unpoisoned: None, softcap: float | None) -> None:
+    """The last of three rows of a store begins beyond 2³¹ elements; only what is written is ever touched."""
+    stride = 2**31 - 8
+    try:
+        store = torch.empty(2 * stride + 100, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("8 GiB cannot be reserved")
+    kept = store.as_strided((3, 90), (stride, 1))
+    store.as_strided((3, 100), (stride, 1))[:, 90:] = 7.0
+    x, weight, targets = torch.randn(3, 9), torch.randn(90, 9), torch.tensor([0, 50, 89])
+    weight[64:80] *= 30
+    state, anchors, masses = call(x, weight, targets, softcap, kept)
+    z, slope = linear._transformed(x.double() @ weight.double().T, None, 1.0, 1.0, softcap)
+    own = torch.arange(90) == targets[:, None]
+    e = (z - anchors.repeat_interleave(32, 0)[:90].T).exp().masked_fill(own, 0.0)
+    # The interpreter cuts a float32 off where a GPU rounds it; where the cap is reached, little is left of the slope.
+    bound = (2.0**-7 if INTERPRETED else 2.0**-8) * e * slope + 1e-5 * e + torch.finfo(torch.float32).tiny
+    assert ((kept.cpu().double() - e * slope).abs() <= bound).all()
+    torch.testing.assert_close(masses.T.double(), torch.stack([p.sum(1) for p in e.split(32, 1)], 1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(state[7], z[own], rtol=1e-5, atol=1e-5)
+    assert (store.as_strided((3, 100), (stride, 1))[:, 90:] == 7.0).all(), "something was written beyond the columns"
+
+
+def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = LAUNCH._replace(block_m=64)
+    table = (
+        product.Measured("H", torch.bfloat16, range(1, 1000), range(64, 129), range(1, 50000), LAUNCH, "one day"),
+        product.Measured("H", torch.bfloat16, range(1000, 9000), EVERY, EVERY, wide, "another"),
+    )
+    monkeypatch.setattr(product, "TABLE", table)
+    assert product.launch("H", torch.bfloat16, 999, 128, 49999) is LAUNCH
+    assert product.launch("H", torch.bfloat16, 1000, 128, 49999) is wide
+    others = [("A", torch.bfloat16, 999, 128), ("H", torch.float16, 999, 128), ("H", torch.bfloat16, 999, 129)]
+    assert [product.launch(*other, 49999) for other in others] == [None] * 3
+    arguments = (torch.zeros(2, 9), torch.zeros(40, 9), None, torch.zeros(2).long(), 1.0, 1.0, None, 0)
+    assert product.product_fold(*arguments, torch.zeros(8, 2), None) is None
