@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench bench-logprobs bench-linear roofline wheel clean
+.PHONY: demo test lint format bench bench-logprobs bench-linear bench-losses roofline wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
@@ -29,6 +29,9 @@ bench-logprobs: $(VENV)/bench.stamp
 
 bench-linear: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
+
+bench-losses: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/bench_losses.py $(ARGS)
 
 roofline: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/static_roofline.py $(ARGS)

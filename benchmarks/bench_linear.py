@@ -29,7 +29,6 @@ import fastpref
 from benchmarks import harness, peers
 from benchmarks.harness import ALLOCATORS, DTYPES, MIB, Case, child, interleaved
 from fastpref_kernels import ops
-from fastpref_kernels.cpu.linear import release_scratch
 
 B, T, V = 4, 256, 65537
 WIDTHS = (512, 1024)
@@ -236,7 +235,7 @@ def peak_mib(name: str, H: int, entry_name: str, length: int) -> dict[str, float
     small = Problem.of(DTYPES[name], 8, limit if entry == DPO else 4)  # a loss of two chunks
     (problem if entry.compiles else small).step(function)
     del small
-    release_scratch()
+    fastpref.release_memory()
     problem.clear()
     gradients = problem.hidden.nbytes + problem.weight.nbytes
     peak = (harness.peak_bytes(lambda: problem.step(function)) - gradients) / MIB

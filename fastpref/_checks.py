@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -47,8 +48,16 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raise `ValueError` unless `value` is a finite number above zero."""
-    if value is None or not 0 < value < math.inf:
+    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+
+
+def check_finite(name: str, value: object, *, least: float = -math.inf) -> None:
+    """Raise `ValueError` unless `value` is a finite number, not below `least`."""
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    if not least <= number < math.inf or number == -math.inf:
+        bound = "" if least == -math.inf else f", not below {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}")
 
 
 def _check_positions(
@@ -77,6 +86,11 @@ def _check_positions(
                 f"with cu_seqlens, {name} must be packed, (N, {axis}) or (1, N, {axis}); got {describe(values)}"
             )
         check_same_device("cu_seqlens", cu_seqlens, name, values)
+        # Of the values' checks the one that needs none: no position is of a sequence there.
+        if cu_seqlens.shape[0] == 1 and labels.shape[-1] > 0:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {labels.shape[-1]}; got {describe(cu_seqlens)}"
+            )
 
 
 def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -104,6 +118,8 @@ def check_transform(temperature: float, logit_scale: float, softcap: float | Non
 
 def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> None:
     """Check LD-DPO's two arguments."""
+    if ld_alpha is not None and (not isinstance(ld_alpha, numbers.Real) or not -math.inf < ld_alpha < math.inf):
+        raise ValueError(f"ld_alpha must be None or a finite number; got {ld_alpha!r}")
     if shared_lengths is None:
         return
     check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
@@ -180,5 +196,5 @@ def check_mode(mode: str, chunk_rows: int | None, filter_eps: float | None) -> N
             raise TypeError(f"chunk_rows must be None or an int, 1 or more; got {describe(chunk_rows)}")
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be None or an int, 1 or more; got {chunk_rows!r}")
-    if filter_eps is not None and not 0 < filter_eps < 1:
+    if filter_eps is not None and (not isinstance(filter_eps, numbers.Real) or not 0 < filter_eps < 1):
         raise ValueError(f"filter_eps must be None or a number between 0 and 1, both excluded; got {filter_eps!r}")

@@ -67,6 +67,18 @@ class PreferenceLoss(NamedTuple):
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
 
 
+class KTOLoss(NamedTuple):
+    """What `kto_loss` returns.
+
+    Attributes:
+        loss: a scalar, or (B,) with `reduction="none"`. The only differentiable field.
+        rewards: (B,), β(log π(y) − log π_ref(y)), detached.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+
+
 class LinearPreferenceLoss(NamedTuple):
     """What a preference loss from hidden states returns; statistics asked for follow.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from fastpref._checks import (
     check_mode,
     check_transform,
 )
+from fastpref._function import apply, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
-from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index
+from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, weigh
 from fastpref_kernels import ops
-
-assert ops  # importing it registers the operators
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory that lives until a backward; in a compiled graph the compiler's to plan."""
+    return like.new_empty(shape, dtype=dtype) if torch.compiler.is_compiling() else ops.empty(like, shape, dtype)
+
+
 def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised room for the exponentials of `rows`, (rows, V), every row on a cache line of its own."""
-    return like.new_empty((rows, (vocabulary + 31) // 32 * 32), dtype=dtype)[:, :vocabulary]
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow. Asked outside of a Function: inside one, gradients are always off."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return empty(like, (rows, (vocabulary + 31) // 32 * 32), dtype)[:, :vocabulary]
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -119,7 +119,7 @@ def reduce_sequences(
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     weighted = logps
     if ld_alpha is not None:
-        weighted = logps * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype)
+        weighted = weigh(logps, ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype))
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
     if reduction == "mean":
@@ -150,9 +150,10 @@ def _linear_logprobs(
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip
     bits = sum(1 << LINEAR_STATISTICS.index(name) for name in names)
-    logps, _, _, _, *statistics = _LinearLogprobs.apply(
-        hidden, weight, bias, labels, cu_seqlens, capacity, dtype, scoring, bits, chunk_rows, filter_eps
-    )
+    logps, _, _, _, *statistics = apply(
+        _LinearLogprobs, hidden, weight, bias, labels, cu_seqlens, capacity, dtype, scoring, bits, chunk_rows,
+        filter_eps,
+    )  # fmt: skip
 
     def rows(values: Tensor) -> Tensor:
         return values.view(*rows_shape, values.shape[-1])

@@ -7,6 +7,7 @@ fewest there can be, and nothing of N × V outlives its chunk. A batch that is o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type,
 from fastpref.linear_logprobs import (
     cast,
     compute_dtype,
+    empty,
     exponentials,
     linear_sequence_logprobs,
     wants_gradient,
@@ -25,14 +27,16 @@ from fastpref.linear_logprobs import (
 from fastpref.losses.preference import dpo_loss, implicit_reward
 from fastpref.reference.linear_preference import (
     LossFunction,
+    check_constant,
     check_group,
     check_halves,
     check_losses,
     check_references,
     count_sequences,
+    resolve_options,
 )
-from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index
-from fastpref.reference.losses.preference import reduce
+from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, weigh
+from fastpref.reference.losses.preference import reduce, weighted_types
 from fastpref_kernels import ops
 
 
@@ -73,6 +77,27 @@ def _merged(statistics: list[Tensor], of_chunk: list[Tensor]) -> list[Tensor]:
     return [held | new if held.dtype == torch.bool else held + new for held, new in pairs]
 
 
+def _loss_gradient(loss_fn: LossFunction, members: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """The gradient of Σ losses[begin:end] by log-probs (G, K), and all losses (G,), both detached."""
+
+    def chunk_loss(members: Tensor) -> tuple[Tensor, Tensor]:
+        losses = loss_fn(members)
+        check_losses(losses, members.shape[0])
+        return losses[begin:end].sum(), losses
+
+    if torch.compiler.is_compiling():
+        gradient, (_, losses) = torch.func.grad_and_value(chunk_loss, has_aux=True)(members)
+        return gradient, losses.detach()
+    # Not torch.func: it refuses to run under the hooks of checkpointing and offloading, which are for what a backward
+    # will need, and these few numbers are gone before.
+    leaf = members.detach().requires_grad_()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        total, losses = chunk_loss(leaf)
+        check_constant(losses, leaf)
+        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+    return torch.zeros_like(leaf) if gradient is None else gradient, losses.detach()
+
+
 class _GradientsInForward(torch.autograd.Function):
     """A loss of groups with everything its backward needs: that multiplies by the upstream gradient and no more."""
 
@@ -87,7 +112,7 @@ class _GradientsInForward(torch.autograd.Function):
         operands = cast(dtype, hidden, weight, bias)
         wide = torch.promote_types(dtype, torch.float32)
         totals = [
-            tensor.new_empty(tensor.shape, dtype=wide) if want and tensor is not None else None
+            empty(tensor, tensor.shape, wide) if want and tensor is not None else None
             for tensor, want in zip((hidden, weight, bias), needed, strict=True)
         ]
         runs, rows = plan
@@ -109,17 +134,12 @@ class _GradientsInForward(torch.autograd.Function):
                 *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
             )
             statistics = _merged(statistics, of_chunk)
-            weighted = (token * token_weights).reshape(-1).double()
+            weighted = weigh(token, token_weights).reshape(-1).double()
             made = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index.reshape(-1), weighted).to(wide)
             logps = logps + made
 
-            def chunk_loss(members: Tensor, begin: int = begin, end: int = end) -> tuple[Tensor, Tensor]:
-                losses = loss_fn(members)
-                check_losses(losses, groups)
-                return losses[begin:end].sum(), losses.detach()
-
             # Groups of other chunks are there, at 0, so that the loss may hold something of its own for every group.
-            gradient, (_, losses) = torch.func.grad_and_value(chunk_loss, has_aux=True)(made.view(group_size, groups).T)
+            gradient, losses = _loss_gradient(loss_fn, made.view(group_size, groups).T, begin, end)
             loss = loss + losses[begin:end].sum().to(wide)
             by_group = torch.arange(groups, device=made.device)
             of_groups = ((by_group >= begin) & (by_group < end))[:, None]
@@ -155,7 +175,7 @@ def _group_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, loss_fn: LossFunction, *, group_size: int,
     reduction: str, average_logps: bool, stats: tuple[str, ...], cu_seqlens: Tensor | None, ld_alpha: float | None,
     shared_lengths: Tensor | None, mode: str, chunk_rows: int | None, filter_eps: float | None, ignore_index: int,
-    shift: bool, temperature: float, logit_scale: float, softcap: float | None,
+    shift: bool, temperature: float, logit_scale: float, softcap: float | None, mixes_groups: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The loss, the sequences' log-probs (S,), detached, and the statistics."""
     check_linear(hidden, weight, labels, bias, cu_seqlens)
@@ -172,7 +192,8 @@ def _group_loss(
     index = sequence_index(scored, cu_seqlens)
     plan, held = None, "recompute" if mode == "auto" else mode
     # fp16 has not the range for exponentials, nor for a gradient before GradScaler's factor has entered it.
-    if mode == "auto" and reduction != "none" and dtype != torch.float16 and wants_gradient(hidden, weight, bias):
+    apart = mode == "auto" and reduction != "none" and not mixes_groups and dtype != torch.float16
+    if apart and wants_gradient(hidden, weight, bias):
         limit = chunk_rows or ops.loss_chunk_rows(weight, dtype)
         plan = _plan(scored, index, sequences, group_size, limit, cu_seqlens is not None)
         if plan is not None and len(plan[0]) <= 1:
@@ -186,8 +207,11 @@ def _group_loss(
             stats=stats,
         )  # fmt: skip
         logps, *statistics = result if names else (result,)
-        losses = loss_fn(logps.view(group_size, sequences // group_size).T)
+        members = logps.view(group_size, sequences // group_size).T
+        losses = loss_fn(members)
         check_losses(losses, sequences // group_size)
+        if not torch.compiler.is_compiling():
+            check_constant(losses, members)
         return reduce(losses, reduction), logps.detach(), tuple(value.detach() for value in statistics)
 
     wide = torch.promote_types(dtype, torch.float32)
@@ -228,10 +252,23 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     shared_lengths: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    length_normalize: bool = False,
+    margin: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
     reference_free: bool = False,
+    delta: float = 0.0,
+    gamma: float = 0.5,
+    discopop_tau: float = 0.05,
+    sft_weight: float = 0.0,
+    sft_reduction: str = "token",
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
@@ -264,14 +301,29 @@ def linear_dpo_loss(
         cu_seqlens: as in `sequence_logprobs`, like the two after it.
         ld_alpha: α of LD-DPO.
         shared_lengths: (2B,) ints, with `ld_alpha`.
-        beta: as in `dpo_loss`, like the four after it.
-        loss_type: which loss.
+        beta: as in `dpo_loss`, like all down to `sft_reduction`.
+        loss_type: which loss, or which losses.
+        loss_weights: one weight a loss type.
         label_smoothing: ε.
         reduction: "mean", "sum" or "none".
+        chosen_lengths: (B,); None: the numbers of scored labels.
+        rejected_lengths: (B,); likewise.
+        length_normalize: divide by the lengths. This, the types that do so anyway and the likelihood term take sums,
+            and refuse `average_logps`.
+        margin: m.
+        weights: (B,), a factor of each pair's loss.
+        f_divergence: which divergence.
+        f_alpha: its α.
         reference_free: take the reference's log-probs as 0.
-        mode: "auto": gradients in the forward, unless `reduction="none"`, fp16, or a pair of more scored rows than a
-            chunk: then the log-probs first and the products again in the backward, 8·N·V·H operations, with the same
-            answers. "save" and "recompute" take the log-probs first, as `linear_token_logprobs` does.
+        delta: δ of `bco_pair`.
+        gamma: γ of `simpo`.
+        discopop_tau: τ of `discopop`.
+        sft_weight: how much of the chosen completions' negative log-likelihood is added.
+        sft_reduction: how that is divided.
+        mode: "auto": gradients in the forward, unless `reduction="none"`, fp16, a loss that mixes pairs (`aot`,
+            `aot_unpaired`), or a pair of more scored rows than a chunk: then the log-probs first and the products again
+            in the backward, 8·N·V·H operations, with the same answers. "save" and "recompute" take the log-probs first,
+            as `linear_token_logprobs` does.
         chunk_rows: the most scored rows whose exponentials are kept at a time. None: what fills 80 MiB on a CPU, 1 GiB
             on a GPU.
         filter_eps: as in `linear_token_logprobs`, like every argument after it.
@@ -292,6 +344,15 @@ def linear_dpo_loss(
     """
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_halves(labels, cu_seqlens)
+    options = {
+        "beta": beta, "loss_type": loss_type, "loss_weights": loss_weights, "label_smoothing": label_smoothing,
+        "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "length_normalize": length_normalize,
+        "margin": margin, "weights": weights, "f_divergence": f_divergence, "f_alpha": f_alpha,
+        "reference_free": reference_free, "delta": delta, "gamma": gamma, "discopop_tau": discopop_tau,
+        "sft_weight": sft_weight, "sft_reduction": sft_reduction,
+    }  # fmt: skip
+    options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
+    reference_free = options["reference_free"]
     check_references(
         labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free
     )
@@ -310,16 +371,14 @@ def linear_dpo_loss(
     reference = tuple(
         None if logps is None or reference_free else logps.detach() for logps in (ref_chosen_logps, ref_rejected_logps)
     )
-    options = {
-        "beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing, "reference_free": reference_free,
-    }  # fmt: skip
 
     def pair_losses(members: Tensor) -> Tensor:
         return dpo_loss(members[:, 0], members[:, 1], *reference, reduction="none", **options).loss
 
     loss, logps, statistics = _group_loss(
         hidden, weight, labels, bias, pair_losses, group_size=2, reduction=reduction, average_logps=average_logps,
-        stats=stats, **scoring,
+        stats=stats, mixes_groups=any(kind.mixes_pairs for kind, _ in weighted_types(loss_type, loss_weights)),
+        **scoring,
     )  # fmt: skip
     chosen, rejected = logps.tensor_split(2)
     zero = torch.zeros_like(chosen)
@@ -362,8 +421,8 @@ def linear_preference_loss(
         weight: (V, H), hidden's dtype.
         labels: (K·G, T), or packed.
         loss_fn: (G, K) sequence log-probs -> (G,) losses, each group's of its own row alone. It is called once a chunk,
-            with zeros for the groups of other chunks, and differentiated by its argument only: what it closes over is
-            constant.
+            with zeros for the groups of other chunks, and differentiated by its argument only: what it closes over must
+            be constant.
         bias: None, or (V,).
         group_size: K.
         reduction: "mean" over G, "sum", or "none" for (G,). The mean of no groups is 0.
@@ -386,7 +445,8 @@ def linear_preference_loss(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, device or option; losses of another shape than (G,).
+        ValueError: a wrong shape, device or option; losses of another shape than (G,), or that would train something
+            `loss_fn` closes over (outside of `torch.compile`, where that is constant).
         IndexError: a scored label outside [0, V).
     """
     loss, logps, statistics = _group_loss(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, check_transform
+from fastpref._function import apply
 from fastpref._results import STATISTICS, check_stats, result_type
 from fastpref.reference.logprobs import ld_weights, scored_targets
 from fastpref_kernels import ops
@@ -104,8 +105,8 @@ def _logprobs(
         dtype = torch.promote_types(logits.dtype, torch.float32)
         weights = ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, dtype)
     bits = sum(1 << STATISTICS.index(name) for name in names)
-    logps, sequences, _, _, *statistics = _Logprobs.apply(
-        logits, labels, cu_seqlens, weights, ignore_index, shift, float(logit_scale), float(temperature),
+    logps, sequences, _, _, *statistics = apply(
+        _Logprobs, logits, labels, cu_seqlens, weights, ignore_index, shift, float(logit_scale), float(temperature),
         None if softcap is None else float(softcap), reduction, bits, inplace_backward,
     )  # fmt: skip
 
@@ -193,7 +194,8 @@ def sequence_logprobs(
         reduction: "sum", or "mean": divided by the sequence's number of scored tokens (0 where there is none).
         cu_seqlens: (S+1,) int32 or int64, rising from 0 to N: sequence s is tokens cu_seqlens[s] to cu_seqlens[s+1].
             The shift never crosses a boundary.
-        ld_alpha: α of LD-DPO (arXiv 2409.06411): the weight of the scored tokens past `shared_lengths`.
+        ld_alpha: α of LD-DPO (arXiv 2409.06411): the weight of the scored tokens past `shared_lengths`, which 0
+            leaves out.
         shared_lengths: (S,) ints, with `ld_alpha`: how many scored tokens of each sequence weigh 1. None: the
             sequences are [chosen; rejected], and a pair shares the shorter one's number.
         ignore_index: as in `token_logprobs`, like every argument after it.

@@ -6,14 +6,18 @@ rewards and the partial derivatives in one launch, and its backward is one multi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from fastpref._results import PreferenceLoss
+from fastpref._results import KTOLoss, PreferenceLoss
 from fastpref.losses._launch import fused, launch
 from fastpref.reference.losses import preference as reference
-from fastpref.reference.losses.preference import implicit_reward
+from fastpref.reference.losses.loss_types import LOSS_TYPES
+from fastpref.reference.losses.preference import implicit_reward, wpo_weights
 
-__all__ = ["dpo_loss", "implicit_reward"]
+__all__ = ["dpo_loss", "implicit_reward", "kto_loss", "wpo_weights"]
 
 
 def dpo_loss(
@@ -23,47 +27,176 @@ def dpo_loss(
     ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    length_normalize: bool = False,
+    margin: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
     reference_free: bool = False,
+    delta: float = 0.0,
+    gamma: float = 0.5,
+    discopop_tau: float = 0.05,
+    sft_weight: float = 0.0,
+    sft_reduction: str = "token",
 ) -> PreferenceLoss:
     """The DPO family: loss and implicit rewards of B pairs from their summed log-probs.
 
-    With u = β[(log π(chosen) − log π_ref(chosen)) − (log π(rejected) − log π_ref(rejected))] and ε = `label_smoothing`:
+    With w, l the log-probs of the chosen and the rejected completion and rw, rl those under the reference, Δw = w − rw,
+    Δl = l − rl, h = Δw − Δl, u = βh − margin and ε = `label_smoothing`, `sigmoid` is −(1−ε) log σ(u) − ε log σ(−u): DPO
+    (arXiv 2305.18290, eq. 7), and with ε > 0 conservative DPO. `fastpref.losses.LOSS_TYPES` has every type's formula,
+    derivative, paper and options.
 
-    - `sigmoid`: −(1−ε) log σ(u) − ε log σ(−u). DPO (arXiv 2305.18290, eq. 7); with ε > 0, conservative DPO.
+    An option is computed or refused: one that no given type has a place for is an error. Of several types, those take
+    an option that have a place for it.
 
     Args:
         policy_chosen_logps: (B,) log π(chosen|x), nats, any floating dtype; computed in float32 (float64 for float64).
         policy_rejected_logps: (B,) log π(rejected|x).
-        ref_chosen_logps: (B,) log π_ref(chosen|x); may be left out with `reference_free`.
+        ref_chosen_logps: (B,) log π_ref(chosen|x); may be left out with `reference_free`, and by types that have no
+            reference (`simpo`, `cpo`, `orpo`, `sft`), which ignore it.
         ref_rejected_logps: (B,) log π_ref(rejected|x); likewise.
         beta: β > 0, the strength of the KL constraint.
-        loss_type: one of `fastpref.losses.LOSS_TYPES`.
-        label_smoothing: ε in [0, 1], the probability that a pair's label is flipped.
-        reduction: "mean" over B, "sum", or "none" for (B,). The mean of no pairs is 0.
-        reference_free: take the reference's log-probs as 0, whether or not they are given.
+        loss_type: one of `fastpref.losses.LOSS_TYPES`, or several, whose losses are added.
+        loss_weights: one weight a loss type; None: 1 each.
+        label_smoothing: ε in [0, 1], the probability that a pair's label is flipped; below ½ for `robust`, between 0
+            and 1 for `exo_pair`.
+        reduction: "mean" over B, "sum", or "none" for (B,). The mean of no pairs is 0. Of the `aot` types, which sort,
+            "none" gives the k-th smallest's losses.
+        chosen_lengths: (B,) numbers of the chosen completions' tokens, for types and options that divide by them; a
+            length of 0 divides by 1.
+        rejected_lengths: (B,) numbers of the rejected completions' tokens.
+        length_normalize: divide what is compared by the lengths: w, rw and Δw by n_w; l, rl and Δl by n_l. `simpo`,
+            `orpo` and `sigmoid_norm` do so anyway.
+        margin: None, a number, or (B,): how far apart u should at least be (ODPO, arXiv 2402.10571). Carries no
+            gradient.
+        weights: None, or (B,): multiplies the pairs' losses, `sft` excepted; the mean still divides by B. Carries no
+            gradient. `wpo_weights` makes WPO's (arXiv 2406.11827).
+        f_divergence: "reverse_kl" (DPO), "forward_kl" (1 − e^{−Δ}), "js" (log 2 + log σ(Δ)) or "alpha"
+            ((e^{(α−1)Δ} − 1)/(α−1)), in place of Δw and Δl, before their division by lengths (arXiv 2309.16240).
+        f_alpha: α of `f_divergence="alpha"`; at 1 it is "reverse_kl".
+        reference_free: take the reference's log-probs as 0, whether or not they are given, in the rewards too.
+        delta: δ of `bco_pair`, the reward that tells chosen from rejected.
+        gamma: γ of `simpo`, its target margin.
+        discopop_tau: τ > 0 of `discopop`.
+        sft_weight: adds this much of the chosen completions' negative log-likelihood.
+        sft_reduction: of that term, and of the type `sft`: "token", −Σ w / Σ n_w over the batch, or "sequence",
+            −mean(w / n_w).
 
     Returns:
-        PreferenceLoss(loss, chosen_rewards, rejected_rewards); the rewards are detached and (B,) in every reduction.
+        PreferenceLoss(loss, chosen_rewards, rejected_rewards). The rewards are β(w − rw) and β(l − rl), detached and
+        (B,) whatever the reduction, the divergence and the lengths.
 
     Raises:
-        TypeError: a tensor is not floating point.
-        ValueError: shapes or devices differ, an option is out of range, or the reference's log-probs are missing.
+        TypeError: a tensor of a wrong dtype.
+        ValueError: shapes or devices differ, an option is out of range or has no place in any of the loss types, or the
+            reference's log-probs or the lengths are missing.
     """
-    options = {
+    options: dict[str, Any] = {
         "beta": beta,
         "loss_type": loss_type,
+        "loss_weights": loss_weights,
         "label_smoothing": label_smoothing,
         "reduction": reduction,
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+        "length_normalize": length_normalize,
+        "margin": margin,
+        "weights": weights,
+        "f_divergence": f_divergence,
+        "f_alpha": f_alpha,
         "reference_free": reference_free,
+        "delta": delta,
+        "gamma": gamma,
+        "discopop_tau": discopop_tau,
+        "sft_weight": sft_weight,
+        "sft_reduction": sft_reduction,
     }
     logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     if not fused(policy_chosen_logps):
         return reference.dpo_loss(*logps, **options)
-    reference.check_dpo(*logps, **options)
-    if reference_free:
-        logps = (*logps[:2], None, None)
-    loss, chosen_rewards, rejected_rewards = launch("dpo_loss", reduction, logps, (loss_type, beta, label_smoothing))
-    return PreferenceLoss(loss, chosen_rewards, rejected_rewards)
+    types = reference.check_dpo(*logps, **options)
+    if reduction == "none" and any(kind.mixes_pairs for kind, _ in types):
+        # One launch gives each pair the gradient of one loss: here those of two losses meet in it.
+        return reference.dpo_loss(*logps, **options)
+    # The likelihood is part of another type's launch; alone it is its own.
+    likelihood = sft_weight + sum(weight for kind, weight in types if kind.likelihood)
+    launched = [pair for pair in types if not pair[0].likelihood] or [(LOSS_TYPES["sft"], 0.0)]
+    per_pair, constant = (margin, 0.0) if isinstance(margin, Tensor) else (None, float(margin or 0.0))
+    results: list[tuple[Tensor, ...]] = []
+    for kind, weight in launched:
+        compared = logps if kind.reference and not reference_free else (*logps[:2], None, None)
+        takes = kind.takes
+        made = launch(
+            "dpo_loss", reduction,
+            (
+                *compared, chosen_lengths, rejected_lengths,
+                per_pair if "margin" in takes else None, weights if "weights" in takes else None,
+            ),
+            (
+                kind.name, weight, beta, label_smoothing if "label_smoothing" in takes else 0.0,
+                constant if "margin" in takes else 0.0,
+                kind.normalized or (length_normalize and "length_normalize" in takes),
+                f_divergence if "f_divergence" in takes else "reverse_kl", f_alpha, delta, gamma, discopop_tau,
+                likelihood, sft_reduction,
+            ),
+        )  # fmt: skip
+        likelihood = 0.0
+        # Rewards are relative to the reference if any type is.
+        results.insert(0 if kind.reference else len(results), made)
+    loss = results[0][0]
+    for made in results[1:]:
+        loss = loss + made[0]
+    return PreferenceLoss(loss, *results[0][1:])
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    *,
+    kl: Tensor | float,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reduction: str = "mean",
+) -> KTOLoss:
+    """KTO: loss and implicit rewards of B unpaired answers, each known to be desirable or not (arXiv 2402.01306).
+
+    With Δ = log π − log π_ref and z = max(0, mean of `kl`): λ_d[1 − σ(β(Δ − z))] for a desirable answer, and
+    λ_u[1 − σ(β(z − Δ))] for another.
+
+    Args:
+        policy_logps: (B,) log π(y|x), nats, any floating dtype; computed in float32 (float64 for float64).
+        ref_logps: (B,) log π_ref(y|x).
+        desirable: (B,) bool.
+        kl: estimates of KL(π‖π_ref), a number, () or (K,) of any K, such as Δ of prompts with others' answers. Carries
+            no gradient.
+        beta: β > 0.
+        desirable_weight: λ_d ≥ 0.
+        undesirable_weight: λ_u ≥ 0.
+        reduction: "mean" over B, "sum", or "none" for (B,). The mean of no answers is 0.
+
+    Returns:
+        KTOLoss(loss, rewards), the rewards βΔ detached and (B,).
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: shapes or devices differ, or an option is out of range.
+    """
+    scalars: dict[str, Any] = {
+        "beta": beta,
+        "desirable_weight": desirable_weight,
+        "undesirable_weight": undesirable_weight,
+    }
+    if not fused(policy_logps):
+        return reference.kto_loss(policy_logps, ref_logps, desirable, kl=kl, reduction=reduction, **scalars)
+    reference.check_kto(policy_logps, ref_logps, desirable, kl, reduction=reduction, **scalars)
+    estimates, constant = (kl, 0.0) if isinstance(kl, Tensor) else (None, float(kl))
+    tensors = (policy_logps, ref_logps, desirable, estimates)
+    return KTOLoss(*launch("kto_loss", reduction, tensors, (constant, *scalars.values())))

@@ -1,4 +1,4 @@
-"""Reward-model losses on scalar rewards: pairwise, best of K, and all pairs of a ranking."""
+"""Reward-model losses on scalar rewards: pairwise, best of K, all pairs of a ranking, and the ranking as a whole."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from torch import Tensor
 
 from fastpref.losses._launch import fused, launch
 from fastpref.reference.losses import reward as reference
+from fastpref.reference.losses.reward import ranks_from_scores
 
-__all__ = ["best_of_k_loss", "pairwise_reward_loss", "ranking_loss"]
+__all__ = ["best_of_k_loss", "pairwise_reward_loss", "plackett_luce_loss", "ranking_loss", "ranks_from_scores"]
 
 
 def pairwise_reward_loss(
@@ -91,3 +92,31 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, 
         return reference.ranking_loss(rewards, ranks, mask=mask, reduction=reduction)
     reference.check_ranking(rewards, ranks, mask, reduction)
     return launch("ranking_loss", reduction, (rewards, ranks, mask), ())[0]
+
+
+def plackett_luce_loss(
+    rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Likelihood of a whole ranking: each answer chosen from among those not ranked above it.
+
+    −Σ_i [r_(i) − log Σ_{j≥i} exp r_(j)] in the order of the ranks: Plackett–Luce, the K-way form of arXiv 2305.18290
+    (appendix A.3). On implicit rewards it is K-way DPO.
+
+    Args:
+        rewards: (B, K), K up to 64, any floating dtype; computed in float32 (float64 for float64).
+        ranks: (B, K) int64 or int32, a smaller one better, no two alike among the answers of a prompt that count.
+        mask: (B, K) bool, True where an answer counts, both as chosen and to be chosen from; None counts all.
+        reduction: "mean" over B, "sum", or "none" for (B,). The mean of no prompts is 0.
+
+    Returns:
+        The loss, a scalar, or (B,) with "none"; 0 for a prompt with less than two answers that count.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices differ, or an option is out of range; ranks tie among answers that count, on a CPU
+            and outside of `torch.compile`. Elsewhere tied answers are chosen each from among the other too.
+    """
+    if not fused(rewards):
+        return reference.plackett_luce_loss(rewards, ranks, mask=mask, reduction=reduction)
+    reference.check_ranking(rewards, ranks, mask, reduction, least=1)
+    return launch("plackett_luce_loss", reduction, (rewards, ranks, mask), ())[0]

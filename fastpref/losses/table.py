@@ -9,50 +9,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.losses import preference, reward
+from fastpref.losses import preference, reward, rlhf
 from fastpref.reference.losses import preference as reference_preference
 from fastpref.reference.losses import reward as reference_reward
+from fastpref.reference.losses import rlhf as reference_rlhf
+from fastpref.reference.losses.loss_types import LOSS_TYPES, LossType
 
 Example = Callable[[torch.Generator, int], tuple[tuple[Tensor, ...], dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """One loss.
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One function.
 
     Attributes:
-        name: its function's name, and its `loss_type` where the function has several.
+        name: its name, and its `loss_type` where a function has several.
         function: the public function.
         reference: its definition in plain PyTorch.
-        operator: the operator `fastpref::operator` that computes it in one launch on a GPU.
-        options: the keyword arguments that select this row.
-        formula: the loss of one element, as text.
+        formula: what it computes of one element, as text.
         paper: where it comes from, an arXiv id.
         meaning: one line for a reader who knows none of them.
-        example: (generator, B) -> float64 arguments and keyword arguments of one typical call; the floating-point
-            tensors among the positional ones are differentiable.
     """
 
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
-    operator: str
     formula: str
     paper: str
     meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Entry):
+    """One loss of pairs, answers or prompts.
+
+    Attributes:
+        operator: the operator `fastpref::operator` that computes it in one launch on a GPU.
+        options: the keyword arguments that select this row.
+        derivative: its partial derivatives, as text.
+        takes: the options that enter the formula, beside those every such function has.
+        mixes: whether an element's loss depends on others of its batch, or on an estimate made of it.
+        example: (generator, B) -> float64 arguments and keyword arguments of one typical call; the floating-point
+            tensors among the positional ones are differentiable.
+    """
+
+    operator: str
+    derivative: str
     example: Example
     options: Mapping[str, Any] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    mixes: bool = False
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+def _lengths(generator: torch.Generator, pairs: int) -> Tensor:
+    return torch.randint(1, 60, (pairs,), generator=generator)
+
+
 def _logps_example(generator: torch.Generator, pairs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     # Summed log-probs of completions of some tens of tokens, and a reference a few nats away.
     policy = -40 + 8 * _normal(generator, 2, pairs)
     ref = policy + 5 * _normal(generator, 2, pairs)
-    return (policy[0], policy[1], ref[0], ref[1]), {}
+    lengths = {"chosen_lengths": _lengths(generator, pairs), "rejected_lengths": _lengths(generator, pairs)}
+    return (policy[0], policy[1], ref[0], ref[1]), lengths
+
+
+def _policy_example(generator: torch.Generator, pairs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    (chosen, rejected, *_), lengths = _logps_example(generator, pairs)
+    return (chosen, rejected), lengths
+
+
+def _unpaired_example(generator: torch.Generator, answers: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    policy, ref = -40 + 8 * _normal(generator, 2, answers)
+    desirable = torch.rand(answers, generator=generator) < 0.5
+    return (policy, ref, desirable), {"kl": 1 + _normal(generator, answers), "undesirable_weight": 1.3}
 
 
 def _pair_example(generator: torch.Generator, pairs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -64,23 +97,52 @@ def _best_example(generator: torch.Generator, prompts: int) -> tuple[tuple[Tenso
     return (2 * _normal(generator, prompts, 4), torch.randint(4, (prompts,), generator=generator)), {}
 
 
+def _order_example(generator: torch.Generator, prompts: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    ranks = torch.rand(prompts, 7, generator=generator).argsort(-1)
+    mask = torch.rand(prompts, 7, generator=generator) < 0.8
+    return (2 * _normal(generator, prompts, 7), ranks), {"mask": mask}
+
+
 def _ranking_example(generator: torch.Generator, prompts: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     ranks = torch.randint(5, (prompts, 7), generator=generator)
     mask = torch.rand(prompts, 7, generator=generator) < 0.8
     return (2 * _normal(generator, prompts, 7), ranks), {"mask": mask}
 
 
-TABLE: tuple[Loss, ...] = (
-    Loss(
-        name="dpo_loss:sigmoid",
+def _preference_row(kind: LossType) -> Loss:
+    options: dict[str, Any] = {"loss_type": kind.name}
+    if kind.name == "exo_pair":
+        options["label_smoothing"] = 0.1  # the one type that is not defined without
+    return Loss(
+        name=f"dpo_loss:{kind.name}",
         function=preference.dpo_loss,
         reference=reference_preference.dpo_loss,
         operator="dpo_loss",
-        options={"loss_type": "sigmoid"},
-        formula="−(1−ε)·log σ(u) − ε·log σ(−u), u = β[(w − rw) − (l − rl)]",
-        paper="2305.18290",
-        meaning="DPO: the chosen completion gains on the rejected one, relative to a reference; ε doubts the labels",
-        example=_logps_example,
+        options=options,
+        formula=kind.formula,
+        derivative=kind.derivative,
+        takes=tuple(sorted(kind.takes)),
+        mixes=kind.mixes_pairs or kind.likelihood,
+        paper=kind.paper,
+        meaning=kind.meaning,
+        example=_logps_example if kind.reference else _policy_example,
+    )
+
+
+TABLE: tuple[Loss, ...] = (
+    *map(_preference_row, LOSS_TYPES.values()),
+    Loss(
+        name="kto_loss",
+        function=preference.kto_loss,
+        reference=reference_preference.kto_loss,
+        operator="kto_loss",
+        formula="λ_d[1 − σ(β(Δ − z))] if desirable, else λ_u[1 − σ(β(z − Δ))]; z = max(0, mean kl)",
+        derivative="∂Δ = −βλ_d·σ(v)σ(−v) if desirable, else βλ_u·σ(v)σ(−v); v = β(Δ − z)",
+        takes=("kl", "desirable_weight", "undesirable_weight"),
+        mixes=True,
+        paper="2402.01306",
+        meaning="KTO: answers known to be good or bad, without pairs, as gains and losses from a reference point",
+        example=_unpaired_example,
     ),
     Loss(
         name="pairwise_reward_loss",
@@ -88,6 +150,8 @@ TABLE: tuple[Loss, ...] = (
         reference=reference_reward.pairwise_reward_loss,
         operator="pairwise_reward_loss",
         formula="−log σ(chosen − rejected − margin) + c·(chosen + rejected)²",
+        derivative="∂chosen = 2c(chosen + rejected) − σ(−u), ∂rejected = 2c(chosen + rejected) + σ(−u)",
+        takes=("margin", "center_weight"),
         paper="2009.01325",
         meaning="reward model from pairs (Bradley–Terry), with a margin and a pull towards 0",
         example=_pair_example,
@@ -98,6 +162,7 @@ TABLE: tuple[Loss, ...] = (
         reference=reference_reward.best_of_k_loss,
         operator="best_of_k_loss",
         formula="−log softmax(rewards)[best]",
+        derivative="∂r_j = softmax(rewards)_j − 1[j = best]",
         paper="1909.08593",
         meaning="reward model from the best of K answers",
         example=_best_example,
@@ -108,8 +173,62 @@ TABLE: tuple[Loss, ...] = (
         reference=reference_reward.ranking_loss,
         operator="ranking_loss",
         formula="−1/P·Σ log σ(r_i − r_j) over the P pairs with i ranked better than j",
+        derivative="∂r_k = 1/P·[Σ_i σ(r_k − r_i) − Σ_j σ(r_j − r_k)], over i better and j worse than k",
+        takes=("mask",),
         paper="2203.02155",
         meaning="reward model from a ranking of K answers, all pairs of a prompt together",
         example=_ranking_example,
+    ),
+    Loss(
+        name="plackett_luce_loss",
+        function=reward.plackett_luce_loss,
+        reference=reference_reward.plackett_luce_loss,
+        operator="plackett_luce_loss",
+        formula="−Σ_i [r_(i) − log Σ_{j≥i} exp r_(j)] in rank order",
+        derivative="∂r_k = Σ_{i not below k} exp(r_k)/Σ_{j≥i} exp r_(j) − 1",
+        takes=("mask",),
+        paper="2305.18290",
+        meaning="reward model from a ranking as a whole: each answer chosen from those left",
+        example=_order_example,
+    ),
+)
+
+
+def _rlhf_row(function: Callable[..., Any], formula: str, paper: str, meaning: str) -> Entry:
+    definition = getattr(reference_rlhf, function.__name__)
+    return Entry(
+        name=function.__name__, function=function, reference=definition, formula=formula, paper=paper, meaning=meaning
+    )
+
+
+RLHF: tuple[Entry, ...] = (
+    _rlhf_row(
+        rlhf.kl_shaped_rewards,
+        "r_t = −c·k_t, plus the score at the last token; k_t = d, d²/2 or e^{−d} − 1 + d, d = log π − log π_ref",
+        "1909.08593",
+        "the reward model's score, less the price of leaving the reference",
+    ),
+    _rlhf_row(
+        rlhf.gae,
+        "A_t = δ_t + γλA_{t+1}, δ_t = r_t + γV_{t+1} − V_t",
+        "1506.02438",
+        "what a token was worth beyond what its value said",
+    ),
+    _rlhf_row(rlhf.masked_whiten, "(x − μ)/√(σ² + 1e-8)", "1909.08593", "advantages of mean 0 and variance 1"),
+    _rlhf_row(
+        rlhf.ppo_policy_loss,
+        "max(−Aρ, −A·clip(ρ, 1 ± ε)), ρ = π/π_old",
+        "1707.06347",
+        "the policy's gradient, until a token has moved far enough",
+    ),
+    _rlhf_row(
+        rlhf.ppo_value_loss,
+        "½·max((v − R)², (clip(v, v_old ± ε) − R)²)",
+        "1909.08593",
+        "a value head fitted to the returns, ε a step at the most",
+    ),
+    _rlhf_row(rlhf.ppo_loss, "policy loss + c·value loss", "1909.08593", "both, for a trunk that they share"),
+    _rlhf_row(
+        rlhf.ptx_loss, "−γ·log π(x_t)", "2203.02155", "pretraining's likelihood, so that PPO forgets less (PPO-ptx)"
     ),
 )

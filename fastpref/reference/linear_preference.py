@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor
 from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, describe
 from fastpref._results import linear_group_type, linear_loss_type
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
-from fastpref.reference.losses.preference import dpo_loss, reduce
+from fastpref.reference.logprobs import scored_targets, sequence_index
+from fastpref.reference.losses.preference import (
+    check_options,
+    dpo_loss,
+    needs_lengths,
+    needs_reference,
+    reduce,
+    weighted_types,
+)
 
 LossFunction = Callable[[Tensor], Tensor]
 """Log-probs (G, K) -> losses (G,), each group on its own."""
@@ -72,12 +80,66 @@ def check_group(
         raise ValueError(f"ld_alpha without shared_lengths takes pairs, group_size=2; got group_size={group_size}")
 
 
+def resolve_options(
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, average_logps: bool, reduction: str,
+    options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Check `dpo_loss`'s options before anything is multiplied, and count the lengths that they need and lack.
+
+    `reference_free` becomes whether no type compares with the reference.
+    """
+    types = weighted_types(options["loss_type"], options["loss_weights"])
+    others = ("loss_type", "loss_weights", "chosen_lengths", "rejected_lengths", "reference_free")
+    check_options(types, reduction=reduction, **{name: value for name, value in options.items() if name not in others})
+    needed = needs_lengths(types, options["length_normalize"], options["sft_weight"])
+    if average_logps and any(needed):
+        names = ", ".join(kind.name for kind, _ in types)
+        raise ValueError(
+            f"average_logps=True makes means, and loss_type {names} with length_normalize="
+            f"{options['length_normalize']!r} and sft_weight={options['sft_weight']!r} divides by lengths itself"
+        )
+    lengths = options["chosen_lengths"], options["rejected_lengths"]
+    if any(wanted and given is None for wanted, given in zip(needed, lengths, strict=True)):
+        rows = labels[None] if labels.dim() == 1 else labels
+        _, scored = scored_targets(rows, cu_seqlens, ignore_index=ignore_index, shift=shift)
+        counts = torch.zeros(count_sequences(labels, cu_seqlens), dtype=torch.long, device=labels.device)
+        counts.index_add_(0, sequence_index(scored, cu_seqlens).reshape(-1), scored.reshape(-1).long())
+        lengths = tuple(
+            counted if given is None else given for given, counted in zip(lengths, counts.tensor_split(2), strict=True)
+        )
+    return {
+        **options, "chosen_lengths": lengths[0], "rejected_lengths": lengths[1],
+        "reference_free": not needs_reference(types, options["reference_free"]),
+    }  # fmt: skip
+
+
 def check_losses(losses: object, groups: int) -> None:
     """Raise unless `loss_fn` returned floating-point losses (G,)."""
     if not isinstance(losses, Tensor) or losses.dtype not in FLOATING:
         raise TypeError(f"loss_fn must return a floating-point tensor ({groups},); got {describe(losses)}")
     if losses.shape != (groups,):
         raise ValueError(f"loss_fn must return one loss a group, ({groups},); got {describe(losses)}")
+
+
+def check_constant(losses: Tensor, members: Tensor) -> None:
+    """Raise `ValueError` where losses of `members` depend on anything else that requires a gradient.
+
+    With the gradients made in the forward such a tensor would get none, and with the log-probs made first it would: one
+    batch trains it and a longer one does not.
+    """
+    nodes, seen = [losses.grad_fn], {members.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not members:
+            raise ValueError(
+                f"loss_fn must be a function of its log-probs alone; it depends on {describe(leaf)} that requires a "
+                "gradient, which it would not always get: detach it"
+            )
+        nodes += [parent for parent, _ in node.next_functions]
 
 
 def _sequences(
@@ -109,10 +171,23 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     shared_lengths: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    length_normalize: bool = False,
+    margin: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
     reference_free: bool = False,
+    delta: float = 0.0,
+    gamma: float = 0.5,
+    discopop_tau: float = 0.05,
+    sft_weight: float = 0.0,
+    sft_reduction: str = "token",
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
@@ -125,15 +200,24 @@ def linear_dpo_loss(
     """`fastpref.linear_dpo_loss` in plain PyTorch."""
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_halves(labels, cu_seqlens)
+    options = {
+        "beta": beta, "loss_type": loss_type, "loss_weights": loss_weights, "label_smoothing": label_smoothing,
+        "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "length_normalize": length_normalize,
+        "margin": margin, "weights": weights, "f_divergence": f_divergence, "f_alpha": f_alpha,
+        "reference_free": reference_free, "delta": delta, "gamma": gamma, "discopop_tau": discopop_tau,
+        "sft_weight": sft_weight, "sft_reduction": sft_reduction,
+    }  # fmt: skip
+    options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
     check_references(
-        labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free
-    )
+        labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias,
+        options["reference_free"],
+    )  # fmt: skip
     linear = {
         "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
         "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
         "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
     }  # fmt: skip
-    if ref_hidden is not None and not reference_free:
+    if ref_hidden is not None and not options["reference_free"]:
         assert ref_weight is not None
         with torch.no_grad():
             made, _, _ = _sequences(ref_hidden, ref_weight, labels, ref_bias, average_logps, (), linear)
@@ -144,8 +228,7 @@ def linear_dpo_loss(
         chosen, rejected,
         None if ref_chosen_logps is None else ref_chosen_logps.detach(),
         None if ref_rejected_logps is None else ref_rejected_logps.detach(),
-        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reduction=reduction,
-        reference_free=reference_free,
+        reduction=reduction, **options,
     )  # fmt: skip
     return linear_loss_type(names)(*loss, chosen.detach(), rejected.detach(), *statistics)
 
@@ -187,4 +270,5 @@ def linear_preference_loss(
     members = logps.view(group_size, logps.shape[0] // group_size).T
     losses = loss_fn(members)
     check_losses(losses, members.shape[0])
+    check_constant(losses, members)
     return linear_group_type(names)(reduce(losses, reduction), members.detach(), *statistics)

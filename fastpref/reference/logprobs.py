@@ -122,6 +122,11 @@ def ld_weights(
     return weights.view(scored.shape)
 
 
+def weigh(logps: Tensor, weights: Tensor) -> Tensor:
+    """Log-probs times weights; a weight of 0 leaves its token out, also where its log-prob is −inf."""
+    return weights * logps.masked_fill(weights == 0, 0.0)
+
+
 def _score(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, stats: tuple[str, ...],
     **transform: Any,
@@ -201,7 +206,7 @@ def sequence_logprobs(
         sequences = labels.shape[0] if labels.dim() == 2 else 1
     weighted = logps
     if ld_alpha is not None:
-        weighted = logps * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype)
+        weighted = weigh(logps, ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype))
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     total = logps.new_zeros(sequences).index_add(0, index, weighted.reshape(-1))
     if reduction == "mean":

@@ -125,7 +125,8 @@ def logprobs(
     index = _sequence_of(scored, cu_seqlens).reshape(-1)
     counts = torch.zeros(sequences, dtype=torch.int32, device=labels.device)
     counts.index_add_(0, index, scored.reshape(-1).int())
-    weighted = logps if weights is None else logps * weights
+    # A weight of 0 leaves its token out, also where its log-prob is -inf.
+    weighted = logps if weights is None else weights * logps.masked_fill(weights == 0, 0.0)
     sums = logps.new_zeros(sequences).index_add_(0, index, weighted.reshape(-1))
     if reduction == "mean":
         sums = sums / counts.clamp(min=1)

@@ -20,7 +20,8 @@ Where it was not kept, the logits are made again, and a second fold turns them i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,20 +45,39 @@ class Backend(NamedTuple):
         fold: adds a tile of logits to the rows' sums. See `fold`.
         fold_backward: turns a tile of logits into its gradient. See `fold_backward`.
         scratch: (name, shape, dtype, device) -> uninitialised memory, the same at the next call of that name.
-        prepare: told of large memory before it is first touched.
+        empty: (shape, dtype, device) -> uninitialised memory for what outlives the call.
         gradient_dtype: the dtype of hidden -> that of the gradient's tiles.
         rows: default of `chunk_rows`, the rows of a tile.
         whole: whether kept exponentials are multiplied in one product, and not a tile's columns at a time.
+        product_fold: (x, weight, bias, targets, logit_scale, temperature, softcap, stats, state, store), or None where
+            there is no such kernel: multiplies and folds all columns of some rows, as `_product_fold` does with
+            `product` and `fold`, and returns what it does; None where those two are to be used, which it says from the
+            device, the dtype and the shapes alone.
     """
 
     product: Callable[[Tensor, Tensor, Tensor, bool], None]
     fold: Callable[..., None]
     fold_backward: Callable[..., None]
     scratch: Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
-    prepare: Callable[[Tensor], None]
+    empty: Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
     gradient_dtype: Callable[[torch.dtype], torch.dtype]
     rows: int
     whole: bool
+    product_fold: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator whose products' operands have the dtypes they are to have: an autocast around it rounds none."""
+
+    @functools.wraps(function)
+    def call(backend: Backend, *arguments: Any) -> Any:
+        device = next(value.device.type for value in arguments if isinstance(value, Tensor))
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(backend, *arguments)
+        with torch.autocast(device, enabled=False):
+            return function(backend, *arguments)
+
+    return call
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -91,8 +111,9 @@ def fold(
         temperature: divides the logits.
         softcap: caps the logits.
         stats: bits of the statistics asked for.
-        state: (8, R) float64, in and out, of d_j = z_j - anchor over the tiles so far: the anchor; Σ exp d, Σ d·exp d
-            and Σ exp 2d over j ≠ label; Σ z over all j; the maxima of z before and after the label; z of the label.
+        state: (8, R) float64, in and out, of d_j = z_j - anchor over the tiles so far: the anchor, -inf while there is
+            none (the label's logit and all others are -inf); Σ exp d, Σ d·exp d and Σ exp 2d over j ≠ label; Σ z over
+            all j; the maxima of z before and after the label; z of the label.
         anchors: (R,) float64, out: the anchor of this tile.
         masses: (R,) float64, out: this tile's Σ_{j≠label} exp d.
         store: (R, C) or None, out: exp(d)·dz/dx, and 0 at the label.
@@ -112,12 +133,13 @@ def fold(
     tile = (others - anchor[:, None].to(z.dtype)).exp().sum(-1, dtype=torch.float64)
     redone = ~(rest + tile < (ENTROPY_LIMIT if stats & 2 else LIMIT))
     old = torch.where((rest > 0) | anchor.isfinite(), anchor, -torch.inf)
-    moved = torch.maximum(old, others.amax(-1).double())
-    moved = torch.where(redone, moved.masked_fill(moved == -torch.inf, 0.0), anchor)
-    gap = torch.where(redone, anchor - moved, 0.0)
+    moved = torch.where(redone, torch.maximum(old, others.amax(-1).double()), anchor)
+    # Any number where there is nothing but -inf yet: a sum of 0 and no NaN, and the row stays without an anchor.
+    base = moved.masked_fill(moved == -torch.inf, 0.0)
+    gap = torch.where(redone, anchor - base, 0.0)
     factor = gap.exp()
     gap = gap.masked_fill(factor == 0, 0.0)
-    d = others - moved[:, None].to(z.dtype)
+    d = others - base[:, None].to(z.dtype)
     e = d.exp()
     weighted.copy_(factor * (weighted + gap * rest) + (e * d.masked_fill(e == 0, 0.0)).sum(-1, dtype=torch.float64))
     squares.copy_(factor * factor * squares + (e * e).sum(-1, dtype=torch.float64))
@@ -196,9 +218,73 @@ def _label_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     return _transformed(raw, None if bias is None else bias[labels], *transform)[0]
 
 
-def _mass_shares(anchors: Tensor, masses: Tensor, anchor: Tensor, total: Tensor) -> Tensor:
-    """The softmax mass of every tile of every row (chunks, R), its label's aside."""
-    return masses * (anchors - anchor).exp() / total
+def _product_fold(
+    backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float,
+    temperature: float, softcap: float | None, stats: int, state: Tensor, store: Tensor | None,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """Multiply and fold every column of some rows. Returns anchors and masses (pieces, R), and a piece's columns.
+
+    Args:
+        backend: whose products and row passes.
+        x: (R, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        targets: (R,), as in `fold`, like every argument after it but the last two.
+        logit_scale: multiplies the logits.
+        temperature: divides the logits.
+        softcap: caps the logits.
+        stats: bits of the statistics asked for.
+        state: (8, R) float64, in and out, over all columns.
+        store: (R, V) or None, out: what each piece stores is relative to its own anchor.
+    """
+    if backend.product_fold is not None:
+        done = backend.product_fold(
+            x, weight, bias, targets, logit_scale, temperature, softcap, stats, state, store
+        )  # fmt: skip
+        if done is not None:
+            return done
+    vocabulary, transform = weight.shape[0], (logit_scale, temperature, softcap)
+    chunks = list(_column_chunks(vocabulary, COLUMNS))
+    anchors, masses = state.new_empty((2, len(chunks), len(targets)))
+    tile = backend.scratch("logits", (len(targets), min(COLUMNS, vocabulary)), widened(x.dtype), x.device)
+    for i, (begin, end) in enumerate(chunks):
+        z = tile[:, : end - begin]
+        backend.product(z, x, weight[begin:end].t(), False)
+        backend.fold(
+            z, None if bias is None else bias[begin:end], targets, begin, *transform, stats, state, anchors[i],
+            masses[i], None if store is None else store[:, begin:end],
+        )  # fmt: skip
+    return anchors, masses, COLUMNS
+
+
+def _tiles(pieces: Tensor, columns: int) -> Tensor:
+    """Values of pieces of `columns` columns (pieces, R) by tile: (chunks, pieces of a tile, R), zeros past the end."""
+    count = COLUMNS // columns
+    return torch.nn.functional.pad(pieces, (0, 0, 0, -len(pieces) % count)).unflatten(0, (-1, count))
+
+
+def _mass_shares(anchors: Tensor, masses: Tensor, columns: int, anchor: Tensor, total: Tensor) -> Tensor:
+    """The softmax mass of every tile of every row (chunks, R), its label's aside, from pieces of `columns` columns."""
+    return _tiles(masses * (anchors - anchor).exp() / total, columns).sum(1)
+
+
+def _rows_of_tiles(mask: Tensor) -> tuple[Tensor, ...]:
+    """The rows of every tile where `mask` (chunks, R) is True, read at once: a device waits for every answer."""
+    return mask.nonzero()[:, 1].split(mask.sum(1).tolist())
+
+
+def _reanchor(kept: Tensor, anchors: Tensor, anchor: Tensor, columns: int, dtype: torch.dtype) -> None:
+    """Bring stored exponentials (R, V), each piece of `columns` columns at an anchor of its own, to their row's."""
+    gaps = _tiles(anchors - anchor, columns)
+    moved = _rows_of_tiles((gaps != 0).any(1))
+    for (begin, end), rows, gap in zip(_column_chunks(kept.shape[1], COLUMNS), moved, gaps, strict=True):
+        if not len(rows):
+            continue
+        factor = gap.exp().to(dtype).t()[..., None].expand(-1, -1, columns).reshape(len(kept), -1)[:, : end - begin]
+        if 8 * len(rows) > len(kept):
+            kept[:, begin:end].mul_(factor)  # every row in place: most are to change, and a gather costs more
+        else:
+            kept[rows, begin:end] = kept[rows, begin:end].mul_(factor[rows])
 
 
 def _kept(shares: Tensor, labels: Tensor, columns: int, filter_eps: float) -> Tensor:
@@ -207,6 +293,7 @@ def _kept(shares: Tensor, labels: Tensor, columns: int, filter_eps: float) -> Te
     return ~(shares < filter_eps) | (labels // columns == chunk)
 
 
+@_outside_autocast
 def logprobs(
     backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
     store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
@@ -215,13 +302,11 @@ def logprobs(
     """`fastpref::linear_logprobs`."""
     vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
     rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
-    chunks = list(_column_chunks(vocabulary, COLUMNS))
-    if store is not None:
-        backend.prepare(store)
+    chunks = 0 if filter_eps is None else (vocabulary + COLUMNS - 1) // COLUMNS
     shape = tuple(labels[:, 1:].shape if shift else labels.shape)
     logps = hidden.new_zeros(shape, dtype=dtype)
     norm = hidden.new_zeros((4 if stats & 2 else 3, *shape), dtype=dtype)
-    shares = hidden.new_zeros((len(chunks) if filter_eps is not None else 0, *shape), dtype=torch.float32)
+    shares = hidden.new_zeros((chunks, *shape), dtype=torch.float32)
     kinds = [torch.bool if bit == 3 else dtype for bit in range(6)]
     statistics = [hidden.new_zeros(shape if stats >> bit & 1 else (0,), dtype=kind) for bit, kind in enumerate(kinds)]
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -233,27 +318,17 @@ def logprobs(
         state = torch.zeros((8, len(y)), dtype=torch.float64, device=x.device)
         state[0] = _label_logits(x, weight, bias, y, transform)
         state[5:7] = -torch.inf
-        anchors, masses = state.new_empty((2, len(chunks), len(y)))
-        tile = backend.scratch("logits", (len(y), min(COLUMNS, vocabulary)), dtype, x.device)
-        for i, (begin, end) in enumerate(chunks):
-            z = tile[:, : end - begin]
-            backend.product(z, x, weight[begin:end].t(), False)
-            backend.fold(
-                z, None if bias is None else bias[begin:end], y, begin, *transform, stats, state, anchors[i],
-                masses[i], None if store is None else store[part, begin:end],
-            )  # fmt: skip
+        kept = None if store is None else store[part]
+        anchors, masses, columns = _product_fold(backend, x, weight, bias, y, *transform, stats, state, kept)
+        state[0].masked_fill_(state[0] == -torch.inf, 0.0)  # nothing but -inf: any anchor does
         anchor, rest, weighted, squares, total, before, after, z_y = state
         e_y = (z_y - anchor).exp()
         whole = rest + e_y
         gap = anchor - z_y
         near = -torch.log1p(rest * gap.clamp(max=_NEAR).exp())
         logp = torch.where(gap < _NEAR, near, -gap - whole.log()).masked_fill(z_y == torch.inf, torch.nan)
-        if store is not None:
-            kept = store[part]
-            moved = (anchors != anchor).any(0).nonzero()[:, 0]
-            if len(moved):
-                factor = (anchors[:, moved] - anchor[moved]).exp().repeat_interleave(COLUMNS, 0)
-                kept[moved] = (kept[moved] * factor[:vocabulary].t()).to(kept.dtype)
+        if kept is not None:
+            _reanchor(kept, anchors, anchor, columns, dtype)
             of_z = eager.Transform.of(*transform)
             slope = of_z.derivative(z_y / of_z.rate)
             kept[torch.arange(len(y), device=y.device), y] = (-rest * slope).to(kept.dtype)
@@ -276,7 +351,7 @@ def logprobs(
         if stats & 2:
             norm[3][place] = statistics[1][place]
         if filter_eps is not None:
-            share = _mass_shares(anchors, masses, anchor, whole).float()
+            share = _mass_shares(anchors, masses, columns, anchor, whole).float()
             shares[(slice(None), *place)] = share
             if stats >> 5 & 1:
                 dropped = share.masked_fill(_kept(share, y, COLUMNS, filter_eps), 0.0)
@@ -289,6 +364,7 @@ def _picked(values: Any, pick: Tensor | None) -> Any:
     return values if values is None or pick is None else values[..., pick].contiguous()
 
 
+@_outside_autocast
 def accumulate_gradients(
     backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,
@@ -299,8 +375,6 @@ def accumulate_gradients(
     """`fastpref::linear_logprobs_backward_`. A d_weight of a narrower dtype is for rows of one chunk, rounded once."""
     vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
     rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
-    if fresh and d_weight is not None:
-        backend.prepare(d_weight)
     for total in (d_hidden, d_weight, d_bias):
         # The weight's is worth not writing twice: the first product of its columns overwrites it.
         if fresh and total is not None and (total is not d_weight or not len(rows) or filter_eps is not None):
@@ -317,9 +391,9 @@ def accumulate_gradients(
         y, x, of_row = rows.label[part], flat[rows.position[part]], norm[(slice(None), *place)].contiguous()
         g = None if grad is None else grad[place].to(dtype).contiguous()
         h = None if grad_entropy is None else grad_entropy[place].to(dtype).contiguous()
-        keeps = None
+        picks = None
         if filter_eps is not None and h is None:
-            keeps = _kept(shares[(slice(None), *place)], y, COLUMNS, filter_eps)
+            picks = _rows_of_tiles(_kept(shares[(slice(None), *place)], y, COLUMNS, filter_eps))
         row_scale = None
         right = x
         if kept is not None:
@@ -330,10 +404,9 @@ def accumulate_gradients(
         if d_hidden is not None:
             rows_gradient = backend.scratch("hidden", (len(y), hidden.shape[-1]), dtype, x.device).zero_()
         for i, (begin, end) in enumerate(_column_chunks(vocabulary, columns)):
-            pick = None if keeps is None or bool(keeps[i].all()) else keeps[i].nonzero()[:, 0]
+            pick = None if picks is None or len(picks[i]) == len(y) else picks[i]
             if pick is not None and not len(pick):
                 continue
-
             w, b = weight[begin:end], None if bias is None else bias[begin:end]
             if kept is not None:
                 tile = kept[part, begin:end] if pick is None else kept[part, begin:end][pick]
@@ -384,7 +457,7 @@ def gradients(
     once = labels.numel() <= (chunk_rows or backend.rows) and not backend.whole
     kinds = (wide, dtypes[1] if once else wide, wide)
     totals: list[Tensor | None] = [
-        tensor.new_empty(tensor.shape, dtype=kind) if want and tensor is not None else None
+        backend.empty(tensor.shape, kind, tensor.device) if want and tensor is not None else None
         for tensor, want, kind in zip((hidden, weight, bias), needed, kinds, strict=True)
     ]
     given = (grad, grad_entropy, hidden, weight, bias, labels, cu_seqlens, norm, store, shares)
@@ -402,8 +475,7 @@ def gradients(
 
 def scaled_gradient(backend: Backend, total: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`fastpref::scaled_gradient`."""
-    out = torch.empty_like(total, dtype=dtype)
-    backend.prepare(out)
+    out = backend.empty(total.shape, dtype, total.device)
     if upstream is None:
         return out.copy_(total)
     if dtype == total.dtype:
@@ -428,15 +500,23 @@ def library_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of PyTorch's allocator."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def fresh_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of an allocator that keeps its own."""
     del name
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def library_backend(fold: Callable[..., None], fold_backward: Callable[..., None]) -> Backend:
+def library_backend(
+    fold: Callable[..., None], fold_backward: Callable[..., None],
+    product_fold: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None,
+) -> Backend:  # fmt: skip
     """A device's own products around the given row passes, with tiles large enough to fill a GPU."""
     return Backend(
-        library_product, fold, fold_backward, fresh_scratch, lambda _: None, lambda dtype: dtype,
-        rows=4096, whole=True,
+        library_product, fold, fold_backward, fresh_scratch, empty, lambda dtype: dtype,
+        rows=4096, whole=True, product_fold=product_fold,
     )  # fmt: skip

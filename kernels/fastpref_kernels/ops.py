@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref_kernels import cpu, eager, linear
+from fastpref_kernels import cpu, eager, gae, linear
 from fastpref_kernels.cpu import linear as cpu_linear
 
 NAMESPACE = "fastpref"
@@ -22,6 +23,15 @@ TRITON_KEYS = ("CUDA", "XPU")
 # Importing it is left to the first launch.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# Operators that give a loss, its partial derivatives and what is reported beside it, and the files of their kernels.
+LOSSES = {
+    "dpo_loss": "preference",
+    "kto_loss": "preference",
+    "pairwise_reward_loss": "reward",
+    "best_of_k_loss": "reward",
+    "ranking_loss": "reward",
+    "plackett_luce_loss": "reward",
+}
 
 # The arguments that forward and backward share, in this order, after the tensors of each.
 _LINEAR = "int ignore_index, bool shift, float logit_scale, float temperature, float? softcap"
@@ -59,12 +69,21 @@ _SCHEMAS = (
     # A gradient's float32 sums, times the upstream scalar if there is one, rounded once, to a parameter's dtype.
     "scaled_gradient(Tensor total, Tensor? upstream, ScalarType dtype) -> Tensor",
     # Losses: the loss, its partial derivatives by every differentiable input, one column each, and what is reported.
-    "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, str loss_type, float beta, "
-    "float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    # constant_margin and constant_kl are what is the same for all, where no tensor is given.
+    "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
+    "Tensor? rejected_lengths, Tensor? margin, Tensor? weights, str loss_type, float loss_weight, float beta, "
+    "float label_smoothing, float constant_margin, bool length_normalize, str f_divergence, float f_alpha, "
+    "float delta, float gamma, float discopop_tau, float sft_weight, str sft_reduction, str reduction) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "kto_loss(Tensor logps, Tensor ref_logps, Tensor desirable, Tensor? kl, float constant_kl, float beta, "
+    "float desirable_weight, float undesirable_weight, str reduction) -> (Tensor, Tensor, Tensor)",
     "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float constant_margin, float center_weight, "
     "str reduction) -> (Tensor, Tensor)",
     "best_of_k_loss(Tensor rewards, Tensor best, str reduction) -> (Tensor, Tensor)",
     "ranking_loss(Tensor rewards, Tensor ranks, Tensor? mask, str reduction) -> (Tensor, Tensor)",
+    "plackett_luce_loss(Tensor rewards, Tensor ranks, Tensor? mask, str reduction) -> (Tensor, Tensor)",
+    # rewards, values and mask (B, T) -> advantages and returns (B, T), which no gradient passes.
+    "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
 )
 
 
@@ -77,6 +96,17 @@ def loss_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
     """How many rows' exponentials a loss from hidden states keeps at a time where it is not told."""
     limit = cpu_linear.LOSS_BYTES if weight.device.type == "cpu" else linear.LOSS_BYTES
     return max(1, limit // (weight.shape[0] * dtype.itemsize))
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on `like`'s device, for what is large and lives until a backward."""
+    make = cpu_linear.empty if like.device.type == "cpu" else linear.empty
+    return make(shape, dtype, like.device)
+
+
+def release_memory(keep: int | None) -> None:
+    """Give back what operators on a CPU keep for their next call."""
+    cpu_linear.release_memory(keep)
 
 
 def _launcher(module: str, name: str) -> Any:
@@ -161,6 +191,11 @@ def _dpo_fake(
     return loss, partials, loss.new_empty(chosen.shape), loss.new_empty(chosen.shape)
 
 
+def _kto_fake(logps: Tensor, ref_logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, partials = _loss_fake(2, rest[-1], logps, ref_logps)
+    return loss, partials, loss.new_empty(logps.shape)
+
+
 def _pairwise_fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _loss_fake(2, rest[-1], chosen, rejected)
 
@@ -169,11 +204,16 @@ def _group_fake(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _loss_fake(rewards.shape[1], rest[-1], rewards)
 
 
-def _implement(key: str, logprobs: Any, write_gradient: Any) -> None:
+def _gae_fake(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+def _implement(key: str, logprobs: Any, write_gradient: Any, empty_like: Any = torch.empty_like) -> None:
     """Register a backend's log-probs, and its gradient both in fresh memory and over the logits."""
 
     def fresh(grad: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
-        out = torch.empty_like(logits)
+        out = empty_like(logits)
         write_gradient(out, grad, grad_entropy, logits, *rest)
         return out
 
@@ -196,18 +236,19 @@ def _implement_linear(key: str, backend: linear.Backend) -> None:
 def _register() -> None:
     for schema in _SCHEMAS:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _implement("CPU", cpu.logprobs, cpu.write_gradient)
+    _implement("CPU", cpu.logprobs, cpu.write_gradient, cpu_linear.empty_like)
     _implement_linear("CPU", cpu_linear.BACKEND)
     _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
     _implement_linear("CompositeExplicitAutograd", linear.library_backend(linear.fold, linear.fold_backward))
+    _LIBRARY.impl("gae", gae.gae, "CompositeExplicitAutograd")
     if _HAS_TRITON:
         for key in TRITON_KEYS:
+            _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
             _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
-            _implement_linear(
-                key, linear.library_backend(_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
-            )
-            for name in ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss"):
-                _LIBRARY.impl(name, _launcher("losses", name), key)
+            folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
+            _implement_linear(key, linear.library_backend(*folds, _launcher("product", "product_fold")))
+            for name, module in LOSSES.items():
+                _LIBRARY.impl(name, _launcher(module, name), key)
     for name, fake in {
         "logprobs": _logprobs_fake,
         "logprobs_backward": _logprobs_backward_fake,
@@ -220,6 +261,9 @@ def _register() -> None:
         "pairwise_reward_loss": _pairwise_fake,
         "best_of_k_loss": _group_fake,
         "ranking_loss": _group_fake,
+        "plackett_luce_loss": _group_fake,
+        "kto_loss": _kto_fake,
+        "gae": _gae_fake,
     }.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 

@@ -112,13 +112,14 @@ class TestOpcheck:
             for name in torch._C._dispatch_get_all_op_names()
             if name.startswith("fastpref::") and torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU")
         }
-        of_hidden_states = {
+        checked_elsewhere = {
             "linear_logprobs",
             "linear_logprobs_backward",
             "linear_logprobs_backward_",
             "scaled_gradient",
+            "gae",
         }
-        assert on_cpu == {"logprobs", "logprobs_backward", "logprobs_backward_"} | of_hidden_states
+        assert on_cpu == {"logprobs", "logprobs_backward", "logprobs_backward_"} | checked_elsewhere
 
     def test_inplace_operator_writes_what_the_other_returns(self, logits: Tensor, labels: Tensor) -> None:
         arguments = backward_arguments(logits, labels, "tokens, statistics, transformed")
@@ -171,6 +172,32 @@ class TestCompile:
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         for wanted, got in zip(outcome(step, 4, 6, 1), outcome(compiled, 4, 6, 1), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
+    @pytest.mark.parametrize("function", [token_logprobs, sequence_logprobs])
+    def test_whole_graph_without_gradients(self, function: Callable[..., Any], stats: tuple[str, ...]) -> None:
+        logits, labels = torch.randn(2, 5, 33, requires_grad=True), torch.randint(33, (2, 5))
+
+        def step(logits: Tensor) -> Any:
+            return function(logits, labels, stats=stats)
+
+        def inside(logits: Tensor) -> Any:
+            with torch.no_grad():
+                return step(logits)
+
+        wanted = step(logits.detach())
+        for around, body, given in (
+            (torch.no_grad, step, logits),
+            (torch.inference_mode, step, logits),
+            (torch.enable_grad, inside, logits),
+            (torch.enable_grad, step, logits.detach()),
+        ):
+            torch.compiler.reset()
+            with around():
+                found = torch.compile(body, fullgraph=True, backend="aot_eager")(given)
+            for one, other in zip(found, wanted, strict=True):
+                assert not one.requires_grad
+                assert torch.equal(one, other)
 
     def test_dynamic_shapes_compile_once(self) -> None:
         compiled = torch.compile(step_with_statistics, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -227,6 +254,11 @@ class TestGraph:
         assert torch.equal(logps, wanted)
         with torch.inference_mode():
             assert torch.equal(token_logprobs(logits, labels), wanted)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
+    def test_forward_mode_is_refused(self, logits: Tensor, labels: Tensor) -> None:
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(lambda z: token_logprobs(z, labels), (logits,), (logits,))
 
     def test_retain_graph_gives_the_same_gradient_again(self, logits: Tensor, labels: Tensor) -> None:
         logps = sequence_logprobs(logits.requires_grad_(), labels)

@@ -140,6 +140,27 @@ def _(dtype: torch.dtype) -> None:
     assert_matches_reference("token_logprobs", logits, labels)
 
 
+@edge("logits −inf at the label of a token of weight 0: it counts for nothing")
+def _(dtype: torch.dtype) -> None:
+    logits, labels = make(dtype, 2, 6, V)
+    labels[1, 4:] = -100
+    for reduction in ("sum", "mean"):
+        found = []
+        for value in (0.0, -math.inf):
+            logits[0, 4, labels[0, 5]] = value  # past the three tokens that the pair shares
+            leaf = logits.clone().requires_grad_()
+            logps = sequence_logprobs(leaf, labels, ld_alpha=0.0, reduction=reduction)
+            (gradient,) = torch.autograd.grad(logps.sum(), leaf)
+            torch.testing.assert_close(
+                logps, reference.sequence_logprobs(leaf, labels, ld_alpha=0.0, reduction=reduction)
+            )
+            found.append((logps.detach(), gradient))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+        assert found[0][0].isfinite().all()
+        assert not found[0][1][0, 3:].any()
+
+
 @edge("NaN in a scored row: NaN for that sequence alone; other sequences unharmed")
 def _(dtype: torch.dtype) -> None:
     one_bad_logit(dtype, math.nan)
@@ -354,6 +375,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], 
     "labels elsewhere": ("token", (LOGITS, LABELS.to("meta")), {}, ValueError, ("labels", "meta", "cpu")),
     "temperature 0": ("token", (LOGITS, LABELS), {"temperature": 0.0}, ValueError, ("temperature", "0.0", "above 0")),
     "temperature NaN": ("token", (LOGITS, LABELS), {"temperature": math.nan}, ValueError, ("temperature", "nan")),
+    "temperature a string": ("token", (LOGITS, LABELS), {"temperature": "x"}, ValueError, ("temperature", "'x'")),
     "temperature None": ("token", (LOGITS, LABELS), {"temperature": None}, (ValueError, TypeError), ("temperature",)),
     "logit_scale −1": ("token", (LOGITS, LABELS), {"logit_scale": -1.0}, ValueError, ("logit_scale", "-1.0", "above")),
     "softcap 0": ("token", (LOGITS, LABELS), {"softcap": 0.0}, ValueError, ("softcap", "0.0", "above 0")),
@@ -375,6 +397,8 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], 
     "cu_seqlens with a batch": (
         "sequence", (LOGITS, LABELS), {"cu_seqlens": BOUNDS}, ValueError, ("cu_seqlens", "(2, 3, 5)", "(1, N, V)"),
     ),
+    "ld_alpha a string": ("sequence", (LOGITS, LABELS), {"ld_alpha": "x"}, ValueError, ("ld_alpha", "'x'", "finite")),
+    "ld_alpha NaN": ("sequence", (LOGITS, LABELS), {"ld_alpha": math.nan}, ValueError, ("ld_alpha", "nan", "finite")),
     "shared_lengths without ld_alpha": (
         "sequence", (LOGITS, LABELS), {"shared_lengths": LABELS[:, 0]}, ValueError, ("shared_lengths", "ld_alpha"),
     ),

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastpref
 from fastpref import reference
 from fastpref.reference.logprobs import transform_logits
+from fastpref_kernels.linear import COLUMNS
 from tests.tolerance import ALL_STATS, DTYPES, assert_accurate
 
 NAMES = ("linear_token_logprobs", "linear_sequence_logprobs")
@@ -569,6 +570,42 @@ class TestEdges:
         for name in ("logprobs", "dhidden"):
             torch.testing.assert_close(found[name][[0, 2]], clean[name][[0, 2]], rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("level", [-200.0, 0.0, 200.0])
+    def test_label_and_first_tile_minus_infinity(self, level: float, mode: str) -> None:
+        operands, _ = make((1, 3), 2 * COLUMNS + 9)
+        operands["bias"] += level
+        operands["bias"][:COLUMNS] = -math.inf
+        labels = torch.tensor([[5, 2 * COLUMNS + 1, COLUMNS + 2]])  # and −inf at the first alone
+        found = assert_matches_reference(
+            "linear_token_logprobs", operands, labels, shift=False, mode=mode, stats=ALL_STATS
+        )
+        assert found["logprobs"].isfinite().tolist() == [[False, True, True]]
+        again = run(fastpref.linear_token_logprobs, operands, labels, shift=False, mode=mode, filter_eps=1e-4)
+        for value in (*found.values(), *again.values()):
+            assert not value.isnan().any()
+
+    def test_everything_minus_infinity(self, mode: str) -> None:
+        operands, labels = make((2, 3), 37)
+        operands["bias"][:] = -math.inf
+        labels[:] = 5
+        found, truth = (
+            run(package.linear_token_logprobs, operands, labels, mode=mode, stats=ALL_STATS)
+            for package in (fastpref, reference)
+        )
+        for name in ("logprobs", "lse", "mean_logits", "log_sum_sq_probs"):
+            torch.testing.assert_close(found[name], truth[name], equal_nan=True)
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean"])
+    def test_label_of_a_token_of_weight_zero_minus_infinity(self, reduction: str, mode: str) -> None:
+        operands, labels = make((2, 6), 37)
+        operands["bias"][3] = -math.inf
+        labels[:], labels[0, 5], labels[1, 4:] = 7, 3, -100
+        options = {"mode": mode, "reduction": reduction, "ld_alpha": 0.0}
+        found = assert_matches_reference("linear_sequence_logprobs", operands, labels, **options)
+        for value in found.values():
+            assert value.isfinite().all()
+        assert not found["dhidden"][0, 3:].any()
+
     def test_incoming_nan_of_an_ignored_token_goes_nowhere(self, mode: str) -> None:
         operands, labels = make((2, 6), 37)
         leaves = [value.requires_grad_() for value in operands.values()]
@@ -725,6 +762,26 @@ class TestGraph:
             # They have passed through the cast's backward.
             assert_accurate(ours[name].bfloat16(), eager[name].bfloat16(), truth[name], name)
 
+    @pytest.mark.parametrize("chunk_rows", [None, 24])
+    def test_autocast_rounds_nothing_but_the_operands(self, chunk_rows: int | None, mode: str) -> None:
+        operands, labels = make((8, 12), 131)
+        rounded = {name: value.bfloat16() for name, value in operands.items()}
+        # "auto" makes the gradients in the loss's forward where there are several chunks.
+        options = {"chunk_rows": chunk_rows, "mode": mode}
+
+        def tokens(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor) -> Tensor:
+            return fastpref.linear_token_logprobs(hidden, weight, labels, bias, **options)
+
+        def loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor) -> Tensor:
+            return fastpref.linear_dpo_loss(hidden, weight, labels, bias=bias, reference_free=True, **options).loss
+
+        for function in (tokens, loss):
+            wanted = run(function, rounded, labels)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = run(function, operands, labels)
+            for name, value in found.items():
+                assert torch.equal(value.to(wanted[name].dtype), wanted[name]), name
+
     def test_autocast_leaves_float64_alone(self, mode: str) -> None:
         operands, labels = make((2, 5), 31, dtype=torch.float64)
         wanted = run(fastpref.linear_token_logprobs, operands, labels, mode=mode)
@@ -753,6 +810,62 @@ def test_compiles_to_one_graph(stats: tuple[str, ...]) -> None:
     wanted = run(step, operands, labels, stats=stats)
     for name, value in run(compiled, operands, labels, stats=stats).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("unpoisoned", "fresh_compiler")
+@pytest.mark.parametrize("name", [*NAMES, "linear_dpo_loss"])
+def test_compiles_to_one_graph_without_gradients(name: str) -> None:
+    operands, labels = make((4, 6), 61)
+    hidden, weight, bias = (value.requires_grad_() for value in operands.values())
+    options: dict[str, Any] = {"bias": bias, "stats": ("lse", "dropped_mass"), "filter_eps": 0.01}
+    if name == "linear_dpo_loss":
+        options["reference_free"] = True
+
+    def step(hidden: Tensor, weight: Tensor) -> Any:
+        return getattr(fastpref, name)(hidden, weight, labels, **options)
+
+    def inside(hidden: Tensor, weight: Tensor) -> Any:
+        with torch.no_grad():
+            return step(hidden, weight)
+
+    with torch.no_grad():
+        wanted = step(hidden, weight)
+    for around, body in ((torch.no_grad, step), (torch.inference_mode, step), (torch.enable_grad, inside)):
+        torch.compiler.reset()
+        with around():
+            found = torch.compile(body, fullgraph=True, backend="aot_eager")(hidden, weight)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+    options["bias"] = bias.detach()
+    torch.compiler.reset()
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden.detach(), weight.detach())
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("unpoisoned", "fresh_compiler")
+@pytest.mark.parametrize("chunk_rows", [None, 12])
+def test_a_loss_and_its_reference_compile_to_one_graph(chunk_rows: int | None) -> None:
+    operands, labels = make((4, 6), 61, bias=False)
+    ref = {f"ref_{name}": value + 0.1 for name, value in operands.items()}
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor, bias: None) -> Tensor:
+        return fastpref.linear_dpo_loss(hidden, weight, labels, chunk_rows=chunk_rows, **ref).loss
+
+    wanted = run(step, operands, labels)
+    found = run(torch.compile(step, fullgraph=True, backend="aot_eager"), operands, labels)
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
+def test_forward_mode_is_refused() -> None:
+    operands, labels = make((2, 4), 31)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(
+            lambda hidden: fastpref.linear_token_logprobs(hidden, operands["weight"], labels),
+            (operands["hidden"],), (operands["hidden"],),
+        )  # fmt: skip
 
 
 HIDDEN, WEIGHT, BIAS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
@@ -785,6 +898,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "filter_eps 0": ({"filter_eps": 0.0}, ValueError, ("filter_eps", "0.0", "between 0 and 1")),
     "filter_eps 1": ({"filter_eps": 1.0}, ValueError, ("filter_eps", "1.0", "between 0 and 1")),
     "filter_eps NaN": ({"filter_eps": math.nan}, ValueError, ("filter_eps", "nan", "between 0 and 1")),
+    "filter_eps a string": ({"filter_eps": "a"}, ValueError, ("filter_eps", "'a'", "between 0 and 1")),
+    "temperature a string": ({"temperature": "x"}, ValueError, ("temperature", "'x'", "above 0")),
     "temperature 0": ({"temperature": 0.0}, ValueError, ("temperature", "0.0", "above 0")),
     "logit_scale −1": ({"logit_scale": -1.0}, ValueError, ("logit_scale", "-1.0", "above 0")),
     "softcap inf": ({"softcap": math.inf}, ValueError, ("softcap", "inf", "finite")),
@@ -807,6 +922,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         {"hidden": PACKED, "labels": LABELS.view(-1), "cu_seqlens": torch.tensor([0, 5])}, ValueError,
         ("cu_seqlens", "[0, 5]", "6"),
     ),
+    "ld_alpha a string": ({"ld_alpha": "x"}, ValueError, ("ld_alpha", "'x'", "finite")),
+    "ld_alpha NaN": ({"ld_alpha": math.nan}, ValueError, ("ld_alpha", "nan", "finite")),
     "shared_lengths without ld_alpha": (
         {"shared_lengths": LABELS[:, 0], "reduction": "sum"}, ValueError, ("shared_lengths", "ld_alpha"),
     ),
@@ -827,3 +944,16 @@ def test_refused(package: Any, changed: dict[str, Any], kind: type[Exception], w
             getattr(package, name)(**arguments)
         for word in words:
             assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("package", [fastpref, reference], ids=["fastpref", "reference"])
+def test_tokens_but_no_sequence_are_refused(package: Any) -> None:
+    arguments = (PACKED.clone().requires_grad_(), WEIGHT, LABELS.view(-1))
+    calls: dict[str, dict[str, Any]] = {
+        "linear_sequence_logprobs": {},
+        "linear_dpo_loss": {"reference_free": True},
+        "linear_preference_loss": {"loss_fn": lambda logps: logps.sum(-1), "group_size": 2},
+    }
+    for name, options in calls.items():
+        with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to the number of tokens, 6"):
+            getattr(package, name)(*arguments, cu_seqlens=torch.tensor([0]), **options)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastpref
 from fastpref import linear_logprobs as module
@@ -146,14 +148,59 @@ class TestMode:
         assert kept == [32, 0]
 
 
+class LargestMade(TorchDispatchMode):
+    """The bytes of the largest tensor that is made, and not a view of `held`."""
+
+    def __init__(self, held: Tensor) -> None:
+        super().__init__()
+        self.held, self.nbytes = held.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != self.held:
+                self.nbytes = max(self.nbytes, made.nbytes)
+        return result
+
+
+class TestAnchors:
+    """Kept exponentials of tiles whose row has since moved its anchor."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_moving_one_holds_a_tile_and_no_more(self, dtype: torch.dtype) -> None:
+        rows, vocabulary = 6, 64 * linear.COLUMNS
+        hidden, weight = torch.randn(1, rows, 2).to(dtype), torch.randn(vocabulary, 2).to(dtype)
+        store = torch.empty(rows, vocabulary, dtype=dtype)
+        labels = torch.zeros(1, rows, dtype=torch.long)
+        given = (hidden, weight, None, labels, None, store, -100, False, 1.0, 1.0, None)
+        with LargestMade(store) as made:
+            _, norm, *_ = linear.logprobs(cpu_linear.BACKEND, *given, 2, None, None)
+        assert made.nbytes <= rows * linear.COLUMNS * 8
+        z = hidden[0].double() @ weight.double().T - norm[0, 0, :, None]
+        torch.testing.assert_close(store[:, 1:].double(), z[:, 1:].exp(), rtol=1e-2, atol=1e-5)
+
+    @pytest.mark.parametrize("columns", [linear.COLUMNS, linear.COLUMNS // 4])
+    @pytest.mark.parametrize("rows", [3, 40])  # one of them moves, or nearly all
+    def test_every_piece_is_brought_to_its_rows(self, rows: int, columns: int) -> None:
+        pieces = V // columns + 1
+        anchor = torch.zeros(rows, dtype=torch.float64)
+        anchors = torch.zeros(pieces, rows, dtype=torch.float64)
+        anchors[0, 1 if rows == 40 else slice(1, 3)], anchors[-2, 0] = -2.5, -torch.inf
+        kept = torch.rand(rows, V).bfloat16()
+        wanted = (kept.double() * anchors.exp().repeat_interleave(columns, 0)[:V].T).bfloat16()
+        linear._reanchor(kept, anchors, anchor, columns, torch.float32)
+        torch.testing.assert_close(kept, wanted, rtol=2**-7, atol=0.0)
+        assert not kept[0, (pieces - 2) * columns : (pieces - 1) * columns].any()
+
+
 class TestScratch:
     def test_kept_between_calls_and_released(self) -> None:
-        cpu_linear.release_scratch()
+        cpu_linear.release_memory(None)
         first = cpu_linear.scratch("logits", (4, 8), torch.float32, torch.device("cpu"))
         again = cpu_linear.scratch("logits", (2, 8), torch.float64, torch.device("cpu"))
         assert again.data_ptr() == first.data_ptr()
         assert cpu_linear.scratch("other", (4,), torch.float32, torch.device("cpu")).data_ptr() != first.data_ptr()
-        cpu_linear.release_scratch()
+        cpu_linear.release_memory(None)
         assert not cpu_linear._scratch.__dict__
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import sass
-from fastpref_kernels.triton import linear, logprobs, losses
+from fastpref.losses import LOSS_TYPES
+from fastpref_kernels.triton import linear, logprobs, preference, product, reward
 
 TARGETS = tuple(sass.TARGETS)
 ALL_STATS = 31
@@ -60,9 +62,48 @@ def tile(
     return launch
 
 
+def fused(
+    blocks: tuple[int, int, int], *, warps: int = 4, stages: int = 2, stats: int = 0,
+    dtype: torch.dtype = torch.bfloat16, store: bool = True, bias: bool = False, softcap: float | None = None,
+    R: int = 8, V: int = 8192, H: int = 256,
+) -> Callable[[], object]:  # fmt: skip
+    """What launches the product that folds its own logits, in blocks of rows, columns and terms, and what adds up."""
+
+    def launch() -> None:
+        x, weight, targets = torch.zeros(R, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), torch.zeros(R).long()
+        added = torch.zeros(V, dtype=dtype) if bias else None
+        state, kept = torch.zeros(8, R, dtype=torch.float64), torch.zeros(R, V, dtype=dtype) if store else None
+        chosen = product.Launch(*blocks, group_m=8, stages=stages, warps=warps, width=64)
+        with mock.patch.object(product, "launch", return_value=chosen):
+            product.product_fold(x, weight, added, targets, 1.0, 1.0, softcap, stats, state, kept)
+
+    return launch
+
+
 def rank(K: int, masked: bool) -> Callable[[], object]:
     rewards, ranks = torch.zeros(64, K), torch.zeros(64, K, dtype=torch.int64)
-    return lambda: losses.ranking_loss(rewards, ranks, ranks == 0 if masked else None, "mean")
+    mask = ranks == 0 if masked else None
+
+    def launch() -> None:
+        reward.ranking_loss(rewards, ranks, mask, "mean")
+        reward.plackett_luce_loss(rewards, ranks, mask, "mean")
+
+    return launch
+
+
+def pairs(name: str, *, everything: bool = False, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """A preference loss; with a divergence, lengths, margins, weights and a likelihood beside it, too."""
+    tensors = torch.zeros(8, 4096, dtype=dtype).unbind()
+    if not everything:
+        tensors = (*tensors[:4], None, None, None, None)
+    scalars = (0.1, 0.1, 0.0, everything, "alpha" if everything else "reverse_kl", 0.5, 0.0, 0.5, 0.05)
+    likelihood = (0.3 if everything else 0.0, "token")
+    return lambda: preference.dpo_loss(*tensors, name, 1.0, *scalars, *likelihood, "mean")
+
+
+def unpaired() -> None:
+    logps = torch.zeros(3, 4096).unbind()
+    preference.kto_loss(*logps[:2], logps[0] == 0, logps[2], 0.0, 0.1, 1.0, 1.0, "mean")
 
 
 ALIGNED = {
@@ -90,20 +131,36 @@ UNALIGNED = {
     "fp64, strided vocabulary": score(torch.float64, 4096, stride=2),
     "tile, rows of no multiple of 4": tile(stats=ALL_STATS, C=1001),
 }
+PRODUCTS = {
+    "product, stored": fused((128, 64, 64)),
+    "product, every statistic, bias, capped": fused((64, 64, 64), stats=ALL_STATS, bias=True, softcap=30.0),
+    "fp32 product, stored": fused((64, 64, 32), dtype=torch.float32),
+}
+# As wide as one program can hold, which is where most is to be had of sm_90.
+WIDE = {
+    "wide product": fused((128, 256, 64), warps=8, stages=3, store=False),
+    "wide product, stored": fused((128, 256, 64), warps=8, stages=3),
+    "wide product, entropy": fused((128, 256, 64), warps=8, stages=3, store=False, stats=linear.ENTROPY.value),
+}
 LOSSES = {
-    "dpo": lambda: losses.dpo_loss(*torch.zeros(4, 4096).unbind(), "sigmoid", 0.1, 0.1, "mean"),
-    "pairwise reward": lambda: losses.pairwise_reward_loss(*torch.zeros(3, 64).unbind(), 0.0, 0.01, "mean"),
-    "best of k": lambda: losses.best_of_k_loss(torch.zeros(64, 4), torch.zeros(64, dtype=torch.int64), "mean"),
+    "dpo": pairs("sigmoid"),
+    "dpo, everything": pairs("sigmoid", everything=True),
+    "dpo, everything, fp64": pairs("discopop", everything=True, dtype=torch.float64),
+    "aot": pairs("aot"),
+    "orpo": pairs("orpo"),
+    "kto": unpaired,
+    "pairwise reward": lambda: reward.pairwise_reward_loss(*torch.zeros(3, 64).unbind(), 0.0, 0.01, "mean"),
+    "best of k": lambda: reward.best_of_k_loss(torch.zeros(64, 4), torch.zeros(64, dtype=torch.int64), "mean"),
     "ranking, K=4": rank(4, masked=False),
     "ranking, K=64, masked": rank(64, masked=True),
 }
-CASES = {**ALIGNED, **TILES, **UNALIGNED, **LOSSES}
+CASES = {**ALIGNED, **TILES, **UNALIGNED, **LOSSES, **PRODUCTS}
 
 
 @cache
 def programs(name: str, target: str) -> tuple[sass.Program, ...]:
     with sass.compiling(target) as compiled:
-        CASES[name]()
+        {**CASES, **WIDE}[name]()
     assert compiled
     return tuple(sass.read(kernel, target) for kernel in compiled)
 
@@ -113,6 +170,15 @@ def programs(name: str, target: str) -> tuple[sass.Program, ...]:
 def test_nothing_spills(name: str, target: str) -> None:
     found = {program.name: (program.spills, program.stack) for program in programs(name, target)}
     assert found == dict.fromkeys(found, (0, 0)), "(instructions that spill, bytes of stack) of every kernel"
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_no_type_of_preference_loss_spills(name: str) -> None:
+    with sass.compiling("sm_90") as compiled:
+        pairs(name)()
+    found = [sass.read(kernel, "sm_90") for kernel in compiled]
+    assert len(found) == 1 + name.startswith("aot")
+    assert all((program.spills, program.stack) == (0, 0) for program in found)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -135,6 +201,42 @@ def test_tiles_move_16_bytes_at_a_time(name: str, target: str) -> None:
     assert set(forward.widths("store")) <= narrow
     assert set(backward.widths("load")) == {16}
     assert set(backward.widths("store")) == {16}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_run_on_tensor_cores_and_move_16_bytes_at_a_time(name: str, target: str) -> None:
+    """But float32, which NVIDIA's would round, and bfloat16 as AMD's lanes hold it. A row with another anchor is stored
+    again, hence twice."""
+    program, _ = programs(name, target)
+    fp32 = name.startswith("fp32")
+    width = 8 if target == "gfx942" and not fp32 else 16
+    assert any(i.pipe == "tensor" for i in program.instructions) == (not fp32 or target == "gfx942")
+    product_loop = max(program.loops, key=lambda loop: loop.bytes("load"))
+    assert set(product_loop.widths("load")) == {16}
+    block = program.constants["BLOCK_M"] * program.constants["BLOCK_N"]
+    stores = sum(i.access == ("store", width) for i in program.instructions)
+    assert stores >= 2 * block * (4 if fp32 else 2) // (width * program.threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "instructions"), [("wide product", 6), ("wide product, stored", 10), ("wide product, entropy", 9)]
+)
+def test_instructions_of_a_fold_in_registers(name: str, instructions: float) -> None:
+    """An H200 issues 8 in the time of an exponential, and 256 in that of a logit's product at H = 4096."""
+    program, _ = programs(name, "sm_90")
+    assert (program.spills, program.stack) == (0, 0)
+    logits = program.constants["BLOCK_M"] * program.constants["BLOCK_N"] // program.threads
+    assert program.epilogue / logits <= instructions
+
+
+def test_a_product_of_another_size_is_no_other_kernel() -> None:
+    found = []
+    for size in ({}, {"R": 1}, {"R": 16}, {"R": 1000, "V": 8193}):
+        with sass.compiling("sm_90") as compiled:
+            fused((64, 64, 32), dtype=torch.float32, store=False, **size)()
+        found.append({id(kernel) for kernel in compiled})
+    assert all(kernels == found[0] for kernels in found), "kernels of every size"
 
 
 def test_a_tile_of_another_size_is_no_other_kernel() -> None:

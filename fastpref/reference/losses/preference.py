@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_positive, check_same_device, check_tensor
-from fastpref._results import PreferenceLoss
+from fastpref._checks import (
+    FLOATING,
+    INTEGER,
+    REDUCTIONS,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    describe,
+)
+from fastpref._results import KTOLoss, PreferenceLoss
+from fastpref.reference.losses.loss_types import F_DIVERGENCES, LOSS_TYPES, LossType, Pairs, under_divergence
 
-LOSS_TYPES = ("sigmoid",)
+SFT_REDUCTIONS = ("token", "sequence")
+Weighted = tuple[tuple[LossType, float], ...]
+"""Loss types, each with its weight."""
+
+# Options that only some types take, as they are when they are not given.
+_NOT_GIVEN = {
+    "label_smoothing": 0.0, "length_normalize": False, "margin": None, "weights": None, "f_divergence": "reverse_kl",
+    "delta": 0.0, "gamma": 0.5, "discopop_tau": 0.05,
+}  # fmt: skip
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -27,41 +48,128 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def check_vector(name: str, value: object, dtypes: Sequence[torch.dtype], kind: str, like: tuple[str, Tensor]) -> None:
+    """Raise unless `value` is of one of `dtypes`, and (B,) with the B and the device of `like`, a name and a tensor."""
+    check_tensor(name, value, dtypes, f"a {kind} tensor (B,)")
+    assert isinstance(value, Tensor)
+    like_name, first = like
+    if value.dim() != 1 or value.shape != first.shape:
+        raise ValueError(f"{name} must be (B,), as {like_name} is {tuple(first.shape)}; got shape {tuple(value.shape)}")
+    check_same_device(name, value, like_name, first)
+
+
 def check_vectors(**named: Tensor | None) -> None:
     """Raise unless every given tensor is floating point, (B,) with one B, and on one device."""
-    first_name, first = next(iter(named.items()))
+    first = next(iter(named.items()))
     for name, value in named.items():
-        if value is None:
-            continue
-        check_tensor(name, value, FLOATING, "a floating-point tensor (B,)")
-        assert first is not None
-        if value.dim() != 1 or value.shape != first.shape:
-            raise ValueError(
-                f"{name} must be (B,), as {first_name} is {tuple(first.shape)}; got shape {tuple(value.shape)}"
-            )
-        check_same_device(name, value, first_name, first)
+        if value is not None:
+            check_vector(name, value, FLOATING, "floating-point", first)  # type: ignore[arg-type]
+
+
+def weighted_types(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None) -> Weighted:
+    """The loss types that a call names, each with its weight."""
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    if not names:
+        raise ValueError("loss_type must name at least one type; got an empty sequence")
+    for name in names:
+        check_choice("loss_type", name, tuple(LOSS_TYPES))
+    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+    if len(weights) != len(names):
+        raise ValueError(f"loss_weights must hold one weight a loss_type, {len(names)}; got {list(weights)!r}")
+    for weight in weights:
+        check_finite("loss_weights", weight)
+    return tuple((LOSS_TYPES[name], float(weight)) for name, weight in zip(names, weights, strict=True))
+
+
+def _is_given(name: str, value: Any) -> bool:
+    absent = _NOT_GIVEN[name]
+    return value is not None if absent is None else value != absent
+
+
+def check_options(
+    types: Weighted, *, beta: float, label_smoothing: float, reduction: str, f_divergence: str, f_alpha: float,
+    delta: float, gamma: float, discopop_tau: float, sft_weight: float, sft_reduction: str, **tensors: Any,
+) -> None:  # fmt: skip
+    """Check `dpo_loss`'s scalars, each by itself and with the loss types, which must have a place for what is given."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
+    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
+    check_positive("beta", beta)
+    check_positive("discopop_tau", discopop_tau)
+    check_finite("sft_weight", sft_weight, least=0)
+    for name, number in (("delta", delta), ("gamma", gamma), ("f_alpha", f_alpha)):
+        check_finite(name, number)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
+    names = [kind.name for kind, _ in types]
+    if "robust" in names and label_smoothing >= 0.5:
+        raise ValueError(f"label_smoothing must be below 1/2 for loss_type='robust'; got {label_smoothing!r}")
+    if "exo_pair" in names and not 0 < label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing must be between 0 and 1, both excluded, for loss_type='exo_pair'; got {label_smoothing!r}"
+        )
+    if f_divergence != "alpha" and f_alpha != 0.5:
+        raise ValueError(f"f_alpha is the α of f_divergence='alpha'; got f_alpha={f_alpha!r} with {f_divergence!r}")
+    if sft_weight and "sft" in names:
+        raise ValueError(f"loss_type 'sft' has its weight in loss_weights; got sft_weight={sft_weight!r} as well")
+    given = {
+        "label_smoothing": label_smoothing, "f_divergence": f_divergence, "delta": delta, "gamma": gamma,
+        "discopop_tau": discopop_tau, **{name: tensors[name] for name in ("length_normalize", "margin", "weights")},
+    }  # fmt: skip
+    for name, value in given.items():
+        if _is_given(name, value) and not any(name in kind.takes for kind, _ in types):
+            what = "" if isinstance(value, Tensor) else f"={value!r}"
+            taking = ", ".join(kind.name for kind in LOSS_TYPES.values() if name in kind.takes)
+            raise ValueError(f"{name}{what} has no place in loss_type {', '.join(names)}; it has in {taking}")
+
+
+def needs_reference(types: Weighted, reference_free: bool) -> bool:
+    """Whether any of the types compares with the reference."""
+    return not reference_free and any(kind.reference for kind, _ in types)
+
+
+def needs_lengths(types: Weighted, length_normalize: bool, sft_weight: float) -> tuple[bool, bool]:
+    """Whether the chosen completions' lengths enter, and whether the rejected ones' do."""
+    divides = length_normalize or any(kind.normalized for kind, _ in types)
+    return divides or bool(sft_weight) or any(kind.likelihood for kind, _ in types), divides
 
 
 def check_dpo(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None, *, beta: float, loss_type: str, label_smoothing: float, reduction: str,
-    reference_free: bool,
-) -> None:  # fmt: skip
-    """Check `dpo_loss`'s arguments."""
+    ref_rejected_logps: Tensor | None, *, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None,
+    reference_free: bool, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None, margin: Tensor | float | None,
+    weights: Tensor | None, length_normalize: bool, sft_weight: float, **scalars: Any,
+) -> Weighted:  # fmt: skip
+    """Check `dpo_loss`'s arguments. Returns the loss types, each with its weight."""
     check_vectors(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
+        margin=margin if isinstance(margin, Tensor) else None,
+        weights=weights,
     )
-    check_choice("loss_type", loss_type, LOSS_TYPES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_positive("beta", beta)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
-    if not reference_free and (ref_chosen_logps is None or ref_rejected_logps is None):
+    if margin is not None and not isinstance(margin, Tensor):
+        check_finite("margin", margin)
+    types = weighted_types(loss_type, loss_weights)
+    check_options(
+        types, length_normalize=length_normalize, margin=margin, weights=weights, sft_weight=sft_weight, **scalars
+    )
+    if needs_reference(types, reference_free) and (ref_chosen_logps is None or ref_rejected_logps is None):
         missing = "ref_chosen_logps" if ref_chosen_logps is None else "ref_rejected_logps"
         raise ValueError(f"loss_type={loss_type!r} needs {missing}; pass it, or reference_free=True")
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    needed = needs_lengths(types, length_normalize, sft_weight)
+    for (name, value), wanted in zip(lengths.items(), needed, strict=True):
+        if value is not None:
+            like = ("policy_chosen_logps", policy_chosen_logps)
+            check_vector(name, value, (*INTEGER, *FLOATING), "integer or floating-point", like)
+        elif wanted:
+            raise ValueError(
+                f"{name} is needed by loss_type={loss_type!r} with length_normalize={length_normalize!r} and "
+                f"sft_weight={sft_weight!r}: (B,) numbers of completion tokens; got None"
+            )
+    return types
 
 
 def dpo_loss(
@@ -71,27 +179,146 @@ def dpo_loss(
     ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    length_normalize: bool = False,
+    margin: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
     reference_free: bool = False,
+    delta: float = 0.0,
+    gamma: float = 0.5,
+    discopop_tau: float = 0.05,
+    sft_weight: float = 0.0,
+    sft_reduction: str = "token",
 ) -> PreferenceLoss:
     """`fastpref.dpo_loss` in plain PyTorch."""
-    check_dpo(
+    types = check_dpo(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta,
-        loss_type=loss_type, label_smoothing=label_smoothing, reduction=reduction, reference_free=reference_free,
+        loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing, reduction=reduction,
+        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, length_normalize=length_normalize,
+        margin=margin, weights=weights, f_divergence=f_divergence, f_alpha=f_alpha, reference_free=reference_free,
+        delta=delta, gamma=gamma, discopop_tau=discopop_tau, sft_weight=sft_weight, sft_reduction=sft_reduction,
     )  # fmt: skip
-    chosen, rejected = widen(policy_chosen_logps, policy_rejected_logps)
-    if not reference_free:
+    w, l = widen(policy_chosen_logps, policy_rejected_logps)  # noqa: E741
+    rw, rl = torch.zeros_like(w), torch.zeros_like(l)
+    if needs_reference(types, reference_free):
         assert ref_chosen_logps is not None
         assert ref_rejected_logps is not None
-        chosen, rejected, ref_chosen, ref_rejected = widen(chosen, rejected, ref_chosen_logps, ref_rejected_logps)
-        chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
-    u = beta * (chosen - rejected)
-    losses = -F.logsigmoid(u)
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-u)
-    return PreferenceLoss(reduce(losses, reduction), beta * chosen.detach(), beta * rejected.detach())
+        w, l, rw, rl = widen(w, l, ref_chosen_logps, ref_rejected_logps)  # noqa: E741
+    n_w, n_l, weights = (
+        None if x is None else x.detach().to(w.dtype) for x in (chosen_lengths, rejected_lengths, weights)
+    )
+    apart = margin.detach().to(w.dtype) if isinstance(margin, Tensor) else margin or 0.0
+    nll = torch.zeros_like(w)
+    if needs_lengths(types, False, sft_weight)[0] and n_w is not None:
+        total = n_w.sum().clamp(min=1) / max(w.numel(), 1)
+        nll = -w / (total if sft_reduction == "token" else n_w.clamp(min=1))
+
+    def pairs(normalized: bool) -> Pairs:
+        of_w, of_l = (n.clamp(min=1) if normalized and n is not None else 1.0 for n in (n_w, n_l))
+        dw, dl, h = under_divergence(w - rw, l - rl, of_w, of_l, f_divergence, f_alpha)
+        return Pairs(
+            w=w / of_w, l=l / of_l, rw=rw / of_w, rl=rl / of_l, dw=dw, dl=dl, h=h, nll=nll,
+            margin=apart, beta=beta, epsilon=label_smoothing, delta=delta, gamma=gamma, tau=discopop_tau,
+        )  # fmt: skip
+
+    losses = sft_weight * nll if sft_weight else torch.zeros_like(w)
+    for kind, weight in types:
+        of_kind = kind.losses(pairs(length_normalize or kind.normalized))
+        if weights is not None and "weights" in kind.takes:
+            of_kind = of_kind * weights
+        losses = losses + (of_kind if weight == 1 else weight * of_kind)
+    return PreferenceLoss(reduce(losses, reduction), beta * (w - rw).detach(), beta * (l - rl).detach())
+
+
+def check_kto(
+    policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor | float, *, beta: float,
+    desirable_weight: float, undesirable_weight: float, reduction: str,
+) -> None:  # fmt: skip
+    """Check `kto_loss`'s arguments."""
+    check_vectors(policy_logps=policy_logps, ref_logps=ref_logps)
+    check_vector("desirable", desirable, (torch.bool,), "bool", ("policy_logps", policy_logps))
+    if isinstance(kl, Tensor):
+        check_tensor("kl", kl, FLOATING, "a number, or a floating-point tensor of any shape up to (K,)")
+        if kl.dim() > 1:
+            raise ValueError(f"kl must be a number, () or (K,); got {describe(kl)}")
+        check_same_device("kl", kl, "policy_logps", policy_logps)
+    else:
+        check_finite("kl", kl)
+    check_positive("beta", beta)
+    check_finite("desirable_weight", desirable_weight, least=0)
+    check_finite("undesirable_weight", undesirable_weight, least=0)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    *,
+    kl: Tensor | float,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reduction: str = "mean",
+) -> KTOLoss:
+    """`fastpref.kto_loss` in plain PyTorch."""
+    check_kto(
+        policy_logps, ref_logps, desirable, kl, beta=beta, desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight, reduction=reduction,
+    )  # fmt: skip
+    logps, ref = widen(policy_logps, ref_logps)
+    ratio = logps - ref
+    if isinstance(kl, Tensor):
+        z = kl.detach().to(ratio.dtype)
+        z = (z.sum() / max(z.numel(), 1)).clamp(min=0)
+    else:
+        z = max(kl, 0.0)
+    losses = torch.where(
+        desirable,
+        desirable_weight * torch.sigmoid(-beta * (ratio - z)),
+        undesirable_weight * torch.sigmoid(-beta * (z - ratio)),
+    )
+    return KTOLoss(reduce(losses, reduction), beta * ratio.detach())
+
+
+def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
+    """WPO's weights of pairs (arXiv 2406.11827): Π exp(mean_t(logp_t − log Σ_j p_j²)) over a pair's two completions.
+
+    How likely the policy is to have written the pair itself, each token's probability against what its own choice
+    would have had in expectation. For `dpo_loss`'s `weights`.
+
+    Args:
+        logps: (2B, T) token log-probs, [chosen; rejected].
+        log_sum_sq_probs: (2B, T), that statistic of `token_logprobs`.
+        mask: (2B, T) bool, True where a token counts.
+
+    Returns:
+        (B,) weights, detached, float32 (float64 for float64). A completion without a token that counts adds a factor 1.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices differ, or the sequences are not [chosen; rejected].
+    """
+    check_tensor("logps", logps, FLOATING, "a floating-point tensor (2B, T)")
+    check_tensor("log_sum_sq_probs", log_sum_sq_probs, FLOATING, "a floating-point tensor (2B, T)")
+    check_tensor("mask", mask, (torch.bool,), "a bool tensor (2B, T)")
+    if logps.dim() != 2 or logps.shape[0] % 2:
+        raise ValueError(f"logps must be (2B, T), [chosen; rejected]; got {describe(logps)}")
+    for name, value in (("log_sum_sq_probs", log_sum_sq_probs), ("mask", mask)):
+        if value.shape != logps.shape:
+            raise ValueError(f"{name} must have logps' shape {tuple(logps.shape)}; got {describe(value)}")
+        check_same_device(name, value, "logps", logps)
+    logps, log_sum_sq_probs = widen(logps.detach(), log_sum_sq_probs.detach())
+    aligned = (logps - log_sum_sq_probs).masked_fill(~mask, 0.0)
+    chosen, rejected = (aligned.sum(-1) / mask.sum(-1).clamp(min=1)).tensor_split(2)
+    return torch.exp(chosen + rejected)
 
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> Tensor:

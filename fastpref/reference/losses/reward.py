@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpref._checks import FLOATING, INTEGER, REDUCTIONS, check_choice, check_same_device, check_tensor, describe
+from fastpref._checks import (
+    FLOATING,
+    INTEGER,
+    REDUCTIONS,
+    check_choice,
+    check_finite,
+    check_same_device,
+    check_tensor,
+    describe,
+)
 from fastpref.reference.losses.preference import check_vectors, reduce, widen
 
 MAX_K = 64
@@ -39,11 +46,11 @@ def check_best(rewards: Tensor, best: Tensor, reduction: str) -> None:
     check_same_device("best", best, "rewards", rewards)
 
 
-def check_ranking(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str) -> None:
-    """Check `ranking_loss`'s arguments."""
+def check_ranking(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str, *, least: int = 2) -> None:
+    """Check the arguments of a loss of rankings of `least` to 64 answers."""
     check_rewards(rewards, reduction)
-    if not 2 <= rewards.shape[1] <= MAX_K:
-        raise ValueError(f"rewards must be (B, K) with K from 2 to {MAX_K}; got {describe(rewards)}")
+    if not least <= rewards.shape[1] <= MAX_K:
+        raise ValueError(f"rewards must be (B, K) with K from {least} to {MAX_K}; got {describe(rewards)}")
     check_like_rewards("ranks", ranks, rewards, INTEGER, "an int64 or int32 tensor (B, K), rank 0 the best")
     if mask is not None:
         check_like_rewards("mask", mask, rewards, (torch.bool,), "a bool tensor (B, K), True where an answer counts")
@@ -55,8 +62,9 @@ def check_pairwise(
     """Check `pairwise_reward_loss`'s arguments."""
     check_vectors(chosen=chosen, rejected=rejected, margin=margin if isinstance(margin, Tensor) else None)
     check_choice("reduction", reduction, REDUCTIONS)
-    if not 0 <= center_weight < math.inf:
-        raise ValueError(f"center_weight must be a finite number, not below 0; got {center_weight!r}")
+    if margin is not None and not isinstance(margin, Tensor):
+        check_finite("margin", margin)
+    check_finite("center_weight", center_weight, least=0)
 
 
 def pairwise_reward_loss(
@@ -104,3 +112,59 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, 
     pairs = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
     losses = pairs.masked_fill(~better, 0.0).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
     return reduce(losses, reduction)
+
+
+def plackett_luce_loss(
+    rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """`fastpref.plackett_luce_loss` in plain PyTorch."""
+    check_ranking(rewards, ranks, mask, reduction, least=1)
+    (rewards,) = widen(rewards)
+    counted = torch.ones_like(ranks, dtype=torch.bool) if mask is None else mask
+    both = counted[:, :, None] & counted[:, None, :]
+    if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
+        tied = both & (ranks[:, :, None] == ranks[:, None, :])
+        tied = tied.triu(1).any((1, 2))
+        if tied.any():
+            row = int(tied.nonzero()[0])
+            raise ValueError(f"ranks must not tie among answers that count; got {ranks[row].tolist()} for prompt {row}")
+    # Zeros, so that an inf or NaN at a masked answer reaches no gradient; a prompt's common offset costs no digits.
+    rewards = rewards.masked_fill(~counted, 0.0)
+    rewards = rewards - rewards.detach().amax(-1, keepdim=True)
+    # Answer i is chosen from among those that are not ranked above it, itself included.
+    among = both & (ranks[:, None, :] >= ranks[:, :, None])
+    choices = rewards[:, None, :].masked_fill(~(among | ~counted[:, :, None]), -torch.inf)
+    losses = (choices.logsumexp(-1) - rewards).masked_fill(~counted, 0.0).sum(-1)
+    return reduce(losses, reduction)
+
+
+def ranks_from_scores(scores: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Ranks of K answers from their scores: how many answers that count have a higher score.
+
+    The best has rank 0, equal scores have equal ranks, and the ranks of masked answers come after all others.
+
+    Args:
+        scores: (B, K), any dtype but bool and complex; NaN is not a score, and is below all.
+        mask: (B, K) bool, True where an answer counts; None counts all.
+
+    Returns:
+        (B, K) int64, for `ranking_loss` and `plackett_luce_loss`.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices differ.
+    """
+    check_tensor("scores", scores, (*FLOATING, *INTEGER, torch.int16, torch.int8, torch.uint8), "numbers (B, K)")
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be (B, K), K answers a prompt; got {describe(scores)}")
+    if mask is not None:
+        check_tensor("mask", mask, (torch.bool,), "a bool tensor (B, K), True where an answer counts")
+        if mask.shape != scores.shape:
+            raise ValueError(f"mask must have scores' shape {tuple(scores.shape)}; got {describe(mask)}")
+        check_same_device("mask", mask, "scores", scores)
+    lacking = scores.isnan() if scores.is_floating_point() else torch.zeros_like(scores, dtype=torch.bool)
+    counted = torch.ones_like(lacking) if mask is None else mask
+    # Higher, or a score where there is none.
+    higher = (scores[:, None, :] > scores[:, :, None]) | (lacking[:, :, None] & ~lacking[:, None, :])
+    ranks = (higher & counted[:, None, :]).sum(-1)
+    return ranks.masked_fill(~counted, scores.shape[1])

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 NAME = "fastpref_cpu"
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("logprobs.cpp", "linear.cpp", "product.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("logprobs.cpp", "linear.cpp", "product.cpp", "memory.cpp"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h"))
 
 

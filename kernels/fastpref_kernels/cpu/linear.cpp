@@ -133,16 +133,17 @@ void fold_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& t, i
   if (!(rest + sums.rest < (stats & kEntropy ? kEntropyLimit : kAnchorLimit))) {
     const A top = maximum_of(z, C);
     const double old = rest > 0 || std::isfinite(anchor) ? anchor : -double(inf);
-    double moved = at::_isnan(top) ? double(top) : std::max<double>(old, top);
-    if (moved == -double(inf)) moved = 0;  // nothing but -inf yet: any anchor gives a sum of 0, and no NaN
-    if (moved != anchor) {
-      const double gap = anchor - moved, f = std::exp(gap);
+    const double moved = at::_isnan(top) ? double(top) : std::max<double>(old, top);
+    // Any number where there is nothing but -inf yet: a sum of 0 and no NaN, and the row stays without an anchor.
+    const double base = moved == -double(inf) ? 0 : moved;
+    if (base != anchor) {
+      const double gap = anchor - base, f = std::exp(gap);
       // exp(d) d becomes f exp(d) (d + gap); where f is 0 so is the sum, whatever the gap.
       weighted = f == 0 ? 0 : f * (weighted + gap * rest);
       rest = rest == 0 ? 0 : f * rest;
       squares = squares == 0 ? 0 : f * f * squares;
       anchor = moved;
-      sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
+      sums = exponentials<Cap, Stats>(z, C, A(base), t, store);
     }
   }
   rest += sums.rest;
@@ -252,5 +253,4 @@ void fold_backward(const Tensor& z, const std::optional<Tensor>& bias, const Ten
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
   m.def("fold", &fastpref::fold);
   m.def("fold_backward", &fastpref::fold_backward);
-  m.def("advise_huge_pages(Tensor fresh) -> ()", [](const at::Tensor& fresh) { fastpref::advise_huge_pages(fresh); });
 }

@@ -1,10 +1,11 @@
-"""What a CPU brings to `fastpref_kernels.linear`: its products, its row passes, and scratch kept between calls."""
+"""What a CPU brings to `fastpref_kernels.linear`: its products, its row passes, and memory kept between calls."""
 
 from __future__ import annotations
 
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,27 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     held: dict[Any, Tensor] = _scratch.__dict__
     size = math.prod(shape)
     if name not in held or held[name].nbytes < size * dtype.itemsize:
-        held[name] = torch.empty(size * dtype.itemsize, dtype=torch.uint8, device=device)
-        advise_huge_pages(held[name])
+        held[name] = empty((size * dtype.itemsize,), torch.uint8, device)
     return held[name][: size * dtype.itemsize].view(dtype).view(shape)
 
 
-def release_scratch() -> None:
-    """Give back the memory that this thread's calls on hidden states have kept for their next."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for what outlives a call: from 4 MiB on, what an earlier tensor made so has freed."""
+    native = cpu.native()
+    return native.empty(list(shape), dtype) if native else torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Such memory for a tensor's like; its strides too, where it is not contiguous."""
+    return empty(tensor.shape, tensor.dtype, tensor.device) if tensor.is_contiguous() else torch.empty_like(tensor)
+
+
+def release_memory(keep: int | None) -> None:
+    """Give back this thread's scratch, and all that freed results held; with `keep`, hold no more bytes from now on."""
     _scratch.__dict__.clear()
-
-
-def advise_huge_pages(fresh: Tensor) -> None:
-    """Ask for huge pages under memory that has not been touched yet."""
     native = cpu.native()
     if native:
-        native.advise_huge_pages(fresh)
+        native.release_memory(keep)
 
 
 @functools.cache
@@ -99,6 +106,6 @@ def fold_backward(*arguments: Any) -> None:
 
 
 BACKEND = linear.Backend(
-    product, fold, fold_backward, scratch, advise_huge_pages, _gradient_dtype,
+    product, fold, fold_backward, scratch, empty, _gradient_dtype,
     rows=ROWS, whole=False,
 )  # fmt: skip

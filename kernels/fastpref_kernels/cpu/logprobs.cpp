@@ -380,7 +380,7 @@ Outputs logprobs(const Tensor& logits, const Tensor& labels, const std::optional
       const Tensor weight = weights ? weights->to(dtype).contiguous() : Tensor();
       for (int64_t i = 0; i < rows.size(); ++i) {
         const double w = weights ? weight.const_data_ptr<A>()[rows.index[i]] : 1.0;
-        sums[rows.sequence[i]] += w * out_logp[rows.index[i]];
+        if (w != 0) sums[rows.sequence[i]] += w * out_logp[rows.index[i]];  // 0 leaves out what may be -inf
         ++count[rows.sequence[i]];
       }
       for (int64_t s = 0; s < rows.n_sequences; ++s) {
@@ -399,7 +399,6 @@ void write_gradient(const Tensor& out, const std::optional<Tensor>& grad, const 
                     bool shift, double logit_scale, double temperature, std::optional<double> softcap,
                     std::string_view reduction) {
   const Rows rows(logits, labels, cu_seqlens, ignore_index, shift);
-  if (!out.is_same(logits)) advise_huge_pages(out);
   const Transform transform(logit_scale, temperature, softcap);
   const bool reduced = reduction != "none";
   // These are (B, T') or (S,), and may be expanded: made contiguous, unlike the logits.

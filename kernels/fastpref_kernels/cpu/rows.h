@@ -57,14 +57,4 @@ inline V derivative(V u, const Transform& t) {
   }
 }
 
-// Before memory is first touched; where it already has been, nothing changes.
-inline void advise_huge_pages(const at::Tensor& fresh) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + fresh.nbytes()) / kHugePage * kHugePage;
-  // A refusal costs nothing but time: the pages are then small.
-  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace fastpref

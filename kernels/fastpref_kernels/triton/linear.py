@@ -179,12 +179,11 @@ def fold_kernel(
         # An anchor that nothing has been summed at, which may be of no finite label, is replaced.
         counts = fits | (old_rest > 0.0)
         raised = tl.maximum(tl.where(counts, old_anchor, minus_inf), (tl.max(top) * rate).to(tl.float64))
-        # Nothing but -inf yet: any anchor gives a sum of 0.
-        raised = tl.where(raised == minus_inf, 0.0, raised)
         new_anchor = tl.where(fits, old_anchor, raised)
         gap = tl.where(fits | (counts == 0), 0.0, old_anchor - new_anchor)
         factor = tl.where(counts, tl.exp(gap), 0.0)
-        anchor = new_anchor.to(ACC)
+        # Any number where there is nothing but -inf yet: a sum of 0, and the row stays without an anchor.
+        anchor = tl.where(new_anchor == minus_inf, 0.0, new_anchor).to(ACC)
         rest = tl.zeros((BLOCK,), ACC)
         weighted = tl.zeros((BLOCK,), ACC)
         squares = tl.zeros((BLOCK,), ACC)

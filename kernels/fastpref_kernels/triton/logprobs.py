@@ -275,7 +275,8 @@ def logprobs_forward_kernel(
                 # Volatile: other programs wrote these while this one ran.
                 values = tl.load(logps + first + token, mask=counts_here, other=0.0, volatile=True)
                 if WEIGHTED:
-                    values *= tl.load(weights + first + token, mask=counts_here, other=0.0).to(ACC)
+                    weight = tl.load(weights + first + token, mask=counts_here, other=0.0).to(ACC)
+                    values = tl.where(weight == 0.0, 0.0, weight * values)  # 0 leaves out what may be -inf
                 sums += values
                 count += counts_here.to(tl.int32)
             summed = tl.sum(sums)

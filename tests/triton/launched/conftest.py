@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastpref_kernels import cpu, ops
-from fastpref_kernels.triton import logprobs, losses
+from fastpref_kernels.triton import logprobs, loss, preference, reward
 
 LOGPROB_FUNCTIONS = ("logprobs", "write_gradient")
-LOSS_OPERATORS = ("dpo_loss", "pairwise_reward_loss", "best_of_k_loss", "ranking_loss")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -58,8 +57,9 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
     for launches in ("FORWARD_LAUNCH", "STATISTICS_LAUNCH", "BACKWARD_LAUNCH"):
         monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
-    monkeypatch.setattr(losses, "TILE", 64)
+    monkeypatch.setattr(loss, "TILE", 64)
     kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_FUNCTIONS})
+    kernels.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
     monkeypatch.setattr(cpu, "native", lambda: kernels)
     monkeypatch.setattr(ops, "fuses_losses", lambda device: True)
 
@@ -67,7 +67,8 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def loss_operators() -> Iterator[None]:
     library = torch.library.Library("fastpref", "IMPL")
-    for name in LOSS_OPERATORS:
-        library.impl(name, travelling(getattr(losses, name)), "CPU")
+    modules = {"preference": preference, "reward": reward}
+    for name in ops.LOSSES:
+        library.impl(name, travelling(getattr(modules[ops.LOSSES[name]], name)), "CPU")
     yield
     library._destroy()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from fastpref import dpo_loss, ranking_loss, reference
+from fastpref import dpo_loss, kto_loss, plackett_luce_loss, ranking_loss, reference
 from fastpref.losses import TABLE, Loss
-from fastpref_kernels.triton import losses as kernels
-from tests.fastpref.test_losses import evaluate, example
+from fastpref_kernels import ops
+from fastpref_kernels.triton import preference, reward
+from tests.fastpref.test_losses import Arguments, evaluate, example
 from tests.tolerance import DTYPES, assert_accurate
 
 every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
@@ -16,14 +21,20 @@ every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
 
 @every_loss
 def test_has_a_kernel(loss: Loss) -> None:
-    assert callable(getattr(kernels, loss.operator))
+    assert callable(getattr({"preference": preference, "reward": reward}[ops.LOSSES[loss.operator]], loss.operator))
     assert hasattr(torch.ops.fastpref, loss.operator)
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("batch", [0, 1, 130])
+@pytest.mark.parametrize(
+    ("batch", "reduction", "dtype"),
+    [
+        *((130, reduction, dtype) for reduction in ("none", "mean") for dtype in DTYPES),
+        (130, "sum", torch.float32),
+        *((batch, reduction, torch.float32) for batch in (0, 1) for reduction in ("none", "mean")),
+    ],
+    ids=str,
+)
 def test_value_and_gradient(loss: Loss, batch: int, reduction: str, dtype: torch.dtype) -> None:
     arguments = example(loss, batch, dtype)
     ours = evaluate(loss.function, arguments, dtype, reduction=reduction)
@@ -44,33 +55,123 @@ def test_extremes(loss: Loss, scale: float) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("reference_free", [False, True])
-def test_dpo_options(smoothing: float, reference_free: bool) -> None:
-    loss = next(row for row in TABLE if row.name == "dpo_loss:sigmoid")
-    arguments = example(loss, 9)
-    options = {"label_smoothing": smoothing, "beta": 0.3, "reference_free": reference_free}
-    policy = arguments[0][:2] if reference_free else arguments[0]
-    ours = evaluate(dpo_loss, (policy, options), torch.float64)
-    truth = evaluate(reference.dpo_loss, (policy, options), torch.float64)
+def agree(function: Callable[..., Any], definition: Callable[..., Any], arguments: Arguments, **options: Any) -> None:
+    ours = evaluate(function, arguments, torch.float64, **options)
+    truth = evaluate(definition, arguments, torch.float64, **options)
     for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+DPO = {name: row for row in TABLE if (name := row.options.get("loss_type")) is not None}
+N = 9
+PER_PAIR = torch.linspace(0.1, 2.0, N, dtype=torch.float64)
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "label_smoothing": [{"label_smoothing": value} for value in (0.1, 0.4)],
+    "length_normalize": [{"length_normalize": True}],
+    "margin": [{"margin": 0.7}, {"margin": PER_PAIR}],
+    "weights": [{"weights": PER_PAIR}],
+    "f_divergence": [
+        {"f_divergence": "forward_kl"},
+        {"f_divergence": "js"},
+        *({"f_divergence": "alpha", "f_alpha": alpha} for alpha in (-1.0, 0.5, 1.0, 2.0)),
+    ],
+    "delta": [{"delta": 0.4}],
+    "gamma": [{"gamma": 1.5}],
+    "discopop_tau": [{"discopop_tau": 0.5}, {"discopop_tau": 2.0}],
+}
+
+
+@pytest.mark.parametrize("name", DPO)
+def test_dpo_options(name: str) -> None:
+    row = DPO[name]
+    tensors, options = example(row, N)
+    cases = [{"beta": 0.3}, *(case for taken in row.takes for case in OPTIONS[taken])]
+    if name != "sft":
+        cases += [{"sft_weight": 0.7, "sft_reduction": how} for how in ("token", "sequence")]
+    if row.function is dpo_loss and len(tensors) == 4:
+        cases += [{"reference_free": True}]
+    for case in cases:
+        policy = tensors[:2] if case.get("reference_free") else tensors
+        for reduction in ("none", "mean"):
+            agree(dpo_loss, reference.dpo_loss, (policy, {**options, **case}), reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("types", "weights"),
+    [
+        (("sigmoid", "bco_pair", "sft"), (0.8, 0.2, 1.0)),
+        (("simpo", "sigmoid"), None),
+        (("sft",), (0.5,)),
+        (("aot", "sft"), (1.0, 0.3)),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_several_types(types: tuple[str, ...], weights: tuple[float, ...] | None, reduction: str) -> None:
+    tensors, options = example(DPO["sigmoid"], N)
+    options |= {"loss_type": types, "loss_weights": weights}
+    if types == ("sft",):
+        tensors = tensors[:2]
+    agree(dpo_loss, reference.dpo_loss, (tensors, options), reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_ties_and_several_programs_are_sorted_as_by_the_definition(name: str) -> None:
+    tensors, options = example(DPO[name], 200)
+    tied = tuple(tensor.round() for tensor in tensors)
+    agree(dpo_loss, reference.dpo_loss, (tied, {**options, "label_smoothing": 0.1}), reduction="none")
+
+
+@pytest.mark.parametrize("kl", [0.3, -0.3, torch.tensor(0.3), torch.linspace(-1, 3, 150), torch.zeros(0)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_kto(kl: Any, reduction: str) -> None:
+    row = next(row for row in TABLE if row.name == "kto_loss")
+    tensors, options = example(row, 100)
+    agree(kto_loss, reference.kto_loss, (tensors, {**options, "kl": kl, "desirable_weight": 0.6}), reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "orpo", "discopop", "exo_pair", "forward_kl"])
+def test_far_pairs_are_finite(name: str) -> None:
+    """Where a factor overflows, or a probability is 1, and the answer does not."""
+    far = torch.tensor([-1e4, -300.0, -1.0, -1e-9, -1e-30, 0.0])
+    tensors = (far, torch.full_like(far, -2.0), torch.full_like(far, -1.0), torch.full_like(far, -0.5))
+    options: dict[str, Any] = {"loss_type": name, "chosen_lengths": torch.ones(6), "rejected_lengths": torch.ones(6)}
+    if name == "forward_kl":
+        options |= {"loss_type": "hinge", "f_divergence": "forward_kl"}
+        tensors = (tensors[1], tensors[0], *tensors[2:])  # the rejected completion's overflows: the gap is met
+    if name == "exo_pair":
+        options["label_smoothing"] = 0.1
+    if name == "orpo":
+        tensors = tensors[:2]
+    ours = evaluate(dpo_loss, (tensors, options), torch.float32, reduction="none")
+    truth = evaluate(reference.dpo_loss, (tensors, options), torch.float64, reduction="none")
+    for a, b in zip(ours, truth, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_best_that_is_no_answer_is_nan() -> None:
     rewards = torch.randn(4, 3)
-    losses, partials = kernels.best_of_k_loss(rewards, torch.tensor([0, 3, -1, 7]), "none")
+    losses, partials = reward.best_of_k_loss(rewards, torch.tensor([0, 3, -1, 7]), "none")
     assert losses.isnan().tolist() == [False, True, True, True]
     assert partials.isnan().all(1).tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("k", [2, 3, 9, 33, 64])
 @pytest.mark.parametrize("masked", [False, True])
-def test_ranking_of_k(k: int, masked: bool) -> None:
+def test_rankings_of_k(k: int, masked: bool) -> None:
     rewards = torch.randn(3, k, dtype=torch.float64)
     options = {"mask": torch.rand(3, k) < 0.6} if masked else {}
-    arguments = ((rewards, torch.randint(k, (3, k))), options)
-    ours = evaluate(ranking_loss, arguments, torch.float64)
-    truth = evaluate(reference.ranking_loss, arguments, torch.float64)
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    agree(ranking_loss, reference.ranking_loss, ((rewards, torch.randint(k, (3, k))), options))
+    order = torch.rand(3, k).argsort(-1)
+    agree(plackett_luce_loss, reference.plackett_luce_loss, ((rewards, order), options))
+
+
+def test_what_is_masked_reaches_no_ranking() -> None:
+    rewards = torch.tensor([[1.0, math.nan, 3.0, math.inf], [math.nan] * 4])
+    mask = torch.tensor([[True, False, True, False], [False] * 4])
+    for function in (ranking_loss, plackett_luce_loss):
+        loss, gradient = evaluate(
+            function, ((rewards, torch.arange(4).expand(2, 4)), {"mask": mask}), torch.float32, reduction="none"
+        )
+        torch.testing.assert_close(loss, torch.tensor([math.log1p(math.e**2), 0.0]))
+        assert gradient[~mask].eq(0).all()

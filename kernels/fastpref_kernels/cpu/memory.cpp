@@ -1,0 +1,140 @@
+// Large memory that outlives a call: gradients, and what a backward needs of its forward.
+//
+// A training loop frees and allocates the same few blocks at every step. Given back to the operating system each time,
+// they come again as zeroed pages, a fault each, which costs as much as the arithmetic on them; and in a virtual machine
+// that hands its free memory back to the host, several times as much. So what is freed is kept for the next step, up to
+// a limit, the longest unused given back first.
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <optional>
+
+namespace fastpref {
+namespace {
+
+constexpr size_t kPage = 2 << 20;     // a huge page
+constexpr size_t kLarge = 2 * kPage;  // smaller blocks are malloc's, which keeps those itself
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+class Pool final : public c10::Allocator {
+ public:
+  // Never destroyed: tensors may be freed after everything static is.
+  static Pool& get() {
+    static Pool* pool = new Pool;
+    return *pool;
+  }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    const size_t wanted = (bytes + kPage - 1) / kPage * kPage;
+    Block block = take(wanted);
+    if (!block.data) {
+      block = {std::aligned_alloc(kPage, wanted), wanted};
+      TORCH_CHECK_WITH(OutOfMemoryError, block.data, "fastpref: no memory for ", wanted, " bytes");
+#ifdef MADV_HUGEPAGE
+      // A refusal costs nothing but time: the pages are then small.
+      (void)madvise(block.data, wanted, MADV_HUGEPAGE);
+#endif
+    }
+    return {block.data, new Block(block), &release, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  void copy_data(void* to, const void* from, std::size_t count) const override { default_copy_data(to, from, count); }
+
+  // Gives back all that is kept; from now on no more than `limit` is.
+  void clear(std::optional<size_t> limit) {
+    std::list<Block> dropped;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      limit_ = limit.value_or(limit_);
+      held_ = 0;
+      dropped.swap(kept_);
+    }
+    free_all(dropped);
+  }
+
+  size_t held() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return held_;
+  }
+
+ private:
+  Pool() {
+    // A child must not find the lock held by a thread that it has not got.
+    pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
+  }
+
+  // The smallest block that is not much too large, or none.
+  Block take(size_t wanted) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = kept_.end();
+    for (auto it = kept_.begin(); it != kept_.end(); ++it) {
+      const bool fits = it->bytes >= wanted && it->bytes <= wanted + wanted / 4;
+      if (fits && (best == kept_.end() || it->bytes < best->bytes)) best = it;
+    }
+    if (best == kept_.end()) return {nullptr, 0};
+    const Block block = *best;
+    held_ -= block.bytes;
+    kept_.erase(best);
+    return block;
+  }
+
+  static void release(void* context) {
+    Block* block = static_cast<Block*>(context);
+    Pool& pool = get();
+    std::list<Block> dropped;
+    {
+      const std::lock_guard<std::mutex> lock(pool.mutex_);
+      pool.kept_.push_front(*block);
+      pool.held_ += block->bytes;
+      while (pool.held_ > pool.limit_) {
+        pool.held_ -= pool.kept_.back().bytes;
+        dropped.splice(dropped.end(), pool.kept_, std::prev(pool.kept_.end()));
+      }
+    }
+    delete block;
+    free_all(dropped);
+  }
+
+  static void free_all(const std::list<Block>& blocks) {
+    for (const Block& block : blocks) std::free(block.data);
+  }
+
+  std::mutex mutex_;
+  std::list<Block> kept_;  // the latest first
+  size_t held_ = 0, limit_ = size_t(512) << 20;
+};
+
+at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
+  const size_t bytes = c10::multiply_integers(size) * c10::elementSize(dtype);
+  if (bytes < kLarge) return at::empty(size, at::TensorOptions().dtype(dtype));
+  at::Tensor out = at::detail::empty_generic(size, &Pool::get(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+                                             std::nullopt);
+  // As at::empty does, which a test may ask for: all bits set are NaN in every floating type.
+  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory()) {
+    std::memset(out.mutable_data_ptr(), 0xff, bytes);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fastpref
+
+TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
+  m.def("empty(int[] size, ScalarType dtype) -> Tensor", &fastpref::empty);
+  m.def("release_memory(int? limit) -> ()", [](std::optional<int64_t> limit) { fastpref::Pool::get().clear(limit); });
+  m.def("kept_memory() -> int", [] { return int64_t(fastpref::Pool::get().held()); });
+}
