@@ -5,7 +5,7 @@ a training signal. `fastpref.reference` states every one of them in plain PyTorc
 """
 
 from fastpref import losses, nn, reference
-from fastpref._results import KTOLoss, PreferenceLoss
+from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.integrations.transformers import attach, detach
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 from fastpref.linear_preference import linear_dpo_loss, linear_preference_loss
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveKLController",
-    "KTOLoss",
+    "KTOResult",
     "PreferenceLoss",
     "attach",
     "best_of_k_loss",

@@ -67,7 +67,7 @@ class PreferenceLoss(NamedTuple):
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
 
 
-class KTOLoss(NamedTuple):
+class KTOResult(NamedTuple):
     """What `kto_loss` returns.
 
     Attributes:

@@ -365,11 +365,14 @@ def linear_dpo_loss(
         assert ref_weight is not None
         with torch.no_grad():
             ref_logps = linear_sequence_logprobs(
-                ref_hidden, ref_weight, labels, ref_bias, reduction="mean" if average_logps else "sum", **scoring
-            )
+                ref_hidden, ref_weight, labels, ref_bias, reduction="mean" if average_logps else "sum",
+                **{**scoring, "mode": "recompute"},
+            )  # fmt: skip
         ref_chosen_logps, ref_rejected_logps = ref_logps.tensor_split(2)
+    wide = torch.promote_types(compute_dtype(hidden), torch.float32)
     reference = tuple(
-        None if logps is None or reference_free else logps.detach() for logps in (ref_chosen_logps, ref_rejected_logps)
+        None if logps is None or reference_free else logps.detach().to(wide)
+        for logps in (ref_chosen_logps, ref_rejected_logps)
     )
 
     def pair_losses(members: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def release_memory(*, keep: int | None = None) -> None:
     is the one that calls. Tensors in use are left alone. A GPU's memory is PyTorch's to keep.
 
     Args:
-        keep: from now on hold at most so many bytes; None: as many as before, at first 512 MiB.
+        keep: from now on hold at most so many bytes; None: as many as before, at first 1 GiB.
 
     Returns:
         None.

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpref._checks import describe
-from fastpref._results import KTOLoss as KTOResult
-from fastpref._results import PreferenceLoss
+from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.losses.preference import dpo_loss, implicit_reward, kto_loss
 from fastpref.losses.reward import best_of_k_loss, pairwise_reward_loss, plackett_luce_loss, ranking_loss
 from fastpref.losses.rlhf import ppo_policy_loss, ppo_value_loss
@@ -237,7 +236,7 @@ class KTOLoss(_Loss):
             kl: estimates of KL(π‖π_ref), a number, () or (K,).
 
         Returns:
-            The function's KTOLoss(loss, rewards); the rewards detached and (B,).
+            The function's KTOResult(loss, rewards); the rewards detached and (B,).
 
         Raises:
             TypeError: a tensor of a wrong dtype.

@@ -1,7 +1,8 @@
 """Preference losses on sequence log-probs, for training loops.
 
 A (B,) tensor is too small to win anything on a CPU: there the reference formula runs. A GPU computes the loss, the
-rewards and the partial derivatives in one launch, and its backward is one multiplication.
+rewards and the partial derivatives of a type in one launch (`aot` sorts in another), and its backward is one
+multiplication.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpref._results import KTOLoss, PreferenceLoss
+from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.losses._launch import fused, launch
 from fastpref.reference.losses import preference as reference
 from fastpref.reference.losses.loss_types import LOSS_TYPES
@@ -165,7 +166,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     reduction: str = "mean",
-) -> KTOLoss:
+) -> KTOResult:
     """KTO: loss and implicit rewards of B unpaired answers, each known to be desirable or not (arXiv 2402.01306).
 
     With Δ = log π − log π_ref and z = max(0, mean of `kl`): λ_d[1 − σ(β(Δ − z))] for a desirable answer, and
@@ -183,7 +184,7 @@ def kto_loss(
         reduction: "mean" over B, "sum", or "none" for (B,). The mean of no answers is 0.
 
     Returns:
-        KTOLoss(loss, rewards), the rewards βΔ detached and (B,).
+        KTOResult(loss, rewards), the rewards βΔ detached and (B,).
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -199,4 +200,4 @@ def kto_loss(
     reference.check_kto(policy_logps, ref_logps, desirable, kl, reduction=reduction, **scalars)
     estimates, constant = (kl, 0.0) if isinstance(kl, Tensor) else (None, float(kl))
     tensors = (policy_logps, ref_logps, desirable, estimates)
-    return KTOLoss(*launch("kto_loss", reduction, tensors, (constant, *scalars.values())))
+    return KTOResult(*launch("kto_loss", reduction, tensors, (constant, *scalars.values())))

@@ -226,8 +226,8 @@ def linear_dpo_loss(
     chosen, rejected = logps.tensor_split(2)
     loss = dpo_loss(
         chosen, rejected,
-        None if ref_chosen_logps is None else ref_chosen_logps.detach(),
-        None if ref_rejected_logps is None else ref_rejected_logps.detach(),
+        None if ref_chosen_logps is None else ref_chosen_logps.detach().to(chosen.dtype),
+        None if ref_rejected_logps is None else ref_rejected_logps.detach().to(chosen.dtype),
         reduction=reduction, **options,
     )  # fmt: skip
     return linear_loss_type(names)(*loss, chosen.detach(), rejected.detach(), *statistics)

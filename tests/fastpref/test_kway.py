@@ -491,3 +491,25 @@ def test_anything(
         assert got.dtype == torch.promote_types(dtype, torch.float32)
         # As far off as the roundings of the rewards' differences and of the sums over them.
         torch.testing.assert_close(got.double(), wanted, rtol=16 * eps, atol=16 * eps * scale * answers)
+
+
+def test_minus_infinity_that_counts_loses_every_pair_and_harms_no_gradient() -> None:
+    rewards = torch.tensor([[1.0, -torch.inf, 0.0]], requires_grad=True)
+    loss = ranking_loss(rewards, torch.tensor([[0, 2, 1]]))
+    loss.backward()
+    # Two of the three pairs are won for certain.
+    torch.testing.assert_close(loss.detach(), torch.tensor(math.log1p(math.exp(-1.0)) / 3))
+    assert rewards.grad is not None
+    assert rewards.grad.isfinite().all()
+    assert rewards.grad[0, 1] == 0
+
+
+def test_an_offset_costs_a_masked_plackett_luce_no_digits() -> None:
+    rewards = torch.tensor([[0.3, -1.2, 0.7, 9.0]])
+    ranks, mask = torch.tensor([[1, 2, 0, 3]]), torch.tensor([[True, True, True, False]])
+    far = rewards - 16384  # whose digits are those of multiples of 2^-9
+    near = far + 16384
+    torch.testing.assert_close(
+        plackett_luce_loss(far, ranks, mask=mask), plackett_luce_loss(near, ranks, mask=mask),
+        rtol=1e-6, atol=1e-6,
+    )  # fmt: skip

@@ -153,6 +153,23 @@ def test_a_loss_that_ignores_its_argument_has_no_gradient(chunk_rows: int) -> No
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("chunk_rows", [100, 11])
+def test_a_reference_of_a_wider_dtype_widens_nothing(chunk_rows: int) -> None:
+    operands, labels = make(dtype=torch.float32)
+    leaves = leaves_of(operands)
+    for package in (fastpref, reference):
+        out = package.linear_dpo_loss(leaves["hidden"], leaves["weight"], labels, *REFS, chunk_rows=chunk_rows)
+        assert {value.dtype for value in out} == {torch.float32}
+
+
+def test_saved_exponentials_are_the_policys_alone() -> None:
+    operands, labels = make(dtype=torch.float32)
+    leaves = leaves_of(operands)
+    ref = {f"ref_{name}": operands[name].half() for name in ("hidden", "weight")}
+    out = fastpref.linear_dpo_loss(leaves["hidden"], leaves["weight"], labels, mode="save", **ref)
+    assert out.loss.isfinite()
+
+
 def test_the_first_loss_imports_no_compiler() -> None:
     """What a first step imports is memory that stays: a compiler would be as much as the step itself."""
     code = """

@@ -72,7 +72,8 @@ def test_loss(loss: Loss) -> None:
         result = function(*tensors, **options)
         value = result.loss if isinstance(result, tuple) else result
         value.backward()
-        results.append([value.detach(), *(t.grad for t in tensors if t.grad is not None)])
+        gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in tensors if t.requires_grad)
+        results.append([value.detach(), *gradients])
     for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)
 
@@ -114,6 +115,28 @@ def test_a_loss_waits_for_nothing_and_is_captured(loss: Loss) -> None:
     graph.replay()
     for found, wanted in zip(results, truth, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_rlhf_waits_for_nothing() -> None:
+    logps, old, ref, values, rewards = torch.randn(5, 4, 300, device="cuda").unbind()
+    mask = torch.rand(4, 300, device="cuda") < 0.8
+    logps.requires_grad_()
+
+    def call() -> list[Tensor]:
+        shaped = fastpref.kl_shaped_rewards(rewards[:, 0], old, ref, mask, kl_coef=0.1)
+        advantages, returns = fastpref.gae(shaped, values, mask)
+        whitened = fastpref.masked_whiten(advantages, mask)
+        result = fastpref.ppo_loss(logps, old, whitened, 1.1 * values, values, returns, mask)
+        return [*result, *torch.autograd.grad(result.loss + fastpref.ptx_loss(logps, mask), logps)]
+
+    call()
+    with no_synchronisation():
+        found = call()
+    device = [value.cpu() for value in found]
+    logps, old, ref, values, rewards, mask = (x.detach().cpu() for x in (logps, old, ref, values, rewards, mask))
+    logps.requires_grad_()
+    for value, wanted in zip(device, call(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -121,7 +121,8 @@ def smoothed(u: Tensor, epsilon: float) -> Tensor:
 def log_odds(x: Tensor) -> Tensor:
     """log(p/(1−p)) of x = log p ≤ 0; at p = 1 that of the largest p whose complement the dtype can still hold."""
     # In value alone: the gradient at p = 1 is the limit.
-    x = x + (x.clamp(max=-torch.finfo(x.dtype).tiny) - x).detach()
+    nearest = -torch.finfo(x.dtype).tiny
+    x = torch.where(x > nearest, x + (nearest - x).detach(), x)
     near = x > -math.log(2)
     complement = torch.where(
         near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
@@ -134,7 +135,9 @@ def _sorted(values: Tensor) -> Tensor:
 
 
 def _robust(p: Pairs) -> Tensor:
-    return (-(1 - p.epsilon) * F.logsigmoid(p.u) + p.epsilon * F.logsigmoid(-p.u)) / (1 - 2 * p.epsilon)
+    # The flipped label's part is left out at ε = 0, where ℓ(−u) may be −inf.
+    flipped = p.epsilon * F.logsigmoid(-p.u) if p.epsilon else 0.0
+    return (flipped - (1 - p.epsilon) * F.logsigmoid(p.u)) / (1 - 2 * p.epsilon)
 
 
 def _exo(p: Pairs) -> Tensor:

@@ -19,7 +19,7 @@ from fastpref._checks import (
     check_tensor,
     describe,
 )
-from fastpref._results import KTOLoss, PreferenceLoss
+from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.reference.losses.loss_types import F_DIVERGENCES, LOSS_TYPES, LossType, Pairs, under_divergence
 
 SFT_REDUCTIONS = ("token", "sequence")
@@ -267,7 +267,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     reduction: str = "mean",
-) -> KTOLoss:
+) -> KTOResult:
     """`fastpref.kto_loss` in plain PyTorch."""
     check_kto(
         policy_logps, ref_logps, desirable, kl, beta=beta, desirable_weight=desirable_weight,
@@ -285,7 +285,7 @@ def kto_loss(
         desirable_weight * torch.sigmoid(-beta * (ratio - z)),
         undesirable_weight * torch.sigmoid(-beta * (z - ratio)),
     )
-    return KTOLoss(reduce(losses, reduction), beta * ratio.detach())
+    return KTOResult(reduce(losses, reduction), beta * ratio.detach())
 
 
 def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:

@@ -109,8 +109,9 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, 
         # Zeros, and not only a masked sum, so that an inf or NaN at a masked answer reaches no gradient.
         rewards = rewards.masked_fill(~mask, 0.0)
         better = better & mask[:, :, None] & mask[:, None, :]
-    pairs = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
-    losses = pairs.masked_fill(~better, 0.0).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
+    # What is no pair is left out before its difference, which may be of two infinities, reaches a gradient.
+    differences = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~better, 0.0)
+    losses = -F.logsigmoid(differences).masked_fill(~better, 0.0).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
     return reduce(losses, reduction)
 
 
@@ -130,7 +131,8 @@ def plackett_luce_loss(
             raise ValueError(f"ranks must not tie among answers that count; got {ranks[row].tolist()} for prompt {row}")
     # Zeros, so that an inf or NaN at a masked answer reaches no gradient; a prompt's common offset costs no digits.
     rewards = rewards.masked_fill(~counted, 0.0)
-    rewards = rewards - rewards.detach().amax(-1, keepdim=True)
+    top = rewards.detach().masked_fill(~counted, -torch.inf).amax(-1, keepdim=True)
+    rewards = rewards - top.masked_fill(top == -torch.inf, 0.0)
     # Answer i is chosen from among those that are not ranked above it, itself included.
     among = both & (ranks[:, None, :] >= ranks[:, :, None])
     choices = rewards[:, None, :].masked_fill(~(among | ~counted[:, :, None]), -torch.inf)

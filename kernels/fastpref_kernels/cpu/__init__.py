@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from fastpref_kernels import eager
-from fastpref_kernels.cpu.build import native
+from fastpref_kernels.cpu.build import loaded, native
+
+__all__ = ["loaded", "logprobs", "native", "write_gradient"]
 
 
 def _implementation() -> Any:

@@ -44,6 +44,11 @@ def native() -> Any:
         return _load()
 
 
+def loaded() -> Any:
+    """The native operators if they have been asked for, and are there: None builds nothing."""
+    return _load() if _load.cache_info().currsize else None
+
+
 @functools.cache
 def _load() -> Any:
     if os.environ.get("FASTPREF_NATIVE", "1") == "0":

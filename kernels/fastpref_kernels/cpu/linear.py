@@ -43,14 +43,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Such memory for a tensor's like; its strides too, where it is not contiguous."""
-    return empty(tensor.shape, tensor.dtype, tensor.device) if tensor.is_contiguous() else torch.empty_like(tensor)
+    """Such memory for a tensor's like, unless that has strides of its own."""
+    dense = torch.empty_like(tensor, device="meta").is_contiguous()
+    return empty(tensor.shape, tensor.dtype, tensor.device) if dense else torch.empty_like(tensor)
 
 
 def release_memory(keep: int | None) -> None:
     """Give back this thread's scratch, and all that freed results held; with `keep`, hold no more bytes from now on."""
     _scratch.__dict__.clear()
-    native = cpu.native()
+    native = cpu.loaded()
     if native:
         native.release_memory(keep)
 
@@ -70,7 +71,8 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     (the logits, and hidden's gradient) and 900 to 1340 (the weight's), float32 by MKL 325 to 340. On an EPYC with
     AVX512_BF16, bfloat16 by oneDNN's kernels on packed blocks 970 (the logits, and hidden's gradient) and 880 to 920
     (the weight's), where products that round to bfloat16 gave 955 to 1000; float32 by oneDNN 200 to 410, where MKL
-    gave 150 to 190. What has no such product is computed from operands widened to float32.
+    gave 150 to 190. On a Xeon with AVX512_BF16 and no AMX, products that round to bfloat16 gave 150, and float32 by MKL
+    300. What has no faster product of its own is computed from operands widened to float32.
     """
     if a.dtype == torch.bfloat16:
         native = cpu.native()

@@ -98,8 +98,10 @@ class Pool final : public c10::Allocator {
     std::list<Block> dropped;
     {
       const std::lock_guard<std::mutex> lock(pool.mutex_);
-      pool.kept_.push_front(*block);
-      pool.held_ += block->bytes;
+      // What is too large to be kept at all makes room for nothing.
+      auto& to = block->bytes > pool.limit_ ? dropped : pool.kept_;
+      to.push_front(*block);
+      if (&to == &pool.kept_) pool.held_ += block->bytes;
       while (pool.held_ > pool.limit_) {
         pool.held_ -= pool.kept_.back().bytes;
         dropped.splice(dropped.end(), pool.kept_, std::prev(pool.kept_.end()));
@@ -115,7 +117,7 @@ class Pool final : public c10::Allocator {
 
   std::mutex mutex_;
   std::list<Block> kept_;  // the latest first
-  size_t held_ = 0, limit_ = size_t(512) << 20;
+  size_t held_ = 0, limit_ = size_t(1) << 30;
 };
 
 at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {

@@ -36,14 +36,13 @@ def _log1mexp(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _under_divergence(ratio, alpha, largest, F_DIVERGENCE: tl.constexpr, ACC: tl.constexpr):
+def _under_divergence(ratio, rate, largest, F_DIVERGENCE: tl.constexpr, ACC: tl.constexpr):
     """What stands in a log-ratio's place under an f-divergence, its derivative, and its exponent."""
     if F_DIVERGENCE == "reverse_kl":
-        return ratio, ratio - ratio + 1.0, ratio
+        return ratio, tl.zeros_like(ratio) + 1.0, ratio
     elif F_DIVERGENCE == "js":
         return 0.6931471805599453 + log_sigmoid(ratio, ACC), sigmoid(-ratio, ACC), ratio
     else:
-        rate = alpha - 1.0
         t = rate * ratio
         held = tl.where(t > largest, largest, t)
         return _expm1(held, ACC) / rate, tl.where(t > largest, 0.0, exp(held, ACC)), t
@@ -59,7 +58,9 @@ def _smoothed(u, smoothing, ACC: tl.constexpr):
 
 
 @triton.jit
-def _pair_losses(x, y, h, margin, beta, smoothing, delta, gamma, tau, LOSS_TYPE: tl.constexpr, ACC: tl.constexpr):
+def _pair_losses(
+    x, y, h, margin, beta, smoothing, delta, gamma, tau, spread, LOSS_TYPE: tl.constexpr, ACC: tl.constexpr
+):
     """A loss type's value and partial derivatives by x, Δw of the formulas, and y, their Δl; h is x - y."""
     u = beta * h - margin
     half_width = 1.0 / (2.0 * beta)
@@ -70,10 +71,10 @@ def _pair_losses(x, y, h, margin, beta, smoothing, delta, gamma, tau, LOSS_TYPE:
         if LOSS_TYPE == "simpo":
             u -= gamma
         if LOSS_TYPE == "robust":
-            losses = (smoothing * log_sigmoid(-u, ACC) - (1.0 - smoothing) * log_sigmoid(u, ACC)) / (
-                1.0 - 2.0 * smoothing
-            )
-            by_u = -((1.0 - smoothing) * sigmoid(-u, ACC) + smoothing * sigmoid(u, ACC)) / (1.0 - 2.0 * smoothing)
+            # `spread` is 1/(1 - 2ε).
+            flipped = tl.where(smoothing == 0.0, 0.0, smoothing * log_sigmoid(-u, ACC))
+            losses = (flipped - (1.0 - smoothing) * log_sigmoid(u, ACC)) * spread
+            by_u = -((1.0 - smoothing) * sigmoid(-u, ACC) + smoothing * sigmoid(u, ACC)) * spread
         else:
             losses, by_u = _smoothed(u, smoothing, ACC)
         return losses, beta * by_u, -beta * by_u
@@ -115,9 +116,13 @@ def _pair_losses(x, y, h, margin, beta, smoothing, delta, gamma, tau, LOSS_TYPE:
         by_u = rest * (sigmoid(u / tau, ACC) * logistic / tau - sigmoid(-u, ACC)) + blend * (rest / tau - 1.0)
         return blend - rest * logistic, beta * by_u, -beta * by_u
     elif LOSS_TYPE == "orpo":
-        # At p = 1 the odds are those of the largest p whose complement float32 can hold.
-        x = tl.where(x > -1.2e-38, -1.2e-38, x)
-        y = tl.where(y > -1.2e-38, -1.2e-38, y)
+        # At p = 1 the odds are those of the largest p whose complement the dtype can hold.
+        if tl.float64 == ACC:
+            nearest = tl.full((), -2.3e-308, ACC)
+        else:
+            nearest = tl.full((), -1.2e-38, ACC)
+        x = tl.where(x > nearest, nearest, x)
+        y = tl.where(y > nearest, nearest, y)
         rest_x, rest_y = _log1mexp(x, ACC), _log1mexp(y, ACC)
         gap = x - rest_x - (y - rest_y)
         behind = log_sigmoid(-gap, ACC)
@@ -125,23 +130,23 @@ def _pair_losses(x, y, h, margin, beta, smoothing, delta, gamma, tau, LOSS_TYPE:
         return -beta * log_sigmoid(gap, ACC), -beta * exp(behind - rest_x, ACC), beta * exp(behind - rest_y, ACC)
     else:
         tl.static_assert(LOSS_TYPE == "sft")
-        return x * 0.0, x * 0.0, x * 0.0
+        return tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
 
 
 @triton.jit
 def _pair_terms(
-    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, i, inside, alpha, largest,
+    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, i, inside, rate, largest,
     PAIRED: tl.constexpr, NORMALIZE: tl.constexpr, F_DIVERGENCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What a loss compares: Δw and Δl, or `PAIRED` w - l and rw - rl; their difference; slopes by the chosen and the
     rejected log-probs."""
     w = tl.load(chosen + i, mask=inside, other=0.0).to(ACC)
     l = tl.load(rejected + i, mask=inside, other=0.0).to(ACC)  # noqa: E741 - the papers' letter
-    rw, rl = w - w, l - l
+    rw, rl = tl.zeros_like(w), tl.zeros_like(l)
     if ref_chosen is not None:
         rw = tl.load(ref_chosen + i, mask=inside, other=0.0).to(ACC)
         rl = tl.load(ref_rejected + i, mask=inside, other=0.0).to(ACC)
-    per_w, per_l = rw - rw + 1.0, rl - rl + 1.0
+    per_w, per_l = tl.zeros_like(w) + 1.0, tl.zeros_like(l) + 1.0
     if NORMALIZE:
         per_w = 1.0 / tl.maximum(tl.load(chosen_lengths + i, mask=inside, other=1).to(ACC), 1.0)
         per_l = 1.0 / tl.maximum(tl.load(rejected_lengths + i, mask=inside, other=1).to(ACC), 1.0)
@@ -149,15 +154,15 @@ def _pair_terms(
         x, y = w * per_w - l * per_l, rw * per_w - rl * per_l
         return x, y, x - y, per_w, per_l
     else:
-        x, slope_x, a = _under_divergence(w - rw, alpha, largest, F_DIVERGENCE, ACC)
-        y, slope_y, b = _under_divergence(l - rl, alpha, largest, F_DIVERGENCE, ACC)
+        x, slope_x, a = _under_divergence(w - rw, rate, largest, F_DIVERGENCE, ACC)
+        y, slope_y, b = _under_divergence(l - rl, rate, largest, F_DIVERGENCE, ACC)
         x *= per_w
         y *= per_l
         h = x - y
         if F_DIVERGENCE == "forward_kl" or F_DIVERGENCE == "alpha":
             # Where both are held at the largest number, which of them is larger is in their exponents.
             ahead = a - b + tl.log(per_w / per_l)
-            gap = -_expm1(-tl.abs(ahead), ACC) * exp(largest, ACC) / (alpha - 1.0)
+            gap = -_expm1(-tl.abs(ahead), ACC) * exp(largest, ACC) / rate
             h = tl.where((a > largest) & (b > largest), tl.where(ahead < 0, -gap, gap), h)
         return x, y, h, slope_x * per_w, slope_y * per_l
 
@@ -166,7 +171,7 @@ def _pair_terms(
 def order_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths,  # (N,)
     ordered, places, ticket,  # (2, N), (2, N) int32, (1,) int32
-    N, alpha_high, alpha_low, largest_high, largest_low,
+    N, rate_high, rate_low, largest_high, largest_low,
     PAIRED: tl.constexpr, NORMALIZE: tl.constexpr, F_DIVERGENCE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sort what `aot` compares: every element counts those before it, in N² comparisons and no second launch.
@@ -176,10 +181,10 @@ def order_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) == 0:
         tl.store(ticket, 0)
-    alpha = join(alpha_high, alpha_low, ACC)
+    rate = join(rate_high, rate_low, ACC)
     largest = join(largest_high, largest_low, ACC)
     x, y, _h, _slope_x, _slope_y = _pair_terms(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, i, i < N, alpha, largest,
+        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, i, i < N, rate, largest,
         PAIRED, NORMALIZE, F_DIVERGENCE, ACC,
     )  # fmt: skip
     # NaN would be before and after nothing, and its place another's.
@@ -190,7 +195,7 @@ def order_kernel(
     for j in range(0, N):
         # Names of their own: what a loop assigns must have one type throughout.
         other_x, other_y, _other_h, _other_slope_x, _other_slope_y = _pair_terms(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, j, j < N, alpha, largest,
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, j, j < N, rate, largest,
             PAIRED, NORMALIZE, F_DIVERGENCE, ACC,
         )  # fmt: skip
         other_x = tl.where(other_x != other_x, float("inf"), other_x)
@@ -208,8 +213,9 @@ def dpo_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, margins, weights,  # (N,)
     ordered, places,  # (2, N), (2, N), what `order_kernel` made, or None
     loss, partials, chosen_rewards, rejected_rewards, scratch, ticket,  # () or (N,), (N, 2 or 4), (N,), (N,)
-    N, beta_high, beta_low, smoothing_high, smoothing_low, margin_high, margin_low, alpha_high, alpha_low,
-    largest_high, largest_low, delta_high, delta_low, gamma_high, gamma_low, tau_high, tau_low, scale_high, scale_low,
+    N, beta_high, beta_low, smoothing_high, smoothing_low, margin_high, margin_low, rate_high, rate_low,
+    largest_high, largest_low, delta_high, delta_low, gamma_high, gamma_low, tau_high, tau_low, spread_high, spread_low,
+    scale_high, scale_low,
     sft_high, sft_low,
     LOSS_TYPE: tl.constexpr, PAIRED: tl.constexpr, NORMALIZE: tl.constexpr, F_DIVERGENCE: tl.constexpr,
     SFT: tl.constexpr, SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -222,7 +228,7 @@ def dpo_kernel(
     scale = join(scale_high, scale_low, ACC)
     x, y, h, slope_x, slope_y = _pair_terms(
         chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, i, inside,
-        join(alpha_high, alpha_low, ACC), join(largest_high, largest_low, ACC), PAIRED, NORMALIZE, F_DIVERGENCE, ACC,
+        join(rate_high, rate_low, ACC), join(largest_high, largest_low, ACC), PAIRED, NORMALIZE, F_DIVERGENCE, ACC,
     )  # fmt: skip
     if ordered is not None:
         # x meets the y of its own rank, and y the x of its own: another pair's loss.
@@ -237,7 +243,7 @@ def dpo_kernel(
             margin += tl.load(margins + i, mask=inside, other=0.0).to(ACC)
         losses, by_x, by_y = _pair_losses(
             x, y, h, margin, beta, smoothing, join(delta_high, delta_low, ACC), join(gamma_high, gamma_low, ACC),
-            join(tau_high, tau_low, ACC), LOSS_TYPE, ACC,
+            join(tau_high, tau_low, ACC), join(spread_high, spread_low, ACC), LOSS_TYPE, ACC,
         )  # fmt: skip
         if weights is not None:
             weight = tl.load(weights + i, mask=inside, other=0.0).to(ACC)
@@ -284,7 +290,7 @@ def dpo_kernel(
     finish(losses, total, scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K"])
 def kto_kernel(
     logps, ref_logps, desirable, kl,  # (N,), (N,), (N,) bool, (K,)
     loss, partials, rewards, scratch, ticket,  # () or (N,), (N, 2), (N,)
@@ -331,10 +337,12 @@ def dpo_loss(
     N, dtype = chosen.shape[0], widest(chosen, rejected, ref_chosen, ref_rejected)
     loss, partials = outputs(chosen, dtype, 2 if ref_chosen is None else 4, reduction)
     chosen_rewards, rejected_rewards = (chosen.new_empty(chosen.shape, dtype=dtype) for _ in range(2))
-    alpha = 0.0 if f_divergence == "forward_kl" else f_alpha
-    kind = "reverse_kl" if f_divergence == "alpha" and alpha == 1 else f_divergence
-    # The largest exponent whose power over α - 1 the dtype holds; a hair below, as in the formula's code.
-    largest = math.log(torch.finfo(dtype).max) + min(math.log(abs(alpha - 1) or 1.0), 0.0) - 1e-3
+    # α - 1, and 1 - 2ε, are made here: in float32 a small difference would lose its digits.
+    rate = -1.0 if f_divergence == "forward_kl" else f_alpha - 1
+    kind = "reverse_kl" if f_divergence == "alpha" and rate == 0 else f_divergence
+    # The largest exponent whose power over the rate the dtype holds; a hair below, as in the formula's code.
+    largest = math.log(torch.finfo(dtype).max) + min(math.log(abs(rate) or 1.0), 0.0) - 1e-3
+    spread = 1 / (1 - 2 * label_smoothing) if loss_type == "robust" else 1.0
     tensors = dense(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
     shape = {"PAIRED": loss_type == "aot", "NORMALIZE": length_normalize, "F_DIVERGENCE": kind}
     ordered = places = ticket = None
@@ -343,11 +351,12 @@ def dpo_loss(
         ticket = chosen.new_empty(1, dtype=torch.int32)
         with on_device(chosen.device):
             order_kernel[(triton.cdiv(N, ORDER_TILE),)](
-                *tensors, ordered, places, ticket, N, *split(alpha), *split(largest), **shape, ACC=accumulator(dtype),
-                BLOCK=ORDER_TILE, num_warps=2, enable_fp_fusion=True,
+                *tensors, ordered, places, ticket, N, *split(rate), *split(largest), **shape, ACC=accumulator(dtype),
+                BLOCK=ORDER_TILE, num_warps=2, enable_fp_fusion=False,  # an element must be alike wherever it is made
             )  # fmt: skip
     scalars = (
-        beta, label_smoothing, constant_margin, alpha, largest, delta, gamma, discopop_tau, loss_weight, sft_weight,
+        beta, label_smoothing, constant_margin, rate, largest, delta, gamma, discopop_tau, spread,
+        loss_weight, sft_weight,
     )  # fmt: skip
     launch(
         dpo_kernel, triton.cdiv(N, tiles.TILE), loss, reduction,

@@ -5,8 +5,6 @@ Each restates a formula of `fastpref.reference.losses.reward` with its derivativ
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -77,50 +75,20 @@ def best_of_k_kernel(
     finish(losses, tl.sum(losses), scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
 
 
-@triton.jit(do_not_specialize=["N"])
-def ranking_kernel(
-    rewards, ranks, mask,  # (N, K)
-    loss, partials, scratch, ticket,  # () or (N,), (N, K)
-    N, K, SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, PROMPTS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """All pairs of every prompt's ranking; the K x K of a prompt are in registers, never in memory."""
-    i = tl.program_id(0) * PROMPTS + tl.arange(0, PROMPTS)
-    k = tl.arange(0, BLOCK_K)
-    inside = i < N
-    counted = inside[:, None] & (k < K)[None, :]
-    at = i.to(tl.int64)[:, None] * K + k[None, :]
-    if mask is not None:
-        counted = counted & (tl.load(mask + at, mask=counted, other=0) != 0)
-    r = tl.load(rewards + at, mask=counted, other=0.0).to(ACC)
-    rank = tl.load(ranks + at, mask=counted, other=0)
+@triton.jit
+def _all_pairs(r, rank, counted, ACC: tl.constexpr):
+    """Every pair of a ranking (P, K): losses (P,) and partial derivatives."""
     better = (rank[:, :, None] < rank[:, None, :]) & counted[:, :, None] & counted[:, None, :]
     difference = r[:, :, None] - r[:, None, :]
     pairs = tl.maximum(tl.sum(tl.sum(better.to(tl.int32), axis=2), axis=1), 1).to(ACC)
     losses = -tl.sum(tl.sum(tl.where(better, log_sigmoid(difference, ACC), 0.0), axis=2), axis=1) / pairs
     push = tl.where(better, sigmoid(-difference, ACC), 0.0)
-    partial = (tl.sum(push, axis=1) - tl.sum(push, axis=2)) / pairs[:, None]
-    if MEAN:
-        partial = partial / N
-    tl.store(partials + at, partial, mask=inside[:, None] & (k < K)[None, :])
-    finish(losses, tl.sum(tl.where(inside, losses, 0.0)), scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
+    return losses, (tl.sum(push, axis=1) - tl.sum(push, axis=2)) / pairs[:, None]
 
 
-@triton.jit(do_not_specialize=["N"])
-def plackett_luce_kernel(
-    rewards, ranks, mask,  # (N, K)
-    loss, partials, scratch, ticket,  # () or (N,), (N, K)
-    N, K, SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, PROMPTS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Every answer's choice among those not ranked above it; nothing is sorted, the K x K are in registers."""
-    i = tl.program_id(0) * PROMPTS + tl.arange(0, PROMPTS)
-    k = tl.arange(0, BLOCK_K)
-    inside = i < N
-    counted = inside[:, None] & (k < K)[None, :]
-    at = i.to(tl.int64)[:, None] * K + k[None, :]
-    if mask is not None:
-        counted = counted & (tl.load(mask + at, mask=counted, other=0) != 0)
-    r = tl.load(rewards + at, mask=counted, other=0.0).to(ACC)
-    rank = tl.load(ranks + at, mask=counted, other=0)
+@triton.jit
+def _one_by_one(r, rank, counted, ACC: tl.constexpr):
+    """Every answer's choice among those not ranked above it, which sorts nothing: losses and partial derivatives."""
     # [prompt, chooser, choice]
     among = (rank[:, None, :] >= rank[:, :, None]) & counted[:, :, None] & counted[:, None, :]
     top = tl.max(tl.where(among, r[:, None, :], -float("inf")), axis=2)
@@ -128,7 +96,30 @@ def plackett_luce_kernel(
     e = tl.where(among, exp(r[:, None, :] - top[:, :, None], ACC), 0.0)
     s = tl.where(counted, tl.sum(e, axis=2), 1.0)
     losses = tl.sum(tl.where(counted, tl.log(s) + (top - r), 0.0), axis=1)
-    partial = tl.sum(e / s[:, :, None], axis=1) - tl.where(counted, 1.0, 0.0)
+    return losses, tl.sum(e / s[:, :, None], axis=1) - tl.where(counted, 1.0, 0.0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def ranking_kernel(
+    rewards, ranks, mask,  # (N, K)
+    loss, partials, scratch, ticket,  # () or (N,), (N, K)
+    N, K, ALL_PAIRS: tl.constexpr, SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, PROMPTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A ranking's pairs, or the ranking as a whole; the K x K of a prompt are in registers, never in memory."""
+    i = tl.program_id(0) * PROMPTS + tl.arange(0, PROMPTS)
+    k = tl.arange(0, BLOCK_K)
+    inside = i < N
+    counted = inside[:, None] & (k < K)[None, :]
+    at = i.to(tl.int64)[:, None] * K + k[None, :]
+    if mask is not None:
+        counted = counted & (tl.load(mask + at, mask=counted, other=0) != 0)
+    r = tl.load(rewards + at, mask=counted, other=0.0).to(ACC)
+    rank = tl.load(ranks + at, mask=counted, other=0)
+    if ALL_PAIRS:
+        losses, partial = _all_pairs(r, rank, counted, ACC)
+    else:
+        losses, partial = _one_by_one(r, rank, counted, ACC)
     if MEAN:
         partial = partial / N
     tl.store(partials + at, partial, mask=inside[:, None] & (k < K)[None, :])
@@ -163,24 +154,24 @@ def best_of_k_loss(rewards: Tensor, best: Tensor, reduction: str) -> tuple[Tenso
 
 
 def _of_ranking(
-    kernel: Any, rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str
+    all_pairs: bool, rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
     N, K = rewards.shape
     loss, partials = outputs(rewards, widest(rewards), K, reduction)
     block = triton.next_power_of_2(K)
     prompts = max(1, tiles.TILE // block**2)
     launch(
-        kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, ranks, mask), loss, partials],
-        [N, K], PROMPTS=prompts, BLOCK_K=block, warps=8 if block > 32 else 4,
+        ranking_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, ranks, mask), loss, partials],
+        [N, K], ALL_PAIRS=all_pairs, PROMPTS=prompts, BLOCK_K=block, warps=8 if block > 32 else 4,
     )  # fmt: skip
     return loss, partials
 
 
 def ranking_loss(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """`fastpref::ranking_loss`."""
-    return _of_ranking(ranking_kernel, rewards, ranks, mask, reduction)
+    return _of_ranking(True, rewards, ranks, mask, reduction)
 
 
 def plackett_luce_loss(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """`fastpref::plackett_luce_loss`."""
-    return _of_ranking(plackett_luce_kernel, rewards, ranks, mask, reduction)
+    return _of_ranking(False, rewards, ranks, mask, reduction)

@@ -149,6 +149,32 @@ def test_far_pairs_are_finite(name: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", DPO)
+def test_a_log_prob_of_minus_infinity_is_as_by_the_definition(name: str) -> None:
+    """A label may have no probability: where its loss and gradient are numbers, they are numbers."""
+    tensors, options = example(DPO[name], 4, torch.float32)
+    for column in range(len(tensors)):
+        given = [tensor.clone() for tensor in tensors]
+        given[column][2] = -math.inf
+        ours = evaluate(dpo_loss, (tuple(given), options), torch.float32, reduction="none")
+        truth = evaluate(reference.dpo_loss, (tuple(given), options), torch.float32, reduction="none")
+        for a, b in zip(ours, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_small_differences_of_options_keep_their_digits() -> None:
+    tensors, options = example(DPO["sigmoid"], N)
+    policy = tuple(tensor.float() for tensor in tensors)
+    for case in (
+        {"f_divergence": "alpha", "f_alpha": 1 - 1e-9},
+        {"loss_type": "robust", "label_smoothing": 0.49999},
+    ):
+        ours = evaluate(dpo_loss, (policy, {**options, **case}), torch.float32)
+        truth = evaluate(reference.dpo_loss, (policy, {**options, **case}), torch.float64)
+        for a, b in zip(ours, truth, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
 def test_a_best_that_is_no_answer_is_nan() -> None:
     rewards = torch.randn(4, 3)
     losses, partials = reward.best_of_k_loss(rewards, torch.tensor([0, 3, -1, 7]), "none")
