@@ -49,19 +49,27 @@ def demo(
     batch: Annotated[int | None, _knob("Sequences a step.", "batch", min=1)] = None,
     sft_steps: Annotated[int | None, _knob("Steps of supervised training.", "sft_steps", min=1)] = None,
     reward_steps: Annotated[int | None, _knob("Steps of the reward model.", "reward_steps", min=1)] = None,
+    ppo_steps: Annotated[int | None, _knob("Steps of PPO.", "ppo_steps", min=1)] = None,
     dpo_steps: Annotated[int | None, _knob("Steps of DPO.", "dpo_steps", min=1)] = None,
     sft_rate: Annotated[float | None, _knob("Learning rate of supervised training.", "sft_rate", min=0)] = None,
     reward_rate: Annotated[float | None, _knob("Learning rate of the reward model.", "reward_rate", min=0)] = None,
+    ppo_rate: Annotated[float | None, _knob("Learning rate of PPO.", "ppo_rate", min=0)] = None,
     dpo_rate: Annotated[float | None, _knob("Learning rate of DPO.", "dpo_rate", min=0)] = None,
+    samples: Annotated[int | None, _knob("Answers sampled in a step of PPO.", "samples", min=2)] = None,
+    sample_length: Annotated[int | None, _knob("Their tokens at most.", "sample_length", min=1)] = None,
+    kl_target: Annotated[
+        float | None, _knob("KL to the reference that PPO aims at, nats an answer.", "kl_target", min=1e-6)
+    ] = None,
     beta: Annotated[float | None, _knob("β of DPO.", "beta", min=1e-6)] = None,
     held_out: Annotated[float | None, _knob("Share of the data to hold out.", "held_out", min=0.01, max=0.9)] = None,
     evaluated: Annotated[int | None, _knob("Held-out prompts to score at most.", "evaluated", min=1)] = None,
 ) -> None:
-    """Train a small language model, a reward model and DPO on text found on this machine, and measure them.
+    """Train a small language model, a reward model, PPO and DPO on text found on this machine, and measure them.
 
     The text is the documented functions of Python's standard library: the prompt is a function's signature and the
     start of its body; the answers, best first, are its docstring, another function's, its own with the words shuffled,
-    and a line of its code. Ctrl-C ends the run after the step at hand and keeps what was trained so far.
+    and a line of its code. Ctrl-C ends the run after the step at hand and keeps what was trained so far. A stage that
+    is not picked is taken from what an earlier run left in the folder.
     """
     try:
         knobs = {
@@ -72,10 +80,15 @@ def demo(
             "batch": batch,
             "sft_steps": sft_steps,
             "reward_steps": reward_steps,
+            "ppo_steps": ppo_steps,
             "dpo_steps": dpo_steps,
             "sft_rate": sft_rate,
             "reward_rate": reward_rate,
+            "ppo_rate": ppo_rate,
             "dpo_rate": dpo_rate,
+            "samples": samples,
+            "sample_length": sample_length,
+            "kl_target": kl_target,
             "beta": beta,
             "held_out": held_out,
             "evaluated": evaluated,
@@ -106,10 +119,12 @@ def _prepare(settings: Settings) -> Run:
     from rich.console import Console
 
     from fastpref.cli.demo import report, run
+    from fastpref.cli.demo.earlier import earlier_stages
 
     console = Console()
-    report.announce(settings, console)
-    prepared = run.Run(settings, run.load_data(settings), console)
+    earlier = earlier_stages(settings)
+    report.announce(settings, earlier, console)
+    prepared = run.Run(settings, run.load_data(settings), earlier, console)
     # A folder that cannot be written to is better known before the training than after it.
     settings.out.mkdir(parents=True, exist_ok=True)
     return prepared

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import fastpref
-from fastpref.cli.demo.tokens import Batch
+from fastpref.cli.demo.tokens import Batch, load_tokenizer
 
 
 def small_llama(tokenizer: Any, *, hidden: int, layers: int, max_length: int) -> nn.Module:
@@ -51,15 +51,31 @@ def reward_model(policy: Any) -> nn.Module:
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)
     model.base_model.load_state_dict(policy.base_model.state_dict())
-    for head in model.children():
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    score = score_head(model)
+    nn.init.normal_(score.weight, std=(score.in_features + 1) ** -0.5)
     return model
+
+
+def load_reward_model(folder: Path, tokenizer: Any) -> nn.Module:
+    """An earlier run's reward model."""
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"the reward model in {folder} has another tokenizer than the model to train")
+    return AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """A reward model's scalar head."""
+    return next(child for child in model.children() if isinstance(child, nn.Linear))
 
 
 def rewards(model: nn.Module, batch: Batch) -> Tensor:
     """(B,) scalar rewards of the answers."""
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.squeeze(-1)
+
+
+def values(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, T) scalars, a reward model's head at every token."""
+    return score_head(model)(hidden_states(model, batch)).squeeze(-1)
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -114,7 +130,7 @@ def check_head(model: Any) -> None:
         found = head(model).logits(hidden_states(model, batch))
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
         raise ValueError(
-            f"DPO needs logits made by a linear layer of the last hidden states; {type(model).__name__}'s are not"
+            f"PPO and DPO need logits that are linear in the last hidden states; {type(model).__name__}'s are not"
         )
 
 
@@ -123,6 +139,12 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     return model.base_model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
+
+
+def token_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, T−1) log-probs of the labels, nats, 0 where not scored."""
+    to = head(model)
+    return fastpref.linear_token_logprobs(hidden_states(model, batch), to.weight, batch.labels, **to.options)
 
 
 def answer_logps(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pictures: each training's curves, and DPO against the same steps made in other ways."""
+"""The pictures: each training's curves, PPO's, and DPO against the same steps made in other ways."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fastpref.cli.demo.ppo import PPOCurves
 from fastpref.cli.demo.train import Curves
 
-TITLES = {"sft": "Supervised", "reward": "Reward model", "dpo": "DPO"}
-COLORS = {"sft": "#4C72B0", "reward": "#DD8452", "dpo": "#55A868", "logits": "#8172B3", "eager": "#C44E52"}
+TITLES = {"sft": "Supervised", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
+COLORS = {
+    "sft": "#4C72B0",
+    "reward": "#DD8452",
+    "ppo": "#937860",
+    "dpo": "#55A868",
+    "logits": "#8172B3",
+    "eager": "#C44E52",
+}
 WAYS = {"dpo": "from hidden states", "logits": "from logits", "eager": "eager PyTorch"}
 STYLE: Any = {
     "font.size": 10,
@@ -101,6 +109,42 @@ def _draw_accuracies(axes: Any, accuracies: Mapping[str, Mapping[str, float]]) -
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(title="Pair accuracy, held out", xlim=(0, 1.12))
+
+
+def plot_ppo(curves: PPOCurves, held_out: Mapping[str, tuple[float, float]], path: Path, *, target: float) -> None:
+    """The score and the KL of every step's samples.
+
+    Args:
+        curves: step values are drawn pale, their moving average strong.
+        held_out: mean score of held-out samples and its standard error, before and after.
+        path: of the PNG.
+        target: KL that the price of a nat steers towards, nats a sequence.
+    """
+    steps = range(1, len(curves.score) + 1)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 4), layout="constrained")
+        score, kl = figure.subplots(1, 2)
+        _draw(score, curves.score, "ppo")
+        score.lines[-1].set_label("training prompts, a step's samples")
+        for place, (name, (mean, error)) in zip((1, len(steps)), held_out.items(), strict=False):
+            marker = {"before": "o", "after": "s"}[name]
+            score.errorbar(
+                place, mean, 2 * error, fmt=marker, color="black", capsize=4, label=f"held out, {name} (± 2 s.e.)"
+            )  # fmt: skip
+        score.set(title="PPO: reward-model score", ylabel="score")
+        score.legend(loc="lower right")
+        _draw(kl, curves.kl, "ppo")
+        kl.lines[-1].set_label("KL to the reference (k3)")
+        kl.axhline(target, color="black", linewidth=1, linestyle=":", label="target")
+        kl.set(title="PPO: KL and its price", ylabel="nats a sequence", ylim=(0, None))
+        price = kl.twinx()
+        price.plot(steps, curves.kl_coef, color="black", linewidth=1.2, linestyle="--", label="price of a nat (right)")
+        price.set(ylim=(0, None))
+        price.spines["right"].set_visible(True)
+        price.grid(visible=False)
+        handles = [*kl.get_legend_handles_labels()[0], *price.get_legend_handles_labels()[0]]
+        kl.legend(handles=handles, loc="lower right")
+        figure.savefig(path, dpi=130)
 
 
 def plot_comparison(curves: Mapping[str, Curves], path: Path) -> None:

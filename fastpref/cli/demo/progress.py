@@ -1,10 +1,10 @@
-"""Progress bars with the loss and the accuracy in them."""
+"""Progress bars with the latest numbers in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,9 +13,9 @@ RECENT = 20
 
 
 class Advance(Protocol):
-    """Moves a bar on and shows the means of the latest losses and accuracies."""
+    """Moves a bar on and shows the means of the latest of some numbers."""
 
-    def __call__(self, by: int = 1, *, loss: Sequence[float] = (), accuracy: Sequence[float] = ()) -> None:
+    def __call__(self, by: int = 1, **numbers: Sequence[float]) -> None:
         """Move on by so much."""
         ...
 
@@ -53,13 +53,12 @@ class Bars:
         done = 0
         self._unfinished[name] = f"0 of {total}"
 
-        def advance(by: int = 1, *, loss: Sequence[float] = (), accuracy: Sequence[float] = ()) -> None:
+        def advance(by: int = 1, **numbers: Sequence[float]) -> None:
             nonlocal done
             done += by
             self._unfinished[name] = f"{done} of {total}"
-            shown: dict[str, Any] = {"loss": loss, "acc": accuracy}
-            numbers = "  ".join(f"{key} {_recent(values):.3f}" for key, values in shown.items() if values)
-            self._progress.update(task, advance=by, numbers=numbers)
+            shown = "  ".join(f"{key} {_recent(values):.3f}" for key, values in numbers.items() if values)
+            self._progress.update(task, advance=by, numbers=shown)
 
         yield advance
         # Not in a `finally`: what an exception ended stays the current one.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,17 +12,19 @@ from rich.table import Table
 from fastpref.cli.demo.data import PROMPT_END
 from fastpref.cli.demo.plots import WAYS
 from fastpref.cli.demo.run import Run
-from fastpref.cli.demo.save import accuracies, comparison
+from fastpref.cli.demo.save import accuracies, comparison, sampled
 from fastpref.cli.demo.settings import Settings
 
 PROMPT_LINES = 8
 
 
-def announce(settings: Settings, console: Console) -> None:
-    """Say what is trained on."""
+def announce(settings: Settings, earlier: Mapping[str, Path], console: Console) -> None:
+    """Say what is trained, on what, and what of an earlier run it starts from."""
     text = settings.data or "the functions of Python's standard library on this machine"
-    model = settings.model or "a small Llama from scratch"
+    model = settings.model or earlier.get("sft") or "a small Llama from scratch"
     console.print(f"Training {escape(str(model))} on {escape(str(text))}: {', '.join(settings.stages)}.")
+    if "reward" in earlier:
+        console.print(f"The reward model is that in {escape(str(earlier['reward']))}.")
 
 
 def summarise(run: Run) -> None:
@@ -30,7 +35,7 @@ def summarise(run: Run) -> None:
         f"{len(run.train)} training and {len(run.held_out)} held-out examples, no {run.data.group} in both; "
         f"{parameters / 1e6:.2f}M parameters, vocabulary {len(run.tokenizer)}."
     )
-    tables = (_reward_table(run), _dpo_table(run), _comparison_table(run), _example_table(run))
+    tables = (_reward_table(run), _ppo_table(run), _dpo_table(run), _comparison_table(run), _example_table(run))
     for table in filter(None, tables):
         console.print(table)
     for what, name in (("The reward model", "reward_after"), ("DPO", "implicit")):
@@ -56,6 +61,27 @@ def _reward_table(run: Run) -> Table | None:
             kind, _share(before[kind]["accuracy"]), _share(after[kind]["accuracy"]), f"{after[kind]['margin']:+.2f}"
         )
     return table
+
+
+def _ppo_table(run: Run) -> Table | None:
+    found = sampled(run)
+    if "change" not in found:
+        return None
+    before, after, change = found["before"], found["after"], found["change"]
+    table = _table("PPO: an answer sampled for every held-out prompt", "mean ± standard error", "before", "after")
+    table.add_row("reward-model score", *(_pm(measured, "score", 2) for measured in (before, after)))
+    table.add_row("KL to the model before, nats an answer (k3)", "0", _pm(after, "kl_k3", 1))
+    table.add_row("tokens", *(_pm(measured, "tokens", 1) for measured in (before, after)))
+    for title, field in (("came to an end", "ended"), ("distinct answers", "distinct")):
+        table.add_row(title, *(_share(measured[field]) for measured in (before, after)))
+    best = "best_answer_nats_per_token"
+    table.add_row(f"{run.data.kinds[0]}: nats a token", *(f"{measured[best]:.2f}" for measured in (before, after)))
+    table.caption = f"The score rose by {_pm(change, 'score', 2)}, prompt by prompt."
+    return table
+
+
+def _pm(measured: dict[str, float], field: str, digits: int) -> str:
+    return f"{measured[field]:.{digits}f} ± {measured[f'{field}_standard_error']:.{digits}f}"
 
 
 def _dpo_table(run: Run) -> Table | None:
@@ -87,20 +113,29 @@ def _dpo_table(run: Run) -> Table | None:
 
 def _example_table(run: Run) -> Table | None:
     columns = {"reward": "reward_after", "implicit": "implicit"}
-    shown = {title: run.scores[name] for title, name in columns.items() if name in run.scores}
+    scores = {title: run.scores[name][0].tolist() for title, name in columns.items() if name in run.scores}
+    example = run.held_out_examples[0]
+    rows = [
+        (kind, answer, {title: of_ranks[rank] for title, of_ranks in scores.items()})
+        for rank, (kind, answer) in enumerate(zip(run.data.kinds, example.answers, strict=True))
+    ]
+    for name, samples in run.samples.items():
+        # A model may sample any character.
+        answer = "".join(character if character.isprintable() else " " for character in samples.answers[0])
+        rows.append((f"{name} PPO", answer, {"reward": samples.scores[0].item()}))
+    shown = [title for title in columns if any(title in found for _, _, found in rows)]
     if not shown:
         return None
-    example = run.held_out_examples[0]
     prompt = example.prompt.removesuffix(PROMPT_END).splitlines()[:PROMPT_LINES]
     table = _table("\n".join(["One held-out prompt and its answers, best first:", *prompt]), "answer", *shown, "text")
     for column in table.columns:
         column.no_wrap = True
-    table.columns[0].min_width = max(map(len, run.data.kinds))
+    table.columns[0].min_width = max(len(kind) for kind, _, _ in rows)
     for column in table.columns[1:-1]:
         column.min_width = len("implicit")
     table.columns[-1].justify = "left"
-    for rank, (kind, answer) in enumerate(zip(run.data.kinds, example.answers, strict=True)):
-        table.add_row(kind, *(f"{scores[0, rank]:+.2f}" for scores in shown.values()), escape(answer))
+    for kind, answer, found in rows:
+        table.add_row(kind, *(f"{found[title]:+.2f}" if title in found else "" for title in shown), escape(answer))
     return table
 
 

@@ -1,14 +1,15 @@
-"""A run of the demo: data, tokenizer, three trainings with their measurements, and what they leave behind."""
+"""A run of the demo: data, tokenizer, the trainings with their measurements, and what they leave behind."""
 
 from __future__ import annotations
 
 import copy
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,25 @@ from torch import Tensor, nn
 
 import fastpref
 from fastpref.cli.demo import model as models
-from fastpref.cli.demo import train
+from fastpref.cli.demo import ppo, train
 from fastpref.cli.demo.data import Dataset, pairs_dataset, stdlib_dataset
-from fastpref.cli.demo.evaluate import answer_lengths, score_answers
+from fastpref.cli.demo.evaluate import HeldOutSamples, answer_lengths, sample_answers, score_answers
 from fastpref.cli.demo.jsonl import read_pairs
+from fastpref.cli.demo.ppo import PPOCurves
 from fastpref.cli.demo.progress import Advance, Bars
+from fastpref.cli.demo.sample import Sampler, check_sampling, sample
 from fastpref.cli.demo.settings import Settings
 from fastpref.cli.demo.stop import Stop, Stopped
-from fastpref.cli.demo.tokens import Batch, collate, draw_batches, encode, load_tokenizer, train_tokenizer
+from fastpref.cli.demo.tokens import (
+    Batch,
+    Encoded,
+    collate,
+    draw_batches,
+    encode,
+    load_tokenizer,
+    shorten,
+    train_tokenizer,
+)
 from fastpref.cli.demo.train import Curves, Memory, PairBatch
 
 # How DPO is repeated to compare: the bar's title, and its loss.
@@ -49,10 +61,11 @@ class Run:
         curves: by stage, and `logits` and `eager` for DPO's repetitions.
         memory: of a step of DPO and of its repetitions, by the same names, where it can be measured.
         scores: (N, K) held-out scores by name, such as `reward_before`.
+        samples: answers sampled for the held-out prompts, `before` and `after` PPO.
         stopped: where a Ctrl-C stopped the run; None if it did not.
     """
 
-    def __init__(self, settings: Settings, data: Dataset, console: Console) -> None:
+    def __init__(self, settings: Settings, data: Dataset, earlier: Mapping[str, Path], console: Console) -> None:
         self._start = time.perf_counter()
         self.settings = settings
         self.data = data
@@ -61,12 +74,14 @@ class Run:
         self.curves: dict[str, Curves] = {}
         self.memory: dict[str, Memory] = {}
         self.scores: dict[str, Tensor] = {}
+        self.samples: dict[str, HeldOutSamples] = {}
         self.stopped: str | None = None
         self.stop = Stop()
         self.device = torch.device(settings.device) if settings.device else _default_device()
         torch.manual_seed(settings.seed)
-        if settings.model is not None:
-            self.tokenizer: Any = load_tokenizer(settings.model)
+        self._origin = settings.model or earlier.get("sft")
+        if self._origin is not None:
+            self.tokenizer: Any = load_tokenizer(self._origin)
         else:
             texts = (text for example in data.train for text in (example.prompt, example.answers[0]))
             self.tokenizer = train_tokenizer(texts, settings.vocabulary)
@@ -75,8 +90,18 @@ class Run:
         self.held_out_examples = held_out
         self.held_out = encode(held_out, self.tokenizer, settings.max_length)
         self.base = self._base_model().to(self.device)
-        if "dpo" in settings.stages:
+        self._reward_model: Any = None
+        if "reward" in earlier:
+            self._reward_model = models.load_reward_model(earlier["reward"], self.tokenizer).to(self.device)
+        if {"ppo", "dpo"} & set(settings.stages):
             models.check_head(self.base)
+        if "ppo" in settings.stages:
+            check_sampling(self.base)
+            if settings.sample_length > settings.max_length // 2:
+                raise ValueError(
+                    f"sample_length must be at most half of max_length, {settings.max_length}, to leave room for a "
+                    f"prompt; got {settings.sample_length}"
+                )
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -90,7 +115,7 @@ class Run:
 
     def __call__(self) -> None:
         """Train and measure every stage; a Ctrl-C ends it after the step at hand, and is noted in `stopped`."""
-        stages = {"sft": self._sft, "reward": self._reward, "dpo": self._dpo}
+        stages = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo, "dpo": self._dpo}
         # On a CPU the first call compiles the operators: not inside a step that is timed.
         one_token = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         fastpref.sequence_logprobs(torch.zeros(1, 2, 2, device=self.device), one_token)
@@ -103,8 +128,8 @@ class Run:
 
     def _base_model(self) -> nn.Module:
         settings = self.settings
-        if settings.model is not None:
-            return models.load_model(settings.model, self.tokenizer)
+        if self._origin is not None:
+            return models.load_model(self._origin, self.tokenizer)
         return models.small_llama(
             self.tokenizer, hidden=settings.hidden, layers=settings.layers, max_length=settings.max_length
         )
@@ -121,6 +146,7 @@ class Run:
 
     def _reward(self) -> None:
         model, curves = self._begin("reward", models.reward_model(self._policy()).to(self.device))
+        self._reward_model = model
         answers = len(self.data.kinds)
         score = partial(models.rewards, model)
         self._measure("reward_before", model, score)
@@ -131,6 +157,64 @@ class Run:
         step = partial(train.reward_step, answers=answers)
         self._train(batches, self.settings.reward_rate, ("reward model", model, step, curves))
         self._measure("reward_after", model, score)
+
+    def _ppo(self) -> None:
+        settings, reference = self.settings, self._policy()
+        policy, curves = copy.deepcopy(reference), PPOCurves()
+        self.models["ppo"], self.curves["ppo"] = policy, curves
+        self._sample("before", reference, reference)
+        # Not sorted by length: a step's mean score is then comparable to the next one's.
+        rng = random.Random(settings.seed)
+        prompts = [
+            [self._prompt(example) for example in rng.choices(self.train, k=settings.samples)]
+            for _ in range(settings.ppo_steps)
+        ]
+        rows = self._rows(max(1, settings.batch // ppo.UPDATES), ppo.UPDATES * settings.ppo_steps)
+        with self.bars.task("PPO", len(prompts)) as advance:
+            ppo.train(
+                policy,
+                reference,
+                self._reward_model,
+                prompts,
+                (self._collate([(row, 0) for row in some]) for some in rows),
+                draw=self._sampler(settings.seed),
+                rate=settings.ppo_rate,
+                kl_target=settings.kl_target,
+                seed=settings.seed,
+                curves=curves,
+                stop=self.stop,
+                show=lambda curves: advance(score=curves.score, kl=curves.kl),
+            )
+        self._sample("after", policy, reference)
+
+    def _prompt(self, example: Encoded) -> list[int]:
+        """With room behind it for a sampled answer and its end."""
+        room = self.settings.max_length - self.settings.sample_length - 1
+        return shorten(example.prompt, room, self.tokenizer.bos_token_id)
+
+    def _sampler(self, seed: int) -> Sampler:
+        return partial(
+            sample,
+            length=self.settings.sample_length,
+            pad=self.tokenizer.pad_token_id,
+            eos=self.tokenizer.eos_token_id,
+            generator=torch.Generator(self.device).manual_seed(seed),
+        )
+
+    def _sample(self, name: str, policy: nn.Module, reference: nn.Module) -> None:
+        with self.bars.task("held-out samples", len(self.held_out)) as advance:
+            self.samples[name] = sample_answers(
+                policy,
+                reference,
+                self._reward_model,
+                [self._prompt(example) for example in self.held_out],
+                [example.answers[0] for example in self.held_out],
+                # The same draws before and after.
+                draw=self._sampler(self.settings.seed),
+                tokenizer=self.tokenizer,
+                stop=self.stop,
+                show=lambda rows: advance(rows),
+            )
 
     def _dpo(self) -> None:
         reference = self._policy()
@@ -222,7 +306,7 @@ class Run:
 
 
 def _show(advance: Advance, curves: Curves) -> None:
-    advance(loss=curves.loss, accuracy=curves.accuracy)
+    advance(loss=curves.loss, acc=curves.accuracy)
 
 
 def _default_device() -> torch.device:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from fastpref.cli.demo.evaluate import pair_accuracy, pair_margin
-from fastpref.cli.demo.plots import plot_comparison, plot_curves
+from fastpref.cli.demo.plots import plot_comparison, plot_curves, plot_ppo
+from fastpref.cli.demo.ppo import PPOCurves
 from fastpref.cli.demo.run import REPETITIONS, Run
 
 
@@ -58,6 +60,31 @@ def accuracies(run: Run) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+def sampled(run: Run) -> dict[str, dict[str, float]]:
+    """What the policy answers to the held-out prompts `before` and `after` PPO, and the paired `change` of the score.
+
+    Means, and standard errors over the prompts where a mean is of what was sampled.
+    """
+    found = {}
+    for name, samples in run.samples.items():
+        found[name] = {
+            **_mean("score", samples.scores),
+            **_mean("kl_k3", samples.kl),
+            **_mean("tokens", samples.lengths),
+            "ended": samples.ended.mean().item(),
+            "distinct": len(set(samples.answers)) / len(samples.answers),
+            "best_answer_nats_per_token": -samples.best_logps.mean().item(),
+        }
+    if len(found) == 2:
+        found["change"] = _mean("score", run.samples["after"].scores - run.samples["before"].scores)
+    return found
+
+
+def _mean(name: str, values: Tensor) -> dict[str, float]:
+    error = values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
+    return {name: values.mean().item(), f"{name}_standard_error": error.item()}
+
+
 def metrics(run: Run) -> dict[str, Any]:
     """Everything measured, ready for JSON."""
     return {
@@ -82,20 +109,21 @@ def metrics(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "stopped": run.stopped,
         "held_out": accuracies(run),
+        "samples": sampled(run),
         "comparison": comparison(run),
         "curves": {name: asdict(curves) for name, curves in run.curves.items()},
     }
 
 
 def save(run: Run) -> None:
-    """Write models and tokenizer, `metrics.json`, `curves.png` and, after DPO's repetitions, `comparison.png`."""
+    """Write models and tokenizer, `metrics.json`, `curves.png`, `ppo.png` and, after repetitions, `comparison.png`."""
     out = run.settings.out
     transformers.utils.logging.disable_progress_bar()
     for stage, model in run.trained.items():
         model.save_pretrained(out / stage)
         run.tokenizer.save_pretrained(out / stage)
     (out / "metrics.json").write_text(json.dumps(metrics(run), indent=1) + "\n", encoding="utf-8")
-    drawn = {stage: run.curves[stage] for stage in run.trained}
+    drawn = {stage: run.curves[stage] for stage in run.trained if stage != "ppo"}
     if drawn:
         measured = accuracies(run)
         after = {
@@ -105,5 +133,10 @@ def save(run: Run) -> None:
         }
         text = run.settings.data or "the functions of Python's standard library"
         plot_curves(drawn, after, out / "curves.png", title=f"Preference training on {text}")
+    ppo = run.curves.get("ppo")
+    if isinstance(ppo, PPOCurves) and ppo.loss:
+        held_out = {name: (found["score"], found["score_standard_error"]) for name, found in sampled(run).items()}
+        held_out.pop("change", None)
+        plot_ppo(ppo, held_out, out / "ppo.png", target=run.settings.kl_target)
     if comparison(run):
         plot_comparison({name: run.curves[name] for name in ("dpo", *REPETITIONS)}, out / "comparison.png")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = ("sft", "reward", "dpo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,15 @@ class Settings:
         batch: sequences a step: that many for SFT, a K-th as many prompts for the reward model, half as many DPO pairs.
         sft_steps: of supervised training.
         reward_steps: of the reward model's.
+        ppo_steps: of PPO's, each with samples of its own.
         dpo_steps: of DPO, and of its repetitions.
         sft_rate: highest learning rate.
         reward_rate: highest learning rate.
+        ppo_rate: highest learning rate.
         dpo_rate: highest learning rate.
+        samples: answers sampled in a step of PPO.
+        sample_length: tokens of a sampled answer at most; at most half of `max_length`.
+        kl_target: KL of PPO's policy to its reference, nats a sequence, that the price of a nat is steered by.
         beta: DPO's β.
         held_out: share of the data to hold out.
         evaluated: at most so many held-out prompts are scored.
@@ -50,10 +55,15 @@ class Settings:
     batch: int = 32
     sft_steps: int = 180
     reward_steps: int = 200
+    ppo_steps: int = 20
     dpo_steps: int = 100
     sft_rate: float = 3e-3
     reward_rate: float = 1e-3
+    ppo_rate: float = 2e-3
     dpo_rate: float = 5e-4
+    samples: int = 64
+    sample_length: int = 32
+    kl_target: float = 6.0
     beta: float = 0.1
     held_out: float = 0.12
     evaluated: int = 320
@@ -71,7 +81,10 @@ QUICK = {
     "batch": 8,
     "sft_steps": 4,
     "reward_steps": 4,
+    "ppo_steps": 4,
     "dpo_steps": 4,
+    "samples": 8,
+    "sample_length": 8,
     "evaluated": 16,
     "functions": 300,
 }

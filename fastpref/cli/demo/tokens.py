@@ -79,6 +79,13 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list
     return encoded
 
 
+def shorten(prompt: list[int], length: int, begin: int | None) -> list[int]:
+    """At most the last `length` tokens of a prompt; a beginning of text stays its first."""
+    if len(prompt) <= length:
+        return prompt
+    return prompt[-length:] if prompt[0] != begin else [prompt[0], *prompt[len(prompt) - length + 1 :]]
+
+
 class Batch(NamedTuple):
     """Right-padded sequences, all (B, T) int64; labels are aligned with input_ids and IGNORED where not scored."""
 

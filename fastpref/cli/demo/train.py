@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 import fastpref
 from fastpref.cli.demo import model as models
@@ -63,6 +65,19 @@ class Step(NamedTuple):
     loss_seconds: float | None = None
 
 
+def optimizer_and_schedule(model: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LambdaLR]:
+    """AdamW, with a rate that warms up to `rate` and decays like a cosine over so many steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, round(WARMUP * steps))
+    schedule = LambdaLR(
+        optimizer,
+        lambda i: (
+            min(1.0, (i + 1) / warmup) * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * i / steps)))
+        ),
+    )
+    return optimizer, schedule
+
+
 def train(
     model: nn.Module,
     batches: Sequence[Any],
@@ -86,15 +101,7 @@ def train(
         stop: asked before every step.
         show: called with the curves after every step.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    total = len(batches)
-    warmup = max(1, round(WARMUP * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: (
-            min(1.0, (i + 1) / warmup) * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * i / total)))
-        ),
-    )
+    optimizer, schedule = optimizer_and_schedule(model, rate, len(batches))
     model.train()
     for batch in batches:
         stop.check()

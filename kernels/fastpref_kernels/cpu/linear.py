@@ -64,6 +64,15 @@ def _is_intel() -> bool:
         return False
 
 
+def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns."""
+    if x.dtype == dtype:
+        return x
+    if x.stride(0) == 1 and x.stride(1) != 1:
+        return _widened(name, x.t(), dtype).t()
+    return scratch(name, tuple(x.shape), dtype, x.device).copy_(x)
+
+
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """out (M, N) = a (M, K) @ b (K, N), or += it, by whichever library is fastest at it with float32 sums.
 
@@ -79,7 +88,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         if native and native.has_bf16_gemm():
             native.bf16_gemm(out, a, b, add)
             return
-    a, b = a.to(out.dtype), b.to(out.dtype)
+    a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
     if out.dtype == torch.float32 and not _is_intel() and torch.backends.mkldnn.is_available():
         # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
         for begin in range(0, a.shape[1], SUMMED):

@@ -285,9 +285,9 @@ def test_a_tie_counts_one_half():
 
 
 def test_stages_are_checked():
-    assert parse_stages("dpo, sft") == ("sft", "dpo")
-    with pytest.raises(ValueError, match="got 'sft,ppo'"):
-        parse_stages("sft,ppo")
+    assert parse_stages("dpo, ppo,sft") == ("sft", "ppo", "dpo")
+    with pytest.raises(ValueError, match="got 'sft,grpo'"):
+        parse_stages("sft,grpo")
 
 
 def test_a_run_from_end_to_end_and_another_on_the_users_own(demo, tmp_path):
@@ -297,7 +297,7 @@ def test_a_run_from_end_to_end_and_another_on_the_users_own(demo, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["stopped"] is None
     assert {name: len(curve["loss"]) for name, curve in metrics["curves"].items()} == dict.fromkeys(
-        ("sft", "reward", "dpo", "logits", "eager"), 4
+        ("sft", "reward", "ppo", "dpo", "logits", "eager"), 4
     )
     compared = metrics["comparison"]
     assert list(compared) == ["dpo", "logits", "eager"]
@@ -311,6 +311,7 @@ def test_a_run_from_end_to_end_and_another_on_the_users_own(demo, tmp_path):
     assert len(metrics["held_out"]["implicit"]) == 6
     assert (out / "curves.png").stat().st_size > 10_000
     assert (out / "comparison.png").stat().st_size > 10_000
+    assert list(metrics["samples"]) == ["before", "after", "change"]
     assert "Reward model: held-out pair accuracy" in result.output
     assert "DPO: the same steps in three ways" in result.output
 
@@ -342,7 +343,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_training(demo, tmp_
 def test_the_same_seed_trains_the_same(demo, tmp_path):
     losses = []
     for name in ("one", "two"):
-        assert demo("--out", tmp_path / name, "--stages", "reward").exit_code == 0
+        assert demo("--out", tmp_path / name, "--stages", "sft,reward").exit_code == 0
         losses.append(json.loads((tmp_path / name / "metrics.json").read_text())["curves"]["reward"]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
