@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, describe
+from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, check_tensor, describe
 from fastpref._results import linear_group_type, linear_loss_type
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
 from fastpref.reference.logprobs import scored_targets, sequence_index
@@ -48,6 +48,9 @@ def check_references(
     """Raise unless the reference comes from log-probs, from hidden states, or with `reference_free` from neither."""
     logps = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
     states = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    for name, value in logps.items():
+        if value is not None:
+            check_tensor(name, value, FLOATING, "a floating-point tensor (B,)")
     given = [name for name, value in logps.items() if value is not None]
     made = [name for name, value in states.items() if value is not None]
     if given and made:
