@@ -115,35 +115,38 @@ def plot_ppo(curves: PPOCurves, held_out: Mapping[str, tuple[float, float]], pat
     """The score and the KL of every step's samples.
 
     Args:
-        curves: step values are drawn pale, their moving average strong.
-        held_out: mean score of held-out samples and its standard error, before and after.
+        curves: of as many steps as were made.
+        held_out: mean score of the held-out samples and its standard error, before and after.
         path: of the PNG.
-        target: KL that the price of a nat steers towards, nats a sequence.
+        target: KL that the price of a nat is steered by, nats a sequence.
     """
     steps = range(1, len(curves.score) + 1)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 4), layout="constrained")
+        figure = Figure(figsize=(9.2, 4.4), layout="constrained")
         score, kl = figure.subplots(1, 2)
-        _draw(score, curves.score, "ppo")
-        score.lines[-1].set_label("training prompts, a step's samples")
-        for place, (name, (mean, error)) in zip((1, len(steps)), held_out.items(), strict=False):
-            marker = {"before": "o", "after": "s"}[name]
-            score.errorbar(
-                place, mean, 2 * error, fmt=marker, color="black", capsize=4, label=f"held out, {name} (± 2 s.e.)"
-            )  # fmt: skip
+        score.plot(steps, curves.score, ".-", color=COLORS["ppo"], label="a step's samples, training prompts")
+        # Before the first step, and after the last.
+        places = {"before": (0, "o"), "after": (len(steps) + 1, "s")}
+        for name, (mean, error) in held_out.items():
+            place, marker = places[name]
+            label = f"held out, {name} (± 2 s.e.)"
+            score.errorbar(place, mean, 2 * error, fmt=marker, color="black", capsize=4, label=label)
         score.set(title="PPO: reward-model score", ylabel="score")
-        score.legend(loc="lower right")
-        _draw(kl, curves.kl, "ppo")
-        kl.lines[-1].set_label("KL to the reference (k3)")
+        kl.plot(steps, curves.kl, ".-", color=COLORS["ppo"], label="KL to the reference (k3)")
         kl.axhline(target, color="black", linewidth=1, linestyle=":", label="target")
         kl.set(title="PPO: KL and its price", ylabel="nats a sequence", ylim=(0, None))
         price = kl.twinx()
-        price.plot(steps, curves.kl_coef, color="black", linewidth=1.2, linestyle="--", label="price of a nat (right)")
-        price.set(ylim=(0, None))
+        price.plot(steps, curves.kl_coef, color="black", linewidth=1.2, linestyle="--", label="price of a nat")
+        price.set(ylabel="price of a nat", ylim=(0, None))
         price.spines["right"].set_visible(True)
         price.grid(visible=False)
         handles = [*kl.get_legend_handles_labels()[0], *price.get_legend_handles_labels()[0]]
-        kl.legend(handles=handles, loc="lower right")
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 8, "ncols": 2}
+        score.legend(**below)
+        kl.legend(handles=handles, **below)
+        for axes in (score, kl):
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path, dpi=130)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -78,6 +79,8 @@ class Run:
         self.stopped: str | None = None
         self.stop = Stop()
         self.device = torch.device(settings.device) if settings.device else _default_device()
+        # Loading and saving models have bars of their own, within ours.
+        transformers.utils.logging.disable_progress_bar()
         torch.manual_seed(settings.seed)
         self._origin = settings.model or earlier.get("sft")
         if self._origin is not None:

@@ -118,7 +118,6 @@ def metrics(run: Run) -> dict[str, Any]:
 def save(run: Run) -> None:
     """Write models and tokenizer, `metrics.json`, `curves.png`, `ppo.png` and, after repetitions, `comparison.png`."""
     out = run.settings.out
-    transformers.utils.logging.disable_progress_bar()
     for stage, model in run.trained.items():
         model.save_pretrained(out / stage)
         run.tokenizer.save_pretrained(out / stage)
