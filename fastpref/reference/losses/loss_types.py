@@ -25,8 +25,9 @@ class Pairs:
         dw: Δw = w − rw, through the f-divergence, and then divided where lengths are normalised.
         dl: Δl = l − rl, likewise.
         h: Δw − Δl.
-        nll: −log π(chosen|x), scaled so that its mean over the pairs is that of `sft_reduction`.
-        margin: m, by which a pair should at least be apart.
+        nll: −log π(chosen|x), scaled so that its mean over the pairs is that of `sft_reduction`; None where it is not
+            asked for.
+        margin: m, by which a pair should at least be apart, or None.
         beta: β.
         epsilon: ε, the label smoothing.
         delta: δ of `bco_pair`.
@@ -41,8 +42,8 @@ class Pairs:
     dw: Tensor
     dl: Tensor
     h: Tensor
-    nll: Tensor
-    margin: Tensor | float
+    nll: Tensor | None
+    margin: Tensor | float | None
     beta: float
     epsilon: float
     delta: float
@@ -52,7 +53,11 @@ class Pairs:
     @property
     def u(self) -> Tensor:
         """β·h − margin."""
-        return self.beta * self.h - self.margin
+        return self.beyond(self.h)
+
+    def beyond(self, gap: Tensor) -> Tensor:
+        """β·gap − margin."""
+        return self.beta * gap if self.margin is None else self.beta * gap - self.margin
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,9 @@ class LossType:
 
 
 def under_divergence(
-    dw: Tensor, dl: Tensor, n_w: Tensor | float, n_l: Tensor | float, kind: str, alpha: float
+    dw: Tensor, dl: Tensor, n_w: Tensor | None, n_l: Tensor | None, kind: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Δw, Δl and their difference under an f-divergence, each log-ratio divided by a length after it.
+    """Δw, Δl and their difference under an f-divergence, each log-ratio divided by a length, if any, after it.
 
     What stands in a log-ratio's place is f′(π/π_ref) (arXiv 2309.16240): Δ of `reverse_kl`, 1 − e^{−Δ} of `forward_kl`,
     log 2 + ℓ(Δ) of `js`, and (e^{(α−1)Δ} − 1)/(α−1) of `alpha`, which is Δ at α = 1.
@@ -98,14 +103,17 @@ def under_divergence(
     if kind == "js":
         dw, dl = (math.log(2) + F.logsigmoid(ratio) for ratio in (dw, dl))
     if kind in ("reverse_kl", "js") or rate == 0:
-        dw, dl = dw / n_w, dl / n_l
+        if n_w is not None and n_l is not None:
+            dw, dl = dw / n_w, dl / n_l
         return dw, dl, dw - dl
     # Held at the dtype's largest number: at an infinite log-ratio a loss may be 0, and a gradient 0 times infinity.
     largest = math.log(torch.finfo(dw.dtype).max) + min(math.log(abs(rate)), 0.0) - 1e-3
     a, b = rate * dw, rate * dl
-    x, y = (torch.expm1(t.clamp(max=largest)) / (rate * n) for t, n in ((a, n_w), (b, n_l)))
+    x, y = (torch.expm1(t.clamp(max=largest)) / rate for t in (a, b))
     # Where both are held, which of them is larger is in their exponents.
-    ahead = a - b if n_w is n_l else a - b - torch.log(torch.as_tensor(n_w / n_l))
+    ahead = a - b
+    if n_w is not None and n_l is not None:
+        x, y, ahead = x / n_w, y / n_l, ahead - torch.log(n_w / n_l)
     held = (a > largest) & (b > largest)
     gap = torch.sign(ahead) * -torch.expm1(-ahead.abs()) * math.exp(largest)
     return x, y, torch.where(held, gap.detach() / rate, x - y)
@@ -153,6 +161,11 @@ def _nca(p: Pairs) -> Tensor:
 def _discopop(p: Pairs) -> Tensor:
     # m·exp(−u) as one exponential: apart, one is 0 where the other is infinite.
     return -torch.sigmoid(-p.u / p.tau) * F.logsigmoid(p.u) + torch.exp(F.logsigmoid(p.u / p.tau) - p.u)
+
+
+def _likelihood(p: Pairs) -> Tensor:
+    assert p.nll is not None
+    return p.nll
 
 
 _OF_U = frozenset({"margin", "f_divergence", "weights", "length_normalize"})
@@ -294,7 +307,7 @@ LOSS_TYPES: dict[str, LossType] = {
         ),
         LossType(
             "simpo",
-            lambda p: smoothed(p.beta * (p.w - p.l) - p.gamma - p.margin, p.epsilon),
+            lambda p: smoothed(p.beyond(p.w - p.l) - p.gamma, p.epsilon),
             formula="−(1−ε)ℓ(u) − εℓ(−u), u = β(w/n_w − l/n_l) − γ",
             derivative=_BY_U_SMOOTHED,
             paper="2405.14734",
@@ -305,7 +318,7 @@ LOSS_TYPES: dict[str, LossType] = {
         ),
         LossType(
             "cpo",
-            lambda p: smoothed(p.beta * (p.w - p.l) - p.margin, p.epsilon),
+            lambda p: smoothed(p.beyond(p.w - p.l), p.epsilon),
             formula="−(1−ε)ℓ(u) − εℓ(−u), u = β(w − l)",
             derivative=_BY_U_SMOOTHED,
             paper="2401.08417",
@@ -326,7 +339,7 @@ LOSS_TYPES: dict[str, LossType] = {
         ),
         LossType(
             "sft",
-            lambda p: p.nll,
+            _likelihood,
             formula="−Σ w/Σ n_w over the batch, or −mean(w/n_w), by sft_reduction",
             derivative="∂w = −1/Σ n_w, or −1/(B·n_w)",
             paper="2404.19733",

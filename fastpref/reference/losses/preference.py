@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,36 +206,43 @@ def dpo_loss(
         margin=margin, weights=weights, f_divergence=f_divergence, f_alpha=f_alpha, reference_free=reference_free,
         delta=delta, gamma=gamma, discopop_tau=discopop_tau, sft_weight=sft_weight, sft_reduction=sft_reduction,
     )  # fmt: skip
-    w, l = widen(policy_chosen_logps, policy_rejected_logps)  # noqa: E741
-    rw, rl = torch.zeros_like(w), torch.zeros_like(l)
     if needs_reference(types, reference_free):
         assert ref_chosen_logps is not None
         assert ref_rejected_logps is not None
-        w, l, rw, rl = widen(w, l, ref_chosen_logps, ref_rejected_logps)  # noqa: E741
+        w, l, rw, rl = widen(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)  # noqa: E741
+    else:
+        w, l = widen(policy_chosen_logps, policy_rejected_logps)  # noqa: E741
+        rw, rl = torch.zeros_like(w), torch.zeros_like(l)
     n_w, n_l, weights = (
         None if x is None else x.detach().to(w.dtype) for x in (chosen_lengths, rejected_lengths, weights)
     )
-    apart = margin.detach().to(w.dtype) if isinstance(margin, Tensor) else margin or 0.0
-    nll = torch.zeros_like(w)
-    if needs_lengths(types, False, sft_weight)[0] and n_w is not None:
+    apart = margin.detach().to(w.dtype) if isinstance(margin, Tensor) else margin
+    raw_dw, raw_dl = w - rw, l - rl
+    nll = None
+    if sft_weight or any(kind.likelihood for kind, _ in types):
+        assert n_w is not None
         total = n_w.sum().clamp(min=1) / max(w.numel(), 1)
         nll = -w / (total if sft_reduction == "token" else n_w.clamp(min=1))
 
     def pairs(normalized: bool) -> Pairs:
-        of_w, of_l = (n.clamp(min=1) if normalized and n is not None else 1.0 for n in (n_w, n_l))
-        dw, dl, h = under_divergence(w - rw, l - rl, of_w, of_l, f_divergence, f_alpha)
+        chosen, rejected, ref_chosen, ref_rejected, of_w, of_l = w, l, rw, rl, None, None
+        if normalized and n_w is not None and n_l is not None:
+            of_w, of_l = n_w.clamp(min=1), n_l.clamp(min=1)
+            chosen, rejected, ref_chosen, ref_rejected = w / of_w, l / of_l, rw / of_w, rl / of_l
+        dw, dl, h = under_divergence(raw_dw, raw_dl, of_w, of_l, f_divergence, f_alpha)
         return Pairs(
-            w=w / of_w, l=l / of_l, rw=rw / of_w, rl=rl / of_l, dw=dw, dl=dl, h=h, nll=nll,
-            margin=apart, beta=beta, epsilon=label_smoothing, delta=delta, gamma=gamma, tau=discopop_tau,
+            w=chosen, l=rejected, rw=ref_chosen, rl=ref_rejected, dw=dw, dl=dl, h=h, nll=nll, margin=apart, beta=beta,
+            epsilon=label_smoothing, delta=delta, gamma=gamma, tau=discopop_tau,
         )  # fmt: skip
 
-    losses = sft_weight * nll if sft_weight else torch.zeros_like(w)
+    terms = [] if nll is None or not sft_weight else [sft_weight * nll]
     for kind, weight in types:
         of_kind = kind.losses(pairs(length_normalize or kind.normalized))
         if weights is not None and "weights" in kind.takes:
             of_kind = of_kind * weights
-        losses = losses + (of_kind if weight == 1 else weight * of_kind)
-    return PreferenceLoss(reduce(losses, reduction), beta * (w - rw).detach(), beta * (l - rl).detach())
+        terms.append(of_kind if weight == 1 else weight * of_kind)
+    losses = functools.reduce(torch.add, terms)
+    return PreferenceLoss(reduce(losses, reduction), beta * raw_dw.detach(), beta * raw_dl.detach())
 
 
 def check_kto(
