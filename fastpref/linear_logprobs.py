@@ -21,7 +21,7 @@ from fastpref._checks import (
 )
 from fastpref._function import apply, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
-from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, weigh
+from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
 from fastpref_kernels import ops
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ def reduce_sequences(
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
     if reduction == "mean":
-        counts = torch.zeros(sequences, dtype=torch.long, device=logps.device)
-        total = total / counts.index_add(0, index, scored.reshape(-1).long()).clamp(min=1)
+        total = total / sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
     return total.to(logps.dtype)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
+from fastpref._function import wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
 from fastpref.linear_logprobs import (
     cast,
@@ -22,7 +23,6 @@ from fastpref.linear_logprobs import (
     empty,
     exponentials,
     linear_sequence_logprobs,
-    wants_gradient,
 )
 from fastpref.losses.preference import dpo_loss, implicit_reward
 from fastpref.reference.linear_preference import (
@@ -35,25 +35,23 @@ from fastpref.reference.linear_preference import (
     count_sequences,
     resolve_options,
 )
-from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, weigh
-from fastpref.reference.losses.preference import reduce, weighted_types
+from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
+from fastpref.reference.losses.preference import reduce
 from fastpref_kernels import ops
 
 
 def _plan(
-    scored: Tensor, index: Tensor, sequences: int, group_size: int, limit: int, packed: bool
+    scored: Tensor, cu_seqlens: Tensor | None, sequences: int, group_size: int, limit: int
 ) -> tuple[list[tuple[int, int]], int] | None:
     """Runs of groups with at most `limit` scored rows, and the most rows of one; None where a group has more."""
     groups = sequences // group_size
     if torch.compiler.is_compiling():
         # A graph knows shapes and no values: every position counts, and packed sequences cannot be told apart.
-        if packed:
+        if cu_seqlens is not None:
             return ([(0, groups)], scored.numel()) if scored.numel() <= limit else None
         rows = [group_size * scored.shape[1]] * groups
     else:
-        counts = torch.zeros(sequences, dtype=torch.long, device=scored.device)
-        counts.index_add_(0, index.reshape(-1), scored.reshape(-1).long())
-        rows = counts.view(group_size, groups).sum(0).tolist()
+        rows = sequence_lengths(scored, cu_seqlens, sequences).view(group_size, groups).sum(0).tolist()
     runs: list[tuple[int, int]] = []
     begin, held, most = 0, 0, 0
     for group, count in enumerate(rows):
@@ -189,13 +187,12 @@ def _group_loss(
     sequences = count_sequences(labels, cu_seqlens)
     rows_labels = labels[None] if labels.dim() == 1 else labels
     _, scored = scored_targets(rows_labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    index = sequence_index(scored, cu_seqlens)
     plan, held = None, "recompute" if mode == "auto" else mode
     # fp16 has not the range for exponentials, nor for a gradient before GradScaler's factor has entered it.
     apart = mode == "auto" and reduction != "none" and not mixes_groups and dtype != torch.float16
     if apart and wants_gradient(hidden, weight, bias):
         limit = chunk_rows or ops.loss_chunk_rows(weight, dtype)
-        plan = _plan(scored, index, sequences, group_size, limit, cu_seqlens is not None)
+        plan = _plan(scored, cu_seqlens, sequences, group_size, limit)
         if plan is not None and len(plan[0]) <= 1:
             # One chunk's exponentials may as well wait for the backward: its products then need no float32 buffer.
             plan, held = None, "save"
@@ -219,9 +216,8 @@ def _group_loss(
     if ld_alpha is not None:
         token_weights = token_weights * ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, wide)
     if average_logps:
-        counts = torch.zeros(sequences, dtype=wide, device=scored.device)
-        counts.index_add_(0, index.reshape(-1), scored.reshape(-1).to(wide))
-        token_weights = token_weights / counts.clamp(min=1)[index]
+        lengths = sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
+        token_weights = token_weights / lengths[sequence_index(scored, cu_seqlens)]
     scoring = (
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip
@@ -351,7 +347,7 @@ def linear_dpo_loss(
         "reference_free": reference_free, "delta": delta, "gamma": gamma, "discopop_tau": discopop_tau,
         "sft_weight": sft_weight, "sft_reduction": sft_reduction,
     }  # fmt: skip
-    options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
+    types, options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
     reference_free = options["reference_free"]
     check_references(
         labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free
@@ -380,7 +376,7 @@ def linear_dpo_loss(
 
     loss, logps, statistics = _group_loss(
         hidden, weight, labels, bias, pair_losses, group_size=2, reduction=reduction, average_logps=average_logps,
-        stats=stats, mixes_groups=any(kind.mixes_pairs for kind, _ in weighted_types(loss_type, loss_weights)),
+        stats=stats, mixes_groups=any(kind.mixes_pairs for kind, _ in types),
         **scoring,
     )  # fmt: skip
     chosen, rejected = logps.tensor_split(2)

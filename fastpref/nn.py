@@ -512,11 +512,12 @@ class PPOPolicyLoss(_PPOLoss):
         """
         mask = _bool_mask(action_mask, logps)
         denominator = self._denominator(dp_size, batch_num_tokens, global_batch_size)
-        loss = ppo_policy_loss(logps, old_logps, advantages, mask, denominator=denominator, **self.options).loss
+        result = reported = ppo_policy_loss(logps, old_logps, advantages, mask, denominator=denominator, **self.options)
         # Over this batch's own tokens, whatever divides the loss: OpenRLHF weights what it logs by their number.
-        with torch.no_grad():
-            reported = ppo_policy_loss(logps, old_logps, advantages, mask, clip=self.options["clip"])
-        return PPOPolicy(loss, reported.clip_fraction, reported.approx_kl)
+        if denominator is not None or self.options["reduction"] != "token":
+            with torch.no_grad():
+                reported = ppo_policy_loss(logps, old_logps, advantages, mask, clip=self.options["clip"])
+        return PPOPolicy(result.loss, reported.clip_fraction, reported.approx_kl)
 
 
 class PPOValueLoss(_PPOLoss):

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, check_tensor, describe
 from fastpref._results import linear_group_type, linear_loss_type
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
-from fastpref.reference.logprobs import scored_targets, sequence_index
+from fastpref.reference.logprobs import scored_targets, sequence_lengths
 from fastpref.reference.losses.preference import (
+    Weighted,
     check_options,
     dpo_loss,
     needs_lengths,
@@ -86,7 +87,7 @@ def check_group(
 def resolve_options(
     labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, average_logps: bool, reduction: str,
     options: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> tuple[Weighted, dict[str, Any]]:  # fmt: skip
     """Check `dpo_loss`'s options before anything is multiplied, and count the lengths that they need and lack.
 
     `reference_free` becomes whether no type compares with the reference.
@@ -105,12 +106,11 @@ def resolve_options(
     if any(wanted and given is None for wanted, given in zip(needed, lengths, strict=True)):
         rows = labels[None] if labels.dim() == 1 else labels
         _, scored = scored_targets(rows, cu_seqlens, ignore_index=ignore_index, shift=shift)
-        counts = torch.zeros(count_sequences(labels, cu_seqlens), dtype=torch.long, device=labels.device)
-        counts.index_add_(0, sequence_index(scored, cu_seqlens).reshape(-1), scored.reshape(-1).long())
+        counts = sequence_lengths(scored, cu_seqlens, count_sequences(labels, cu_seqlens))
         lengths = tuple(
             counted if given is None else given for given, counted in zip(lengths, counts.tensor_split(2), strict=True)
         )
-    return {
+    return types, {
         **options, "chosen_lengths": lengths[0], "rejected_lengths": lengths[1],
         "reference_free": not needs_reference(types, options["reference_free"]),
     }  # fmt: skip
@@ -210,7 +210,7 @@ def linear_dpo_loss(
         "reference_free": reference_free, "delta": delta, "gamma": gamma, "discopop_tau": discopop_tau,
         "sft_weight": sft_weight, "sft_reduction": sft_reduction,
     }  # fmt: skip
-    options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
+    _, options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
     check_references(
         labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias,
         options["reference_free"],

@@ -83,6 +83,12 @@ def sequence_index(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return index.clamp(max=max(cu_seqlens.shape[0] - 2, 0)).expand(scored.shape)
 
 
+def sequence_lengths(scored: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
+    """How many positions of each sequence are scored, (S,) int64."""
+    counts = torch.zeros(sequences, dtype=torch.long, device=scored.device)
+    return counts.index_add(0, sequence_index(scored, cu_seqlens).reshape(-1), scored.reshape(-1).long())
+
+
 def ld_weights(
     scored: Tensor,
     cu_seqlens: Tensor | None,
@@ -105,7 +111,7 @@ def ld_weights(
     """
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     flat = scored.reshape(-1).long()
-    counts = torch.zeros(sequences, dtype=torch.long, device=scored.device).index_add(0, index, flat)
+    counts = sequence_lengths(scored, cu_seqlens, sequences)
     if shared_lengths is None:
         if sequences % 2:
             raise ValueError(
@@ -210,6 +216,5 @@ def sequence_logprobs(
     index = sequence_index(scored, cu_seqlens).reshape(-1)
     total = logps.new_zeros(sequences).index_add(0, index, weighted.reshape(-1))
     if reduction == "mean":
-        counts = torch.zeros(sequences, dtype=torch.long, device=logits.device)
-        total = total / counts.index_add(0, index, scored.reshape(-1).long()).clamp(min=1)
+        total = total / sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
     return result_type(names)(total, *extra.values()) if names else total

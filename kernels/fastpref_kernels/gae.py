@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref_kernels.linear import widened
+
 # Tokens of a block: what a token costs in multiplications.
 BLOCK = 32
 # Tokens of the sequences taken at a time, so that what is made of them stays in a core's cache.
@@ -61,7 +63,7 @@ def _has_holes(mask: Tensor) -> bool:
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """`fastpref::gae`."""
     B, T = rewards.shape
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    dtype = widened(rewards.dtype, values.dtype)
     bits = _BITS[dtype]
     advantages, returns = (rewards.new_empty((B, T), dtype=dtype) for _ in range(2))
     if T == 0:

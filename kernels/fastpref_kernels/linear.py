@@ -80,9 +80,9 @@ def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is computed in."""
-    return torch.promote_types(dtype, torch.float32)
+def widened(*dtypes: torch.dtype) -> torch.dtype:
+    """What these are computed in: their common dtype, float32 at the least."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _transformed(
@@ -508,7 +508,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def fresh_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of an allocator that keeps its own."""
     del name
-    return torch.empty(shape, dtype=dtype, device=device)
+    return empty(shape, dtype, device)
 
 
 def library_backend(

@@ -175,10 +175,7 @@ def _linear_backward_fake(
 
 
 def _loss_fake(columns: int, reduction: str, first: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = torch.float32
-    for tensor in (first, *others):
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = linear.widened(*(tensor.dtype for tensor in (first, *others) if tensor is not None))
     loss = first.new_empty(first.shape[:1] if reduction == "none" else (), dtype=dtype)
     return loss, loss.new_empty(first.shape[0], columns)
 
@@ -205,7 +202,7 @@ def _group_fake(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gae_fake(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    dtype = linear.widened(rewards.dtype, values.dtype)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 

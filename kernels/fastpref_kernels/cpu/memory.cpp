@@ -98,10 +98,12 @@ class Pool final : public c10::Allocator {
     std::list<Block> dropped;
     {
       const std::lock_guard<std::mutex> lock(pool.mutex_);
-      // What is too large to be kept at all makes room for nothing.
-      auto& to = block->bytes > pool.limit_ ? dropped : pool.kept_;
-      to.push_front(*block);
-      if (&to == &pool.kept_) pool.held_ += block->bytes;
+      if (block->bytes > pool.limit_) {
+        dropped.push_front(*block);  // alone: it is to push nothing else out
+      } else {
+        pool.kept_.push_front(*block);
+        pool.held_ += block->bytes;
+      }
       while (pool.held_ > pool.limit_) {
         pool.held_ -= pool.kept_.back().bytes;
         dropped.splice(dropped.end(), pool.kept_, std::prev(pool.kept_.end()));

@@ -4,7 +4,6 @@
 #include "lanes.h"
 
 #include <ATen/core/Tensor.h>
-#include <sys/mman.h>
 
 #include <cmath>
 #include <optional>
@@ -15,8 +14,6 @@ namespace fastpref {
 constexpr double kAnchorLimit = 0x1p60;
 // Rows of one thread's share hold at least this many logits.
 constexpr int64_t kGrain = 1 << 15;
-// Memory larger than this is worth asking for huge pages: its page faults cost more than its arithmetic.
-constexpr int64_t kHugePage = 1 << 21;
 
 enum Statistic { kLse = 1, kEntropy = 2, kMean = 4, kTop1 = 8, kLogSumSq = 16 };
 

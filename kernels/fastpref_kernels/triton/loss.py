@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastpref_kernels.linear import widened
 from fastpref_kernels.triton.common import accumulator, exp, log1p, on_device
 
 # Elements of a program's tile: pairs, prompts x K, or prompts x K x K.
@@ -85,9 +86,5 @@ def launch(kernel: Any, programs: int, loss: Tensor, reduction: str, tensors: li
 
 
 def widest(*tensors: Tensor | None) -> torch.dtype:
-    """What a loss of these is computed in: their common dtype, float32 at the least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    """What a loss of these is computed in."""
+    return widened(*(tensor.dtype for tensor in tensors if tensor is not None))

@@ -6,11 +6,11 @@ a token that does not count hands on, with coefficient 1 and δ 0. What a block 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastpref_kernels.linear import widened
 from fastpref_kernels.triton.common import accumulator, dense, join, on_device, split
 
 # Tokens of a block.
@@ -68,7 +68,7 @@ def gae_kernel(
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """`fastpref::gae`."""
     B, T = rewards.shape
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    dtype = widened(rewards.dtype, values.dtype)
     advantages, returns = (rewards.new_empty((B, T), dtype=dtype) for _ in range(2))
     if B and T:
         with on_device(rewards.device):
