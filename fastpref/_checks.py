@@ -118,8 +118,8 @@ def check_transform(temperature: float, logit_scale: float, softcap: float | Non
 
 def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> None:
     """Check LD-DPO's two arguments."""
-    if ld_alpha is not None and (not isinstance(ld_alpha, numbers.Real) or not -math.inf < ld_alpha < math.inf):
-        raise ValueError(f"ld_alpha must be None or a finite number; got {ld_alpha!r}")
+    if ld_alpha is not None:
+        check_finite("ld_alpha", ld_alpha)
     if shared_lengths is None:
         return
     check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
