@@ -61,14 +61,14 @@ def check_finite(name: str, value: object, *, least: float = -math.inf) -> None:
 
 
 def _check_positions(
-    name: str, values: Tensor, axis: str, entry: str, labels: Tensor, cu_seqlens: Tensor | None
+    name: str, values: Tensor, axis: str, entry: str, labels: Tensor, cu_seqlens: Tensor | None, sharded: bool = False
 ) -> None:
     """Check `values`, (B, T, axis) or (N, axis), and the labels and boundaries of its positions."""
     check_tensor(name, values, FLOATING, f"a fp16, bf16, fp32 or fp64 tensor (B, T, {axis}) or (N, {axis})")
     check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {name}'s shape without {axis}")
     if values.dim() not in (2, 3):
         raise ValueError(f"{name} must be (B, T, {axis}) or (N, {axis}); got {describe(values)}")
-    if values.shape[-1] == 0:
+    if values.shape[-1] == 0 and not sharded:
         raise ValueError(f"{name} must have at least one {entry}, {axis} > 0; got {describe(values)}")
     packed = cu_seqlens is not None and values.dim() == 3 and labels.dim() == 1
     if labels.shape != (values.shape[1:2] if packed and values.shape[0] == 1 else values.shape[:-1]):
@@ -93,19 +93,20 @@ def _check_positions(
             )
 
 
-def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *, sharded: bool = False) -> None:
     """Check what `token_logprobs` and `sequence_logprobs` are given.
 
     Args:
         logits: (B, T, V) or (N, V), any strides, fp16, bf16, fp32 or fp64.
         labels: int64 or int32, of logits' shape without V. Packed logits (1, N, V) also take labels (N,).
         cu_seqlens: None, or (S+1,) int32 or int64.
+        sharded: the logits are a rank's part of the vocabulary, which may be none of it.
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: a wrong shape or device.
     """
-    _check_positions("logits", logits, "V", "vocabulary entry", labels, cu_seqlens)
+    _check_positions("logits", logits, "V", "vocabulary entry", labels, cu_seqlens, sharded)
 
 
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
@@ -151,8 +152,9 @@ def autocasts(device: torch.device) -> bool:
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, *, prefix: str = ""
-) -> None:
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, *,
+    prefix: str = "", sharded: bool = False,
+) -> None:  # fmt: skip
     """Check what `linear_token_logprobs` and `linear_sequence_logprobs` are given.
 
     Args:
@@ -162,6 +164,7 @@ def check_linear(
         bias: None, or (V,), of hidden's dtype.
         cu_seqlens: None, or (S+1,) int32 or int64.
         prefix: what the caller's names of hidden, weight and bias begin with.
+        sharded: the weight is a rank's part of the vocabulary, which may be none of it.
 
     Raises:
         TypeError: a wrong dtype.
@@ -171,8 +174,13 @@ def check_linear(
     _check_positions(of, hidden, "H", "feature", labels, cu_seqlens)
     check_tensor(f"{prefix}weight", weight, FLOATING, f"a floating-point tensor (V, H) of {of}'s dtype")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{prefix}weight must be (V, H) with {of}'s H, {hidden.shape[-1]}; got {describe(weight)}")
-    if weight.shape[0] == 0:
+        elsewhere = hasattr(weight, "ds_id") or weight.dim() == 1
+        hint = ". ZeRO-3 and FSDP gather it within the wrapped module's forward: score there (fastpref.attach)"
+        raise ValueError(
+            f"{prefix}weight must be (V, H) with {of}'s H, {hidden.shape[-1]}; got {describe(weight)}"
+            f"{hint if elsewhere else ''}"
+        )
+    if weight.shape[0] == 0 and not sharded:
         raise ValueError(f"{prefix}weight must have at least one vocabulary entry, V > 0; got {describe(weight)}")
     parameters = {f"{prefix}weight": weight}
     if bias is not None:

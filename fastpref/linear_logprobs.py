@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastpref import distributed
 from fastpref._checks import (
     REDUCTIONS,
     autocasts,
@@ -21,6 +22,7 @@ from fastpref._checks import (
 )
 from fastpref._function import apply, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
+from fastpref._sharding import Shard, resolve_head
 from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
 from fastpref_kernels import ops
 
@@ -56,23 +58,25 @@ class _LinearLogprobs(torch.autograd.Function):
     """`fastpref::linear_logprobs` and its backward.
 
     `capacity` is the number of rows whose exponentials are kept, 0 to make the logits again; `dtype` is what the
-    operands are multiplied in.
+    operands are multiplied in. With a group, the weight is its shard at `bounds`, and labels are the shard's.
     """
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, capacity: int,
-        dtype: torch.dtype, scoring: tuple[Any, ...], stats: int, *chunking: Any,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+        group: Any, bounds: Tensor | None, capacity: int, dtype: torch.dtype, scoring: tuple[Any, ...], stats: int,
+        *chunking: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         operands = cast(dtype, hidden, weight, bias)
         store = exponentials(hidden, capacity, weight.shape[0], dtype)
         arguments = (labels, cu_seqlens, store if capacity else None, *scoring, stats, *chunking)
-        logps, norm, shares, *statistics = torch.ops.fastpref.linear_logprobs(*operands, *arguments)
+        logps, norm, shares, *statistics = distributed.linear_logprobs(group, bounds, *operands, *arguments)
         return logps, norm, shares, store, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, bias, labels, cu_seqlens, ctx.capacity, ctx.dtype, ctx.scoring, stats, *ctx.chunking = inputs
+        hidden, weight, bias, labels, cu_seqlens, ctx.group, _, *options = inputs
+        ctx.capacity, ctx.dtype, ctx.scoring, stats, *ctx.chunking = options
         _, norm, shares, store, lse, entropy, *others = output
         ctx.with_entropy = bool(stats & 2)
         constant = [norm, shares, store, lse, *others]
@@ -89,12 +93,16 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None, None, None, *none)
         hidden, weight, bias, labels, cu_seqlens, norm, store, shares = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
+        dtypes = [(hidden if tensor is None else tensor).dtype for tensor in (hidden, weight, bias)]
+        if ctx.group is not None:
+            dtypes[0] = torch.promote_types(ctx.dtype, torch.float32)  # rounded after the sum over ranks
         gradients = torch.ops.fastpref.linear_logprobs_backward(
             grad, grad_entropy, *cast(ctx.dtype, hidden, weight, bias), labels, cu_seqlens, norm,
-            store if ctx.capacity else None, shares, needed,
-            [(hidden if tensor is None else tensor).dtype for tensor in (hidden, weight, bias)], *ctx.scoring,
-            *ctx.chunking,
+            store if ctx.capacity else None, shares, needed, dtypes, *ctx.scoring, *ctx.chunking,
         )  # fmt: skip
+        if ctx.group is not None and needed[0]:
+            d_hidden = distributed.reduce_hidden(ctx.group, gradients[0], labels, cu_seqlens, ctx.scoring[1])
+            gradients = (d_hidden.to(hidden.dtype), *gradients[1:])
         return *(gradient if want else None for gradient, want in zip(gradients, needed, strict=True)), *none
 
 
@@ -127,13 +135,14 @@ def reduce_sequences(
     return total.to(logps.dtype)
 
 
-def _linear_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mode: str, chunk_rows: int | None,
-    filter_eps: float | None, reduction: str, cu_seqlens: Tensor | None, ld_alpha: float | None,
-    shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
-    softcap: float | None, stats: tuple[str, ...],
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shard: Shard | None, mode: str,
+    chunk_rows: int | None, filter_eps: float | None, reduction: str, cu_seqlens: Tensor | None,
+    ld_alpha: float | None, shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float,
+    logit_scale: float, softcap: float | None, stats: tuple[str, ...],
 ) -> Any:  # fmt: skip
-    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    """What both public functions give, from plain tensors; `reduction` is "none" for the first."""
+    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     check_mode(mode, chunk_rows, filter_eps)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats, LINEAR_STATISTICS)
@@ -145,13 +154,17 @@ def _linear_logprobs(
     _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     # A compiled graph does not know how many positions are scored, so it makes room for all of them.
     capacity = (scored.numel() if torch.compiler.is_compiling() else int(scored.sum())) if saves else 0
+    group, bounds = (None, None) if shard is None else shard[:2]
+    if shard is not None:
+        labels = distributed.shard_labels(shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift)
+        ignore_index = distributed.UNSCORED
     scoring = (
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip
     bits = sum(1 << LINEAR_STATISTICS.index(name) for name in names)
     logps, _, _, _, *statistics = apply(
-        _LinearLogprobs, hidden, weight, bias, labels, cu_seqlens, capacity, dtype, scoring, bits, chunk_rows,
-        filter_eps,
+        _LinearLogprobs, hidden, weight, bias, labels, cu_seqlens, group, bounds, capacity, dtype, scoring, bits,
+        chunk_rows, filter_eps,
     )  # fmt: skip
 
     def rows(values: Tensor) -> Tensor:
@@ -175,6 +188,7 @@ def linear_token_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -203,6 +217,11 @@ def linear_token_logprobs(
         filter_eps: None: exact. Otherwise a row's gradient leaves out every 4096 columns whose softmax mass is below
             it, unless they hold the label: their products are not made. The statistic "dropped_mass" says what it cost.
             A backward through the statistic "entropy" is exact: it leaves nothing out, of the log-probs' part either.
+        process_group: the ranks that hold the vocabulary's parts in their order, each with some rows of the weight
+            (and of the bias) as `weight`, as many as it likes; or a one-dimensional device mesh. All give the same
+            hidden states and labels, and get the same results, and the same gradient of the hidden states. None: the
+            weight is whole, or a DTensor whose placements are `Shard(0)` on one dimension of its mesh. `filter_eps`
+            then goes by columns of each part.
         ignore_index: as in `token_logprobs`, like every argument after it.
         shift: `labels` are aligned with `input_ids`: hidden[:, t] scores labels[:, t+1].
         temperature: divides the logits.
@@ -218,12 +237,14 @@ def linear_token_logprobs(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, device or option; `mode="save"` with fp16.
+        ValueError: a wrong shape, device or option; `mode="save"` with fp16; a DTensor that is split in another way, or
+            ranks that give different hidden states.
         IndexError: a scored label outside [0, V).
     """
-    return _linear_logprobs(
-        hidden, weight, labels, bias, mode, chunk_rows, filter_eps, "none", None, None, None, ignore_index, shift,
-        temperature, logit_scale, softcap, stats,
+    hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    return linear_logprobs(
+        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, "none", None, None, None, ignore_index,
+        shift, temperature, logit_scale, softcap, stats,
     )  # fmt: skip
 
 
@@ -240,6 +261,7 @@ def linear_sequence_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -261,6 +283,7 @@ def linear_sequence_logprobs(
         mode: as in `linear_token_logprobs`, like every argument after it.
         chunk_rows: the rows of a tile of logits.
         filter_eps: the softmax mass below which columns are left out of the gradient.
+        process_group: the ranks that hold the vocabulary's parts.
         ignore_index: the label that is not scored.
         shift: labels are aligned with `input_ids`.
         temperature: divides the logits.
@@ -279,7 +302,8 @@ def linear_sequence_logprobs(
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
     check_ld(ld_alpha, shared_lengths)
-    return _linear_logprobs(
-        hidden, weight, labels, bias, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha, shared_lengths,
-        ignore_index, shift, temperature, logit_scale, softcap, stats,
+    hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    return linear_logprobs(
+        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha,
+        shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,
     )  # fmt: skip

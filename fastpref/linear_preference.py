@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastpref import distributed
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
 from fastpref._function import wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
+from fastpref._sharding import Shard, resolve_head
 from fastpref.linear_logprobs import (
     cast,
     compute_dtype,
     empty,
     exponentials,
-    linear_sequence_logprobs,
+    linear_logprobs,
 )
 from fastpref.losses.preference import dpo_loss, implicit_reward
 from fastpref.reference.linear_preference import (
@@ -102,9 +104,9 @@ class _GradientsInForward(torch.autograd.Function):
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
-        token_weights: Tensor, needed: tuple[bool, ...], dtype: torch.dtype, loss_fn: LossFunction, group_size: int,
-        plan: tuple[list[tuple[int, int]], int], mean: bool, scoring: tuple[Any, ...], stats: int,
-        filter_eps: float | None,
+        group: Any, bounds: Tensor | None, token_weights: Tensor, needed: tuple[bool, ...], dtype: torch.dtype,
+        loss_fn: LossFunction, group_size: int, plan: tuple[list[tuple[int, int]], int], mean: bool,
+        scoring: tuple[Any, ...], stats: int, filter_eps: float | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ignore_index, shift, *_ = scoring
         operands = cast(dtype, hidden, weight, bias)
@@ -124,12 +126,12 @@ class _GradientsInForward(torch.autograd.Function):
         scale = 1 / max(groups, 1) if mean else 1.0
         statistics: list[Tensor] = []
         for number, (begin, end) in enumerate(runs):
-            group = index % groups
-            inside = (group >= begin) & (group < end)
+            of_position = index % groups
+            inside = (of_position >= begin) & (of_position < end)
             chunk = labels.clone()
             chunk[:, int(shift) :] = targets.masked_fill(~inside, ignore_index)
-            token, norm, shares, *of_chunk = torch.ops.fastpref.linear_logprobs(
-                *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
+            token, norm, shares, *of_chunk = distributed.linear_logprobs(
+                group, bounds, *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
             )
             statistics = _merged(statistics, of_chunk)
             weighted = weigh(token, token_weights).reshape(-1).double()
@@ -146,6 +148,8 @@ class _GradientsInForward(torch.autograd.Function):
                 by_sequence[index] * token_weights, None, *operands, chunk, cu_seqlens, norm, store, shares, *totals,
                 number == 0, *scoring, None, filter_eps,
             )  # fmt: skip
+        if group is not None and totals[0] is not None:
+            distributed.reduce_hidden(group, totals[0], labels, cu_seqlens, shift)
         kept = [loss.new_empty(0) if total is None else total for total in totals]
         return loss * scale, logps, *kept, *statistics
 
@@ -170,13 +174,14 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 def _group_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, loss_fn: LossFunction, *, group_size: int,
-    reduction: str, average_logps: bool, stats: tuple[str, ...], cu_seqlens: Tensor | None, ld_alpha: float | None,
-    shared_lengths: Tensor | None, mode: str, chunk_rows: int | None, filter_eps: float | None, ignore_index: int,
-    shift: bool, temperature: float, logit_scale: float, softcap: float | None, mixes_groups: bool = False,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shard: Shard | None, loss_fn: LossFunction, *,
+    group_size: int, reduction: str, average_logps: bool, stats: tuple[str, ...], cu_seqlens: Tensor | None,
+    ld_alpha: float | None, shared_lengths: Tensor | None, mode: str, chunk_rows: int | None,
+    filter_eps: float | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
+    softcap: float | None, mixes_groups: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The loss, the sequences' log-probs (S,), detached, and the statistics."""
-    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     check_mode(mode, chunk_rows, filter_eps)
     check_transform(temperature, logit_scale, softcap)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -190,18 +195,19 @@ def _group_loss(
     plan, held = None, "recompute" if mode == "auto" else mode
     # fp16 has not the range for exponentials, nor for a gradient before GradScaler's factor has entered it.
     apart = mode == "auto" and reduction != "none" and not mixes_groups and dtype != torch.float16
-    if apart and wants_gradient(hidden, weight, bias):
-        limit = chunk_rows or ops.loss_chunk_rows(weight, dtype)
+    # A graph cannot be told how many rows the ranks of a group agree on, unless DTensors or the caller say it.
+    agreed = shard is None or chunk_rows or isinstance(shard.largest, int) or not torch.compiler.is_compiling()
+    if apart and agreed and wants_gradient(hidden, weight, bias):
+        columns = weight.shape[0] if shard is None else int(shard.largest)
+        limit = chunk_rows or ops.loss_chunk_rows(weight, columns, dtype)
         plan = _plan(scored, cu_seqlens, sequences, group_size, limit)
         if plan is not None and len(plan[0]) <= 1:
             # One chunk's exponentials may as well wait for the backward: its products then need no float32 buffer.
             plan, held = None, "save"
     if plan is None:
-        result = linear_sequence_logprobs(
-            hidden, weight, labels, bias, reduction="mean" if average_logps else "sum", cu_seqlens=cu_seqlens,
-            ld_alpha=ld_alpha, shared_lengths=shared_lengths, mode=held, chunk_rows=chunk_rows, filter_eps=filter_eps,
-            ignore_index=ignore_index, shift=shift, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            stats=stats,
+        result = linear_logprobs(
+            hidden, weight, labels, bias, shard, held, chunk_rows, filter_eps, "mean" if average_logps else "sum",
+            cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,
         )  # fmt: skip
         logps, *statistics = result if names else (result,)
         members = logps.view(group_size, sequences // group_size).T
@@ -218,13 +224,17 @@ def _group_loss(
     if average_logps:
         lengths = sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
         token_weights = token_weights / lengths[sequence_index(scored, cu_seqlens)]
+    group, bounds = (None, None) if shard is None else shard[:2]
+    if shard is not None:
+        rows_labels = distributed.shard_labels(shard, rows_labels, cu_seqlens, weight.shape[0], ignore_index, shift)
+        ignore_index = distributed.UNSCORED
     scoring = (
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip
     needed = tuple(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     loss, logps, _, _, _, *statistics = _GradientsInForward.apply(
-        hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens, token_weights, needed,
-        dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
+        hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens, group, bounds,
+        token_weights, needed, dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
         sum(1 << LINEAR_STATISTICS.index(name) for name in names), filter_eps,
     )  # fmt: skip
     shape = (*labels.shape[:-1], scored.shape[-1])
@@ -268,6 +278,7 @@ def linear_dpo_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -323,6 +334,7 @@ def linear_dpo_loss(
         chunk_rows: the most scored rows whose exponentials are kept at a time. None: what fills 80 MiB on a CPU, 1 GiB
             on a GPU.
         filter_eps: as in `linear_token_logprobs`, like every argument after it.
+        process_group: the ranks that hold the vocabulary's parts; of `ref_weight`, too, where that is no DTensor.
         ignore_index: the label that is not scored.
         shift: labels are aligned with `input_ids`.
         temperature: divides the logits.
@@ -338,7 +350,13 @@ def linear_dpo_loss(
         ValueError: a wrong shape, device or option; a reference given twice, or not at all.
         IndexError: a scored label outside [0, V).
     """
-    check_linear(hidden, weight, labels, bias, cu_seqlens)
+    hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    ref_shard = None
+    if ref_weight is not None:
+        ref_hidden, ref_weight, ref_bias, _, ref_shard = resolve_head(
+            ref_hidden, ref_weight, ref_bias, labels, process_group
+        )
+    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     check_halves(labels, cu_seqlens)
     options = {
         "beta": beta, "loss_type": loss_type, "loss_weights": loss_weights, "label_smoothing": label_smoothing,
@@ -350,8 +368,9 @@ def linear_dpo_loss(
     types, options = resolve_options(labels, cu_seqlens, ignore_index, shift, average_logps, reduction, options)
     reference_free = options["reference_free"]
     check_references(
-        labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free
-    )
+        labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free,
+        ref_shard is not None,
+    )  # fmt: skip
     scoring = {
         "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
         "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
@@ -360,9 +379,9 @@ def linear_dpo_loss(
     if ref_hidden is not None and not reference_free:
         assert ref_weight is not None
         with torch.no_grad():
-            ref_logps = linear_sequence_logprobs(
-                ref_hidden, ref_weight, labels, ref_bias, reduction="mean" if average_logps else "sum",
-                **{**scoring, "mode": "recompute"},
+            ref_logps = linear_logprobs(
+                ref_hidden, ref_weight, labels, ref_bias, ref_shard, reduction="mean" if average_logps else "sum",
+                stats=(), **{**scoring, "mode": "recompute"},
             )  # fmt: skip
         ref_chosen_logps, ref_rejected_logps = ref_logps.tensor_split(2)
     wide = torch.promote_types(compute_dtype(hidden), torch.float32)
@@ -375,9 +394,8 @@ def linear_dpo_loss(
         return dpo_loss(members[:, 0], members[:, 1], *reference, reduction="none", **options).loss
 
     loss, logps, statistics = _group_loss(
-        hidden, weight, labels, bias, pair_losses, group_size=2, reduction=reduction, average_logps=average_logps,
-        stats=stats, mixes_groups=any(kind.mixes_pairs for kind, _ in types),
-        **scoring,
+        hidden, weight, labels, bias, shard, pair_losses, group_size=2, reduction=reduction,
+        average_logps=average_logps, stats=stats, mixes_groups=any(kind.mixes_pairs for kind, _ in types), **scoring,
     )  # fmt: skip
     chosen, rejected = logps.tensor_split(2)
     zero = torch.zeros_like(chosen)
@@ -405,6 +423,7 @@ def linear_preference_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -433,6 +452,7 @@ def linear_preference_loss(
         mode: how and when the gradients are made.
         chunk_rows: the most scored rows whose exponentials are kept at a time.
         filter_eps: the softmax mass below which columns are left out of the gradient.
+        process_group: the ranks that hold the vocabulary's parts.
         ignore_index: the label that is not scored.
         shift: labels are aligned with `input_ids`.
         temperature: divides the logits.
@@ -448,8 +468,9 @@ def linear_preference_loss(
             `loss_fn` closes over (outside of `torch.compile`, where that is constant).
         IndexError: a scored label outside [0, V).
     """
+    hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
     loss, logps, statistics = _group_loss(
-        hidden, weight, labels, bias, loss_fn, group_size=group_size, reduction=reduction,
+        hidden, weight, labels, bias, shard, loss_fn, group_size=group_size, reduction=reduction,
         average_logps=average_logps, stats=stats, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha,
         shared_lengths=shared_lengths, mode=mode, chunk_rows=chunk_rows, filter_eps=filter_eps,
         ignore_index=ignore_index, shift=shift, temperature=temperature, logit_scale=logit_scale, softcap=softcap,

@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, check_transform
 from fastpref._function import apply
 from fastpref._results import STATISTICS, check_stats, result_type
+from fastpref._sharding import resolve_logits
+from fastpref.distributed import UNSCORED, shard_labels, sharded_logprobs
+from fastpref.linear_logprobs import reduce_sequences
 from fastpref.reference.logprobs import ld_weights, scored_targets
 from fastpref_kernels import ops
 
@@ -86,9 +89,10 @@ def _check_inplace(logits: Tensor) -> None:
 def _logprobs(
     logits: Tensor, labels: Tensor, reduction: str, cu_seqlens: Tensor | None, ld_alpha: float | None,
     shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
-    softcap: float | None, stats: tuple[str, ...], inplace_backward: bool,
+    softcap: float | None, stats: tuple[str, ...], inplace_backward: bool, process_group: Any,
 ) -> Any:  # fmt: skip
-    check_logits(logits, labels, cu_seqlens)
+    logits, labels, shard = resolve_logits(logits, labels, process_group)
+    check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
     if inplace_backward:
@@ -98,17 +102,28 @@ def _logprobs(
         logits = logits[None]
     if labels.dim() == 1:
         labels = labels[None]
-    weights = None
-    if ld_alpha is not None:
-        _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        weights = ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, dtype)
     bits = sum(1 << STATISTICS.index(name) for name in names)
-    logps, sequences, _, _, *statistics = apply(
-        _Logprobs, logits, labels, cu_seqlens, weights, ignore_index, shift, float(logit_scale), float(temperature),
-        None if softcap is None else float(softcap), reduction, bits, inplace_backward,
-    )  # fmt: skip
+    transform = (float(logit_scale), float(temperature), None if softcap is None else float(softcap))
+    if shard is not None:
+        _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+        labels = shard_labels(shard, labels, cu_seqlens, logits.shape[-1], ignore_index, shift)
+        logps, *statistics = sharded_logprobs(
+            shard, logits, labels, cu_seqlens, (UNSCORED, shift, *transform), bits, inplace_backward
+        )
+        sequences = logps
+        if reduction != "none":
+            sequences = reduce_sequences(logps, scored, cu_seqlens, reduction, ld_alpha, shared_lengths)
+    else:
+        weights = None
+        if ld_alpha is not None:
+            _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+            sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            weights = ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, dtype)
+        logps, sequences, _, _, *statistics = apply(
+            _Logprobs, logits, labels, cu_seqlens, weights, ignore_index, shift, *transform, reduction, bits,
+            inplace_backward,
+        )  # fmt: skip
 
     def rows(values: Tensor) -> Tensor:
         return values.view(*rows_shape, values.shape[-1])
@@ -130,6 +145,7 @@ def token_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     inplace_backward: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """Log-prob of every label under its logits: logp = z_y − log Σ_j exp z_j, in nats.
 
@@ -153,6 +169,9 @@ def token_logprobs(
             label is the first argmax), "log_sum_sq_probs" (log Σ p²).
         inplace_backward: write the gradient over the logits, which saves its memory. Any later use of them in a
             backward then raises; a read after it reads the gradient.
+        process_group: the ranks that hold the vocabulary's parts in their order, each with the logits of its own
+            columns, as many as it likes; or a one-dimensional device mesh. All give the same labels, and get the same
+            results. None: the logits are whole, or a DTensor that is `Shard(-1)` on one dimension of its mesh.
 
     Returns:
         (B, T−1), or (B, T) without `shift`; float32 (float64 for float64 logits), never above 0. With `stats`, a named
@@ -166,7 +185,7 @@ def token_logprobs(
     """
     return _logprobs(
         logits, labels, "none", None, None, None, ignore_index, shift, temperature, logit_scale, softcap, stats,
-        inplace_backward,
+        inplace_backward, process_group,
     )  # fmt: skip
 
 
@@ -185,6 +204,7 @@ def sequence_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     inplace_backward: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """Log-prob of every sequence: the sum, or mean, of its scored tokens' log-probs, made in the same pass.
 
@@ -205,6 +225,7 @@ def sequence_logprobs(
         softcap: caps the logits.
         stats: names of statistics; they are still per token, of the shape `token_logprobs` gives.
         inplace_backward: write the gradient over the logits.
+        process_group: the ranks that hold the vocabulary's parts.
 
     Returns:
         (B,), or (S,) packed; float32 (float64 for float64 logits). With `stats`, a named tuple whose first field,
@@ -219,5 +240,5 @@ def sequence_logprobs(
     check_ld(ld_alpha, shared_lengths)
     return _logprobs(
         logits, labels, reduction, cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature, logit_scale,
-        softcap, stats, inplace_backward,
+        softcap, stats, inplace_backward, process_group,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpref._checks import REDUCTIONS, autocasts, check_choice, check_ld, check_linear, check_mode, check_transform
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
+from fastpref.reference.distributed import whole_head
 from fastpref.reference.logprobs import scored_targets, sequence_logprobs, token_logprobs
 
 
@@ -76,6 +77,7 @@ def linear_token_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -88,6 +90,7 @@ def linear_token_logprobs(
     `mode`, `chunk_rows` and `filter_eps` are checked and change nothing here: every gradient is exact, as elsewhere an
     entropy's is with any `filter_eps`, and the statistic "dropped_mass" is 0.
     """
+    hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, None)
     check_mode(mode, chunk_rows, filter_eps)
     check_transform(temperature, logit_scale, softcap)
@@ -110,6 +113,7 @@ def linear_sequence_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -123,6 +127,7 @@ def linear_sequence_logprobs(
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
     check_ld(ld_alpha, shared_lengths)
+    hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_mode(mode, chunk_rows, filter_eps)
     check_transform(temperature, logit_scale, softcap)

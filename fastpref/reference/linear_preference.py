@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, check_tensor, describe
 from fastpref._results import linear_group_type, linear_loss_type
+from fastpref.reference.distributed import whole_head
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
 from fastpref.reference.logprobs import scored_targets, sequence_lengths
 from fastpref.reference.losses.preference import (
@@ -45,6 +46,7 @@ def check_halves(labels: Tensor, cu_seqlens: Tensor | None) -> None:
 def check_references(
     labels: Tensor, cu_seqlens: Tensor | None, ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, reference_free: bool,
+    sharded: bool = False,
 ) -> None:  # fmt: skip
     """Raise unless the reference comes from log-probs, from hidden states, or with `reference_free` from neither."""
     logps = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
@@ -63,7 +65,7 @@ def check_references(
         if ref_hidden is None or ref_weight is None:
             missing = "ref_hidden" if ref_hidden is None else "ref_weight"
             raise ValueError(f"a reference made from hidden states needs {missing}; got only {', '.join(made)}")
-        check_linear(ref_hidden, ref_weight, labels, ref_bias, cu_seqlens, prefix="ref_")
+        check_linear(ref_hidden, ref_weight, labels, ref_bias, cu_seqlens, prefix="ref_", sharded=sharded)
     elif len(given) < 2 and not reference_free:
         missing = ", ".join(name for name in logps if name not in given)
         raise ValueError(f"the loss needs {missing}, or ref_hidden and ref_weight, or reference_free=True")
@@ -194,6 +196,7 @@ def linear_dpo_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -201,6 +204,9 @@ def linear_dpo_loss(
     softcap: float | None = None,
 ) -> Any:
     """`fastpref.linear_dpo_loss` in plain PyTorch."""
+    hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
+    if ref_weight is not None:
+        ref_hidden, ref_weight, ref_bias, _ = whole_head(ref_hidden, ref_weight, ref_bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_halves(labels, cu_seqlens)
     options = {
@@ -253,6 +259,7 @@ def linear_preference_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
     temperature: float = 1.0,
@@ -260,6 +267,7 @@ def linear_preference_loss(
     softcap: float | None = None,
 ) -> Any:
     """`fastpref.linear_preference_loss` in plain PyTorch."""
+    hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_choice("reduction", reduction, REDUCTIONS)
     check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)

@@ -21,6 +21,7 @@ from fastpref._checks import (
     check_transform,
 )
 from fastpref._results import check_stats, result_type
+from fastpref.reference.distributed import whole_logits
 
 
 def transform_logits(logits: Tensor, *, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
@@ -166,9 +167,11 @@ def token_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     inplace_backward: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """`fastpref.token_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
     del inplace_backward
+    logits, labels = whole_logits(logits, labels, process_group)
     check_logits(logits, labels, None)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
@@ -194,11 +197,13 @@ def sequence_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     inplace_backward: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """`fastpref.sequence_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
     del inplace_backward
     check_choice("reduction", reduction, REDUCTIONS[1:])
     check_ld(ld_alpha, shared_lengths)
+    logits, labels = whole_logits(logits, labels, process_group)
     check_logits(logits, labels, cu_seqlens)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)

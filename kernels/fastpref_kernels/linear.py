@@ -21,6 +21,7 @@ Where it was not kept, the logits are made again, and a second fold turns them i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ LOSS_BYTES = 1 << 30  # of exponentials a loss keeps at a time, on a device with
 # Sums past this move the anchor, as in the kernels. An entropy's digits want it near the row's mass, not only in range.
 LIMIT, ENTROPY_LIMIT = 2.0**60, 2.0**10
 _NEAR = 600.0  # below this, exp(a - z_y) is a float64 with room to spare
+UNSCORED = -2  # what `shard_labels` has for ignore_index; -1 is a label of a shard before, and columns or more after
 
 
 class Backend(NamedTuple):
@@ -194,11 +196,8 @@ class _Rows(NamedTuple):
     label: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, vocabulary: int) -> _Rows:
-        if cu_seqlens is not None:
-            eager.check_boundaries(cu_seqlens, labels.shape[1])
+    def of(cls, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> _Rows:
         targets, scored = eager.scored_targets(labels, cu_seqlens, ignore_index, shift)
-        eager.check_labels(targets, scored, vocabulary)
         batch, time = scored.nonzero(as_tuple=True)
         return cls(batch * labels.shape[1] + time, (batch, time), targets[batch, time].long())
 
@@ -211,11 +210,17 @@ def _column_chunks(vocabulary: int, columns: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + columns, vocabulary)
 
 
-def _label_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: Any) -> Tensor:
-    """z of the labels (R,), from a float32 dot product."""
+def _label_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_scale: float, temperature: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """z of the labels (R,), from a float32 dot product; where they are another shard's, of the nearest column here."""
     dtype = widened(x.dtype)
+    if not len(weight):
+        return x.new_full(labels.shape, -torch.inf, dtype=dtype)
+    labels = labels.clamp(0, len(weight) - 1)
     raw = (x.to(dtype) * weight[labels].to(dtype)).sum(-1)
-    return _transformed(raw, None if bias is None else bias[labels], *transform)[0]
+    return _transformed(raw, None if bias is None else bias[labels], logit_scale, temperature, softcap)[0]
 
 
 def _product_fold(
@@ -263,9 +268,9 @@ def _tiles(pieces: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(pieces, (0, 0, 0, -len(pieces) % count)).unflatten(0, (-1, count))
 
 
-def _mass_shares(anchors: Tensor, masses: Tensor, columns: int, anchor: Tensor, total: Tensor) -> Tensor:
-    """The softmax mass of every tile of every row (chunks, R), its label's aside, from pieces of `columns` columns."""
-    return _tiles(masses * (anchors - anchor).exp() / total, columns).sum(1)
+def _masses(anchors: Tensor, masses: Tensor, columns: int, anchor: Tensor) -> Tensor:
+    """Σ exp(z - anchor) of every tile of every row (chunks, R), its label's aside, from pieces of `columns` columns."""
+    return _tiles(masses * (anchors - anchor).exp(), columns).sum(1)
 
 
 def _rows_of_tiles(mask: Tensor) -> tuple[Tensor, ...]:
@@ -293,6 +298,125 @@ def _kept(shares: Tensor, labels: Tensor, columns: int, filter_eps: float) -> Te
     return ~(shares < filter_eps) | (labels // columns == chunk)
 
 
+def _check(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool, vocabulary: int) -> None:
+    if cu_seqlens is not None:
+        eager.check_boundaries(cu_seqlens, labels.shape[1])
+    eager.check_labels(*eager.scored_targets(labels, cu_seqlens, ignore_index, shift), vocabulary)
+
+
+def _fold_rows(
+    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, store: Tensor | None,
+    transform: tuple[float, float, float | None], stats: int, chunk_rows: int | None, filter_eps: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sums of rows over all columns, as `fold`'s state (8, R), and each tile's mass (chunks, R).
+
+    What is kept of a row, and the masses, which are told where `filter_eps` will ask for them, are at the row's anchor.
+    """
+    flat, chunks = hidden.reshape(-1, hidden.shape[-1]), (weight.shape[0] + COLUMNS - 1) // COLUMNS
+    state = torch.zeros((8, len(rows)), dtype=torch.float64, device=hidden.device)
+    state[5:7] = -torch.inf
+    shares = hidden.new_zeros((0 if filter_eps is None else chunks, len(rows)), dtype=torch.float32)
+    size = min(chunk_rows or backend.rows, max(len(rows), 1))
+    for first in range(0, len(rows), size):
+        part = slice(first, min(first + size, len(rows)))
+        y, x = rows.label[part], flat[rows.position[part]]
+        of_part = state[:, part].contiguous()
+        of_part[0] = _label_logits(x, weight, bias, y, *transform)
+        kept = None if store is None else store[part]
+        anchors, masses, columns = _product_fold(backend, x, weight, bias, y, *transform, stats, of_part, kept)
+        state[:, part] = of_part
+        anchor = of_part[0].masked_fill(of_part[0] == -torch.inf, 0.0)  # nothing but -inf: any anchor does
+        if kept is not None:
+            _reanchor(kept, anchors, anchor, columns, widened(hidden.dtype))
+        if filter_eps is not None:
+            shares[:, part] = _masses(anchors, masses, columns, anchor).float()
+    return state, shares
+
+
+def _settle_rows(
+    rows: _Rows, state: Tensor, whole_state: Tensor, vocabulary: Tensor | int, store: Tensor | None, transform: Any,
+    stats: int,
+) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:  # fmt: skip
+    """What follows from the sums of rows: log-probs, anchor and 1/S, each (R,), and the statistics asked for, by bit.
+
+    Args:
+        rows: with labels that are columns here, or outside of them.
+        state: (8, R), the sums over the columns here, which may be a shard of all.
+        whole_state: (8, R), the sums over all columns, at an anchor that is no lower; `state` where they are all here.
+        vocabulary: the number of all columns.
+        store: (R, V) or None: receives what the gradient's products need at the label.
+        transform: logit_scale, temperature and softcap.
+        stats: bits of the statistics asked for.
+    """
+    own, highest, *sums = state[0], *whole_state
+    rest, weighted, squares, total, before, after, z_y = sums
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    e_y = (z_y - highest).exp()
+    whole = rest + e_y
+    gap = highest - z_y
+    near = -torch.log1p(rest * gap.clamp(max=_NEAR).exp())
+    logp = torch.where(gap < _NEAR, near, -gap - whole.log()).masked_fill(z_y == torch.inf, torch.nan)
+    # A shard's own anchor serves it, as long as what it is away from that of all columns leaves room in float32.
+    moved = ~(highest - own < math.log(LIMIT))
+    anchor = torch.where(moved, highest, own)
+    if store is not None:
+        store = store[: len(rows)]
+        if moved.any():
+            factor = torch.where(own == -torch.inf, 0.0, own - highest).exp()
+            store[moved] = store[moved].mul_(factor[moved, None].to(widened(store.dtype)))
+        of_z = eager.Transform.of(*transform)
+        here = ((rows.label >= 0) & (rows.label < store.shape[1])).nonzero()[:, 0]
+        at_label = -rest * (highest - anchor).exp() * of_z.derivative(z_y / of_z.rate)
+        store[here, rows.label[here]] = at_label[here].to(store.dtype)
+    values: dict[int, Callable[[], Tensor]] = {
+        0: lambda: highest + whole.log(),
+        1: lambda: torch.where(
+            gap < _NEAR,  # from the label, where an entropy near 0 keeps its digits
+            -logp - (weighted + gap * rest) / whole,
+            whole.log() - (weighted - (e_y * gap).masked_fill(e_y == 0, 0.0)) / whole,
+        ),
+        2: lambda: total / vocabulary,
+        3: lambda: (before < z_y) & (after <= z_y),
+        4: lambda: (squares + e_y * e_y).log() - 2 * whole.log(),
+    }
+    inverse = (anchor - highest).exp() / whole
+    return logp, anchor, inverse, {bit: value() for bit, value in values.items() if stats >> bit & 1}
+
+
+def _settled(
+    hidden: Tensor, shape: tuple[int, ...], rows: _Rows, state: Tensor, whole_state: Tensor, shares: Tensor,
+    vocabulary: Tensor | int, store: Tensor | None, transform: Any, stats: int, filter_eps: float | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The results of `fastpref::linear_logprobs`, of `shape` (B, T'), from the sums of rows; hidden for its dtype."""
+    dtype = widened(hidden.dtype)
+    logp, anchor, inverse, found = _settle_rows(rows, state, whole_state, vocabulary, store, transform, stats)
+    scale = inverse * (state[0].masked_fill(state[0] == -torch.inf, 0.0) - anchor).exp()
+    shares = (shares * scale).float() if len(shares) else shares
+    if stats >> 5 & 1:
+        dropped = shares.new_zeros(len(rows))
+        if filter_eps is not None:
+            dropped = shares.masked_fill(_kept(shares, rows.label, COLUMNS, filter_eps), 0.0).sum(0)
+        found[5] = dropped
+
+    def spread(values: Tensor, kind: torch.dtype) -> Tensor:
+        out = values.new_zeros((*values.shape[:-1], *shape), dtype=kind)
+        out[(..., *rows.place)] = values.to(kind)
+        return out
+
+    statistics = [
+        spread(found[bit], torch.bool if bit == 3 else dtype)
+        if stats >> bit & 1
+        else hidden.new_zeros(0, dtype=torch.bool if bit == 3 else dtype)
+        for bit in range(6)
+    ]
+    norm = torch.stack([anchor, inverse, logp, *([found[1]] if stats & 2 else [])])
+    return spread(logp, dtype), spread(norm, dtype), spread(shares, torch.float32), *statistics
+
+
+def _shape(labels: Tensor, shift: bool) -> tuple[int, ...]:
+    return tuple(labels[:, 1:].shape if shift else labels.shape)
+
+
 @_outside_autocast
 def logprobs(
     backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
@@ -300,63 +424,59 @@ def logprobs(
     softcap: float | None, stats: int, chunk_rows: int | None, filter_eps: float | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::linear_logprobs`."""
-    vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
-    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
-    chunks = 0 if filter_eps is None else (vocabulary + COLUMNS - 1) // COLUMNS
-    shape = tuple(labels[:, 1:].shape if shift else labels.shape)
-    logps = hidden.new_zeros(shape, dtype=dtype)
-    norm = hidden.new_zeros((4 if stats & 2 else 3, *shape), dtype=dtype)
-    shares = hidden.new_zeros((chunks, *shape), dtype=torch.float32)
-    kinds = [torch.bool if bit == 3 else dtype for bit in range(6)]
-    statistics = [hidden.new_zeros(shape if stats >> bit & 1 else (0,), dtype=kind) for bit, kind in enumerate(kinds)]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    size = min(chunk_rows or backend.rows, max(len(rows), 1))
-    for first in range(0, len(rows), size):
-        part = slice(first, min(first + size, len(rows)))
-        place = (rows.place[0][part], rows.place[1][part])
-        y, x = rows.label[part], flat[rows.position[part]]
-        state = torch.zeros((8, len(y)), dtype=torch.float64, device=x.device)
-        state[0] = _label_logits(x, weight, bias, y, transform)
-        state[5:7] = -torch.inf
-        kept = None if store is None else store[part]
-        anchors, masses, columns = _product_fold(backend, x, weight, bias, y, *transform, stats, state, kept)
-        state[0].masked_fill_(state[0] == -torch.inf, 0.0)  # nothing but -inf: any anchor does
-        anchor, rest, weighted, squares, total, before, after, z_y = state
-        e_y = (z_y - anchor).exp()
-        whole = rest + e_y
-        gap = anchor - z_y
-        near = -torch.log1p(rest * gap.clamp(max=_NEAR).exp())
-        logp = torch.where(gap < _NEAR, near, -gap - whole.log()).masked_fill(z_y == torch.inf, torch.nan)
-        if kept is not None:
-            _reanchor(kept, anchors, anchor, columns, dtype)
-            of_z = eager.Transform.of(*transform)
-            slope = of_z.derivative(z_y / of_z.rate)
-            kept[torch.arange(len(y), device=y.device), y] = (-rest * slope).to(kept.dtype)
-        norm[0][place], norm[1][place] = anchor.to(dtype), (1 / whole).to(dtype)
-        norm[2][place] = logps[place] = logp.to(dtype)
-        values: dict[int, Callable[[], Tensor]] = {
-            0: lambda anchor=anchor, whole=whole: anchor + whole.log(),
-            1: lambda whole=whole, weighted=weighted, rest=rest, e_y=e_y, gap=gap, logp=logp: torch.where(
-                gap < _NEAR,  # from the label, where an entropy near 0 keeps its digits
-                -logp - (weighted + gap * rest) / whole,
-                whole.log() - (weighted - (e_y * gap).masked_fill(e_y == 0, 0.0)) / whole,
-            ),
-            2: lambda total=total: total / vocabulary,
-            3: lambda before=before, after=after, z_y=z_y: (before < z_y) & (after <= z_y),
-            4: lambda squares=squares, e_y=e_y, whole=whole: (squares + e_y * e_y).log() - 2 * whole.log(),
-        }
-        for bit, value in values.items():
-            if stats >> bit & 1:
-                statistics[bit][place] = value().to(kinds[bit])
-        if stats & 2:
-            norm[3][place] = statistics[1][place]
-        if filter_eps is not None:
-            share = _mass_shares(anchors, masses, columns, anchor, whole).float()
-            shares[(slice(None), *place)] = share
-            if stats >> 5 & 1:
-                dropped = share.masked_fill(_kept(share, y, COLUMNS, filter_eps), 0.0)
-                statistics[5][place] = dropped.sum(0).to(dtype)
-    return logps, norm, shares, *statistics
+    transform = (logit_scale, temperature, softcap)
+    _check(labels, cu_seqlens, ignore_index, shift, weight.shape[0])
+    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift)
+    state, shares = _fold_rows(
+        backend, hidden, weight, bias, rows, store, transform, stats, chunk_rows, filter_eps
+    )  # fmt: skip
+    state[0].masked_fill_(state[0] == -torch.inf, 0.0)
+    return _settled(
+        hidden, _shape(labels, shift), rows, state, state, shares, weight.shape[0], store, transform, stats, filter_eps
+    )
+
+
+def shard_labels(
+    labels: Tensor, cu_seqlens: Tensor | None, shard: Tensor, columns: int, ignore_index: int, shift: bool
+) -> Tensor:
+    """`fastpref::shard_labels`."""
+    first, vocabulary = shard[0], int(shard[1])
+    _check(labels, cu_seqlens, ignore_index, shift, vocabulary)
+    # Past all tiles, and not only past the columns, so that no tile's padding is taken for the label.
+    after = (columns + COLUMNS - 1) // COLUMNS * COLUMNS
+    return (labels.long() - first).clamp(-1, after).masked_fill(labels == ignore_index, UNSCORED)
+
+
+@_outside_autocast
+def fold_shard(
+    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
+    softcap: float | None, stats: int, chunk_rows: int | None, filter_eps: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`fastpref::linear_fold`."""
+    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift)
+    state, shares = _fold_rows(
+        backend, hidden, weight, bias, rows, store, (logit_scale, temperature, softcap), stats, chunk_rows, filter_eps
+    )  # fmt: skip
+    sums = state.new_zeros((8, *_shape(labels, shift)))
+    sums[(slice(None), *rows.place)] = state
+    masses = shares.new_zeros((len(shares), *sums.shape[1:]))
+    masses[(slice(None), *rows.place)] = shares
+    return sums, masses
+
+
+def settle_shard(
+    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shard: Tensor, sums: Tensor, whole_sums: Tensor,
+    masses: Tensor, store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
+    softcap: float | None, stats: int, filter_eps: float | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`fastpref::linear_settle`."""
+    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift)
+    place = (slice(None), *rows.place)
+    return _settled(
+        hidden, _shape(labels, shift), rows, sums[place], whole_sums[place], masses[place], shard[1], store,
+        (logit_scale, temperature, softcap), stats, filter_eps,
+    )  # fmt: skip
 
 
 def _picked(values: Any, pick: Tensor | None) -> Any:
@@ -374,7 +494,7 @@ def accumulate_gradients(
 ) -> None:  # fmt: skip
     """`fastpref::linear_logprobs_backward_`. A d_weight of a narrower dtype is for rows of one chunk, rounded once."""
     vocabulary, transform, dtype = weight.shape[0], (logit_scale, temperature, softcap), widened(hidden.dtype)
-    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift, vocabulary)
+    rows = _Rows.of(labels, cu_seqlens, ignore_index, shift)
     for total in (d_hidden, d_weight, d_bias):
         # The weight's is worth not writing twice: the first product of its columns overwrites it.
         if fresh and total is not None and (total is not d_weight or not len(rows) or filter_eps is not None):

@@ -19,6 +19,7 @@ from fastpref_kernels import cpu, eager, gae, linear
 from fastpref_kernels.cpu import linear as cpu_linear
 
 NAMESPACE = "fastpref"
+UNSCORED = linear.UNSCORED
 TRITON_KEYS = ("CUDA", "XPU")
 # Importing it is left to the first launch.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -56,8 +57,19 @@ _SCHEMAS = (
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor(a!)? store, "
     f"{_LINEAR}, int stats, int? chunk_rows, float? filter_eps) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # The same in parts, for a weight whose rows are a shard of the vocabulary. shard: int64 (2,), its first column and
+    # the number of all. shard_labels checks labels, and makes of them columns of the shard, or what lies outside it.
+    # linear_fold: the sums of each row (8, B, T') float64, as linear.fold has them, and each tile's mass at the row's
+    # anchor. linear_settle: linear_logprobs' results, from those sums and the sums over all shards.
+    "shard_labels(Tensor labels, Tensor? cu_seqlens, Tensor shard, int columns, int ignore_index, bool shift) -> "
+    "Tensor",
+    "linear_fold(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor(a!)? store, "
+    f"{_LINEAR}, int stats, int? chunk_rows, float? filter_eps) -> (Tensor, Tensor)",
+    "linear_settle(Tensor hidden, Tensor labels, Tensor? cu_seqlens, Tensor shard, Tensor sums, Tensor whole_sums, "
+    f"Tensor masses, Tensor(a!)? store, {_LINEAR}, int stats, float? filter_eps) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # grad and grad_entropy (B, T'). -> the gradients of hidden, weight and bias that are needed, in these dtypes; empty
-    # where not.
+    # where not. A label outside of the weight's rows is another shard's: the row has no label here.
     "linear_logprobs_backward(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, bool[] needed, "
     f"ScalarType[] dtypes, {_LINEAR}, int? chunk_rows, float? filter_eps) -> (Tensor, Tensor, Tensor)",
@@ -92,10 +104,10 @@ def fuses_losses(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") and _HAS_TRITON
 
 
-def loss_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
-    """How many rows' exponentials a loss from hidden states keeps at a time where it is not told."""
+def loss_chunk_rows(weight: Tensor, columns: int, dtype: torch.dtype) -> int:
+    """How many rows' exponentials, of so many columns, a loss from hidden states keeps at a time if it is not told."""
     limit = cpu_linear.LOSS_BYTES if weight.device.type == "cpu" else linear.LOSS_BYTES
-    return max(1, limit // (weight.shape[0] * dtype.itemsize))
+    return max(1, limit // (columns * dtype.itemsize))
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -156,6 +168,32 @@ def _linear_fake(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty((4 if stats & 2 else 3, *rows), dtype=dtype),
         hidden.new_empty((chunks, *rows), dtype=torch.float32),
+        *(
+            hidden.new_empty(rows if stats >> bit & 1 else (0,), dtype=torch.bool if bit == 3 else dtype)
+            for bit in range(6)
+        ),
+    )
+
+
+def _fold_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
+    store: Tensor | None, ignore_index: int, shift: bool, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = tuple(labels[:, 1:].shape if shift else labels.shape)
+    chunks = 0 if rest[-1] is None else (weight.shape[0] + linear.COLUMNS - 1) // linear.COLUMNS
+    return hidden.new_empty((8, *rows), dtype=torch.float64), hidden.new_empty((chunks, *rows), dtype=torch.float32)
+
+
+def _settle_fake(
+    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shard: Tensor, sums: Tensor, whole_sums: Tensor,
+    masses: Tensor, store: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *_, stats, _ = rest
+    dtype, rows = torch.promote_types(hidden.dtype, torch.float32), sums.shape[1:]
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty((4 if stats & 2 else 3, *rows), dtype=dtype),
+        torch.empty_like(masses),
         *(
             hidden.new_empty(rows if stats >> bit & 1 else (0,), dtype=torch.bool if bit == 3 else dtype)
             for bit in range(6)
@@ -225,6 +263,7 @@ def _implement(key: str, logprobs: Any, write_gradient: Any, empty_like: Any = t
 def _implement_linear(key: str, backend: linear.Backend) -> None:
     """Register log-probs from hidden states on a backend's products and row passes."""
     _LIBRARY.impl("linear_logprobs", functools.partial(linear.logprobs, backend), key)
+    _LIBRARY.impl("linear_fold", functools.partial(linear.fold_shard, backend), key)
     _LIBRARY.impl("linear_logprobs_backward_", functools.partial(linear.accumulate_gradients, backend), key)
     _LIBRARY.impl("linear_logprobs_backward", functools.partial(linear.gradients, backend), key)
     _LIBRARY.impl("scaled_gradient", functools.partial(linear.scaled_gradient, backend), key)
@@ -238,6 +277,8 @@ def _register() -> None:
     _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
     _implement_linear("CompositeExplicitAutograd", linear.library_backend(linear.fold, linear.fold_backward))
     _LIBRARY.impl("gae", gae.gae, "CompositeExplicitAutograd")
+    _LIBRARY.impl("shard_labels", linear.shard_labels, "CompositeExplicitAutograd")
+    _LIBRARY.impl("linear_settle", linear.settle_shard, "CompositeExplicitAutograd")
     if _HAS_TRITON:
         for key in TRITON_KEYS:
             _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
@@ -251,6 +292,9 @@ def _register() -> None:
         "logprobs_backward": _logprobs_backward_fake,
         "logprobs_backward_": lambda *_: None,
         "linear_logprobs": _linear_fake,
+        "shard_labels": lambda labels, *_: torch.empty_like(labels, dtype=torch.int64),
+        "linear_fold": _fold_fake,
+        "linear_settle": _settle_fake,
         "linear_logprobs_backward_": lambda *_: None,
         "linear_logprobs_backward": _linear_backward_fake,
         "scaled_gradient": lambda total, _, dtype: torch.empty_like(total, dtype=dtype),

@@ -118,6 +118,9 @@ class TestOpcheck:
             "linear_logprobs_backward_",
             "scaled_gradient",
             "gae",
+            "shard_labels",
+            "linear_fold",
+            "linear_settle",
         }
         assert on_cpu == {"logprobs", "logprobs_backward", "logprobs_backward_"} | checked_elsewhere
 

@@ -260,6 +260,16 @@ def test_operators(dtype: torch.dtype) -> None:
         totals = [torch.zeros(t.shape) for t in (hidden, weight, bias)]
         adding = (*given, *totals, False, *scoring, None, filter_eps)
         torch.library.opcheck(operators.linear_logprobs_backward_.default, adding, test_utils=checks)
+        shard = torch.tensor([4, 20])
+        sharded = (labels, None, shard, 9, -100, True)
+        torch.library.opcheck(operators.shard_labels.default, sharded, test_utils=checks)
+        of_shard = operators.shard_labels(*sharded)
+        scoring_here = (-2, *scoring[1:])
+        fold = (hidden, weight, bias, of_shard, None, store, *scoring_here, stats, None, filter_eps)
+        torch.library.opcheck(operators.linear_fold.default, fold, test_utils=checks)
+        sums, masses = operators.linear_fold(*fold)
+        settle = (hidden, of_shard, None, shard, sums, sums, masses, store, *scoring_here, stats, filter_eps)
+        torch.library.opcheck(operators.linear_settle.default, settle, test_utils=checks)
     total = torch.randn(5, 6)
     for upstream in (None, torch.tensor(2.0)):
         torch.library.opcheck(operators.scaled_gradient.default, (total, upstream, dtype), test_utils=checks)

@@ -300,7 +300,7 @@ def call(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, stor
     """State, anchors and masses of a call of the launcher itself."""
     transform = (1.0, 1.0, softcap)
     state = torch.zeros(8, len(x), dtype=torch.float64)
-    state[0] = linear._label_logits(x, weight, None, targets, transform)
+    state[0] = linear._label_logits(x, weight, None, targets, *transform)
     state = state.to(DEVICE)
     done = product.product_fold(
         x.to(DEVICE), weight.to(DEVICE), None, targets.to(DEVICE), *transform, 0, state, store

@@ -1,0 +1,174 @@
+"""Who holds what of a vocabulary that is split over ranks: a process group and plain tensors, or DTensors."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpref._checks import describe
+
+_replicated: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose hidden states were once seen to be the same
+
+
+class Shard(NamedTuple):
+    """This rank's part of a vocabulary.
+
+    Attributes:
+        group: the ranks that hold the parts, in order.
+        bounds: int64 (2,) on the operands' device: the first column here, and the number of all columns.
+        largest: the most columns of a rank; a tensor where only the ranks together know it.
+    """
+
+    group: Any
+    bounds: Tensor
+    largest: Tensor | int
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is a DTensor, without importing what DTensors are where nobody else has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def resolve_group(process_group: Any) -> Any:
+    """The process group that a group or a one-dimensional device mesh stands for.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a mesh of more dimensions, or this rank is not of the group.
+    """
+    group = process_group
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ValueError(
+                f"process_group must be one group of ranks; got a mesh of {group.ndim} dimensions, "
+                f'{group.mesh_dim_names}: pass the one that the vocabulary is split over, such as mesh["tp"]'
+            )
+        group = group.get_group()
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or a one-dimensional DeviceMesh; got {describe(group)}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("this rank is not of process_group: only those that hold a part of the vocabulary may call")
+    return group
+
+
+def _of_group(columns: int, device: torch.device, process_group: Any) -> Shard:
+    group = resolve_group(process_group)
+    own = torch.tensor([columns], dtype=torch.int64, device=device)
+    sizes = own.new_empty(dist.get_world_size(group))
+    # Its name from torch 2.13 on, and before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(sizes, own, group=group)
+    return Shard(group, torch.stack([sizes[: dist.get_rank(group)].sum(), sizes.sum()]), sizes.max())
+
+
+def _of_dtensor(name: str, value: Any, axis: int, device: torch.device) -> tuple[Shard | None, int]:
+    """The shard that a DTensor's placements are, and over which dimension of its mesh; None where it is whole."""
+    mesh, placements = value.device_mesh, value.placements
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"this rank is not of {name}'s mesh, {mesh}: only the ranks of the mesh may call")
+    split = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if not split:
+        return None, 0
+    module = sys.modules["torch.distributed.tensor"]
+    if len(split) > 1 or type(placements[split[0]]) is not module.Shard or placements[split[0]].dim != axis:
+        raise ValueError(
+            f"{name} must be split over one dimension of its mesh, by the vocabulary: placements that are "
+            f"Shard({axis}) once and Replicate() else; got {placements} on {mesh}. Redistribute it, or, if a "
+            "data-parallel wrapper has sharded it, score inside the wrapped module's forward, where it is whole "
+            "(fastpref.attach)"
+        )
+    dim = split[0]
+    ranks, vocabulary = mesh.size(dim), value.shape[axis]
+    largest = (vocabulary + ranks - 1) // ranks
+    first = min(mesh.get_local_rank(dim) * largest, vocabulary)
+    bounds = torch.tensor([first, vocabulary], dtype=torch.int64, device=device)
+    return Shard(mesh.get_group(dim), bounds, largest), dim
+
+
+def _whole(name: str, value: Any, mesh: Any, dim: int) -> Any:
+    """What of a DTensor lies here once it is the same on all ranks of a mesh's dimension; other values as they are."""
+    if not is_dtensor(value):
+        return value
+    if value.device_mesh != mesh:
+        raise ValueError(f"{name} must be on the head's mesh, {mesh}; got a DTensor on {value.device_mesh}")
+    placements = list(value.placements)
+    placements[dim] = sys.modules["torch.distributed.tensor"].Replicate()
+    return value.redistribute(placements=placements).to_local(grad_placements=placements)
+
+
+def _check_replicated(shard: Shard, hidden: Tensor, labels: Tensor) -> None:
+    """Once for each group: every rank must give the same rows, or the sums of different ones are mixed."""
+    if torch.compiler.is_compiling() or shard.group in _replicated:
+        return
+    with torch.no_grad():
+        values = [hidden.detach().double(), hidden.detach().double().abs(), labels.double()]
+        print_ = torch.stack([*(value.sum() for value in values), hidden.new_tensor(labels.numel()).double()])
+        print_ = torch.nan_to_num(torch.cat([print_, -print_]))
+        dist.all_reduce(print_, dist.ReduceOp.MAX, group=shard.group)
+    highest, lowest = print_.chunk(2)
+    if ((highest + lowest).abs() > 1e-3 * (1 + highest[1].abs())).any():
+        raise ValueError(
+            "every rank of the vocabulary's group must give the same hidden states and labels; these differ from rank "
+            "to rank. Where each rank has a batch of its own, as under FSDP2, whose weights are DTensors too, score "
+            "inside the wrapped module's forward, where the weight is whole (fastpref.attach); where each has a part "
+            "of the sequence, gather the sequence first"
+        )
+    _replicated.add(shard.group)
+
+
+def resolve_head(
+    hidden: Any, weight: Any, bias: Any, labels: Any, process_group: Any
+) -> tuple[Any, Any, Any, Any, Shard | None]:
+    """Plain tensors for what may be DTensors, and which part of the vocabulary the weight here is, None for all.
+
+    A hidden state that is split over the vocabulary's ranks is gathered; its gradient is taken apart again.
+
+    Raises:
+        TypeError: `process_group` is none.
+        ValueError: placements that are not a split of the vocabulary; ranks whose hidden states differ.
+    """
+    if not is_dtensor(weight):
+        for name, value in {"hidden": hidden, "bias": bias}.items():
+            if is_dtensor(value):
+                raise ValueError(
+                    f"{name} is a DTensor and weight is not: distribute the weight over {value.device_mesh}, or pass "
+                    f"{name}.to_local()"
+                )
+        if process_group is None or not isinstance(weight, Tensor) or not isinstance(hidden, Tensor):
+            return hidden, weight, bias, labels, None
+        shard = _of_group(weight.shape[0], weight.device, process_group)
+    else:
+        if process_group is not None:
+            raise ValueError("weight is a DTensor, whose mesh says which ranks share the vocabulary: no process_group")
+        shard, dim = _of_dtensor("weight", weight, 0, weight.device)
+        mesh = weight.device_mesh
+        if is_dtensor(bias):
+            if bias.device_mesh != mesh or bias.placements != weight.placements:
+                raise ValueError(
+                    f"bias must be placed as weight is, {weight.placements} on {mesh}; got {bias.placements} on "
+                    f"{bias.device_mesh}"
+                )
+            bias = bias.to_local()
+        hidden, labels = _whole("hidden", hidden, mesh, dim), _whole("labels", labels, mesh, dim)
+        weight = weight.to_local()
+    if shard is not None:
+        _check_replicated(shard, hidden, labels)
+    return hidden, weight, bias, labels, shard
+
+
+def resolve_logits(logits: Any, labels: Any, process_group: Any) -> tuple[Any, Any, Shard | None]:
+    """`resolve_head` for logits (..., V) split by their last dimension."""
+    if not is_dtensor(logits):
+        if process_group is None or not isinstance(logits, Tensor):
+            return logits, labels, None
+        return logits, labels, _of_group(logits.shape[-1], logits.device, process_group)
+    if process_group is not None:
+        raise ValueError("logits are a DTensor, whose mesh says which ranks share the vocabulary: no process_group")
+    shard, dim = _of_dtensor("logits", logits, logits.dim() - 1, logits.device)
+    return logits.to_local(), _whole("labels", labels, logits.device_mesh, dim), shard

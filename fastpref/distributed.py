@@ -1,0 +1,235 @@
+"""Log-probs over a vocabulary that is split over ranks: each folds its own columns, and only sums of rows travel.
+
+A rank's sums of a row are of exponentials at an anchor of its own. One all-reduce finds the highest anchor of each row,
+and a second adds up the sums, brought to it: 8 bytes and 16 bytes a scored row, and 8 or 16 more for each statistic.
+The gradient of the head's shard is made from what is here. That of the hidden states is one all-reduce of scored rows
+more, in float32. Logits that are split so need none: their gradient is of what is here.
+
+Every rank gives the same hidden states and labels, makes the same loss of the log-probs it gets, and so calls the
+backward with the same gradient: what Megatron-LM's tensor parallelism (arXiv 1909.08053) asks of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref._function import apply
+from fastpref._sharding import Shard
+from fastpref.reference.logprobs import scored_targets
+from fastpref_kernels import ops
+
+UNSCORED = ops.UNSCORED
+_ENTROPY, _MEAN, _TOP1, _LOG_SUM_SQ, _DROPPED = 2, 4, 8, 16, 32
+
+
+def shard_labels(
+    shard: Shard, labels: Tensor, cu_seqlens: Tensor | None, columns: int, ignore_index: int, shift: bool
+) -> Tensor:
+    """Labels (B, T) as columns of the shard; -1 or past its end where they are another's, `UNSCORED` where none is."""
+    return torch.ops.fastpref.shard_labels(labels, cu_seqlens, shard.bounds, columns, ignore_index, shift)
+
+
+def _all_reduce(values: Tensor, group: Any, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    values = values.contiguous()
+    dist.all_reduce(values, operation, group=group)
+    return values
+
+
+def _whole_sums(sums: Tensor, group: Any, stats: int) -> Tensor:
+    """Sums of rows over all columns, at the highest anchor, from those (8, R) over each rank's columns."""
+    anchor, rest, weighted, squares, total, before, after, label = sums
+    maxima = torch.stack([anchor, before, after] if stats & _TOP1 else [anchor])
+    highest, *sides = _all_reduce(maxima, group, dist.ReduceOp.MAX)
+    empty = anchor == -torch.inf
+    gap = torch.where(empty, 0.0, anchor - highest)
+    factor = torch.where(empty, 0.0, gap.exp())
+    gap = gap.masked_fill(factor == 0, 0.0)
+    planes = {1: rest * factor, 7: label}
+    if stats & _ENTROPY:
+        planes[2] = factor * (weighted + gap * rest)
+    if stats & _LOG_SUM_SQ:
+        planes[3] = factor * factor * squares
+    if stats & _MEAN:
+        planes[4] = total
+    found = dict(zip(planes, _all_reduce(torch.stack(list(planes.values())), group), strict=True))
+    found |= {0: highest, **dict(zip((5, 6), sides, strict=False))}
+    return torch.stack([found.get(i, torch.zeros_like(rest)) for i in range(8)])
+
+
+def _merge(sums: Tensor, scored: Tensor, group: Any, stats: int) -> Tensor:
+    """`_whole_sums` of (8, B, T'): of the scored positions alone, whose number a compiled graph does not know."""
+    if torch.compiler.is_compiling():
+        return _whole_sums(sums.flatten(1), group, stats).view_as(sums)
+    whole = torch.zeros_like(sums)
+    whole[:, scored] = _whole_sums(sums[:, scored], group, stats)
+    return whole
+
+
+def linear_logprobs(group: Any, bounds: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operator `linear_logprobs`, or its like where the weight is a group's shard, and labels are the shard's."""
+    if group is None:
+        return torch.ops.fastpref.linear_logprobs(*arguments)
+    hidden, _, _, labels, cu_seqlens, store, *scoring, stats, _, filter_eps = arguments
+    sums, masses = torch.ops.fastpref.linear_fold(*arguments)
+    _, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=scoring[1])
+    whole = _merge(sums, scored, group, stats)
+    *results, dropped = torch.ops.fastpref.linear_settle(
+        hidden, labels, cu_seqlens, bounds, sums, whole, masses, store, *scoring, stats, filter_eps
+    )
+    return *results, _all_reduce(dropped, group) if stats & _DROPPED else dropped
+
+
+def reduce_hidden(
+    group: Any, d_hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool
+) -> Tensor:  # fmt: skip
+    """The gradient of the hidden states (B, T, H), summed over the group: the scored rows alone, the rest being 0."""
+    if torch.compiler.is_compiling():
+        return _all_reduce(d_hidden, group)
+    _, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=shift)
+    rows = d_hidden[:, : scored.shape[1]]
+    rows[scored] = _all_reduce(rows[scored], group)
+    return d_hidden
+
+
+class _ShardedLogprobs(torch.autograd.Function):
+    """Log-probs (B, T') and statistics from logits whose columns are a group's shard, and the gradient of these.
+
+    The operator scores each row against its label, or against the shard's nearest column where the label is another's.
+    What it gives are the sums of this shard, at its log-sum as the anchor. Its gradient is right but for that column.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, bounds: Tensor, group: Any, scoring: tuple[Any, ...],
+        stats: int, inplace: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        del inplace
+        shift, scale, temperature, softcap = scoring[1:]
+        columns = logits.shape[-1]
+        targets, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=shift)
+        here = scored & (targets >= 0) & (targets < columns)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        sums = torch.zeros((8, *scored.shape), dtype=torch.float64, device=logits.device)
+        sums[0] = sums[5] = sums[6] = -torch.inf
+        norm = sums.new_ones((3, *scored.shape), dtype=dtype)
+        own = sums.new_zeros(scored.shape, dtype=dtype)
+        if columns:
+            near = _nearest(labels, columns)
+            own, _, norm, _, lse, entropy, mean, top1, squares = torch.ops.fastpref.logprobs(
+                logits, near, cu_seqlens, None, *scoring, "none", stats | 1
+            )
+            # Columns of nothing but -inf: no mass, and any anchor does.
+            dead = scored & (lse == -torch.inf)
+            own = own.masked_fill(dead, -torch.inf)
+            norm = norm.masked_fill(dead, 0.0)
+            entropy, squares = (x.masked_fill(dead, 0.0) if x.numel() else x for x in (entropy, squares))
+            anchor, logp = lse.double(), own.double()
+            p = torch.where(here, logp.exp(), 0.0)
+            sums[0] = anchor
+            sums[1] = torch.where(here, -torch.expm1(logp), 1.0).masked_fill(dead, 0.0)
+            sums[7] = torch.where(here, torch.where(dead, -torch.inf, anchor + logp), 0.0)
+            if stats & _ENTROPY:
+                sums[2] = -entropy.double() - (p * logp).masked_fill(p == 0, 0.0)
+            if stats & _LOG_SUM_SQ:
+                sums[3] = squares.double().exp() - p * p
+            if stats & _MEAN:
+                sums[4] = mean.double() * columns
+            if stats & _TOP1:
+                # Compared as the operator compares: after the transform, in its dtype.
+                x = logits[:, : scored.shape[1]]
+                top, label = (
+                    _transformed(value.to(dtype), scale, temperature, softcap).double()
+                    for value in (x.amax(-1), x.gather(-1, near[:, int(shift) :, None].clamp(min=0))[..., 0])
+                )
+                sums[5] = torch.where(here, torch.where(top1, -torch.inf, torch.inf), top)
+                sums[5] = torch.where(targets < 0, -torch.inf, sums[5])
+                sums[6] = torch.where(targets < 0, top, -torch.inf)
+                sums[7] = torch.where(here, label, 0.0)
+        whole = _merge(sums, scored, group, stats)
+        empty = sums.new_zeros((0, *scored.shape), dtype=torch.float32)
+        logps, whole_norm, _, *statistics, _ = torch.ops.fastpref.linear_settle(
+            logits, labels, cu_seqlens, bounds, sums, whole, empty, None, *scoring, stats | 1, None
+        )
+        lse, *others = statistics
+        # log of this shard's share of the row's mass, which turns its softmax into the whole one.
+        share = (sums[0] - lse).clamp(min=-1e4).masked_fill(~scored, 0.0).to(dtype)
+        inverse = (norm[1] * share.exp()).clamp(min=torch.finfo(dtype).tiny)
+        norm = torch.stack([norm[0], inverse, *whole_norm[2:]])
+        return logps, norm, own, share, lse, *others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels, cu_seqlens, _, _, ctx.scoring, stats, ctx.inplace = inputs
+        _, norm, own, share, lse, entropy, *others = output
+        ctx.with_entropy = bool(stats & _ENTROPY)
+        constant = [norm, own, share, lse, *others]
+        ctx.mark_non_differentiable(*(constant if ctx.with_entropy else [*constant, entropy]))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, cu_seqlens, norm, own, share)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, grad_entropy = grads[0], grads[5] if ctx.with_entropy else None
+        none = (None,) * 7
+        if grad is None and grad_entropy is None:
+            return (None, *none)
+        logits, labels, cu_seqlens, norm, own, share = ctx.saved_tensors
+        columns, shift = logits.shape[-1], ctx.scoring[1]
+        if not columns:
+            return (torch.zeros_like(logits), *none)
+        targets, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=shift)
+        logp = own + share
+        value = torch.zeros_like(logp) if grad is None else -grad
+        if grad_entropy is not None:
+            value = value - grad_entropy * (logp + norm[3]).masked_fill(logp.exp() == 0, 0.0)
+        away = scored & ((targets < 0) | (targets >= columns))
+        near = _nearest(labels, columns)
+        place = (*away.nonzero(as_tuple=True), near[:, int(shift) :][away])
+        value = (value * logp.exp())[away] * _slope(logits[place].to(own.dtype), *ctx.scoring[2:])
+        arguments = (grad, grad_entropy, logits, near, cu_seqlens, None, norm, norm.new_empty(0), *ctx.scoring, "none")
+        if ctx.inplace:
+            torch.ops.fastpref.logprobs_backward_(*arguments)
+            torch.autograd.graph.increment_version(logits)
+            d_logits = logits.detach()
+        else:
+            d_logits = torch.ops.fastpref.logprobs_backward(*arguments)
+        d_logits[place] = value.to(d_logits.dtype)
+        return (d_logits, *none)
+
+
+def sharded_logprobs(shard: Shard, *arguments: Any) -> list[Tensor]:
+    """Log-probs (B, T') and the statistics of `token_logprobs`, from logits that are a shard, and its labels.
+
+    Args:
+        shard: which columns they are.
+        arguments: logits, labels and cu_seqlens; the operator's scoring, bits of the statistics, and whether the
+            gradient is written over the logits.
+    """
+    logits, labels, cu_seqlens, *options = arguments
+    logps, _, _, _, *statistics = apply(
+        _ShardedLogprobs, logits, labels, cu_seqlens, shard.bounds, shard.group, *options
+    )
+    return [logps, *statistics]
+
+
+def _nearest(labels: Tensor, columns: int) -> Tensor:
+    """Labels of a shard, those outside of it moved to its first or last column."""
+    return labels.clamp(0, columns - 1).masked_fill(labels == UNSCORED, UNSCORED)
+
+
+def _transformed(x: Tensor, scale: float, temperature: float, softcap: float | None) -> Tensor:
+    if softcap is None:
+        return x * (scale / temperature)
+    return softcap * torch.tanh(x * (scale / softcap)) / temperature
+
+
+def _slope(x: Tensor, scale: float, temperature: float, softcap: float | None) -> Tensor | float:
+    """dz/dx."""
+    slope = scale / temperature
+    return slope if softcap is None else slope * (1 - torch.tanh(x * (scale / softcap)) ** 2)
