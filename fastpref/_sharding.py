@@ -35,6 +35,11 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def whole(value: Any) -> Any:
+    """All of a DTensor, on every rank; anything else as it is."""
+    return value.full_tensor() if is_dtensor(value) else value
+
+
 def resolve_group(process_group: Any) -> Any:
     """The process group that a group or a one-dimensional device mesh stands for.
 
@@ -43,15 +48,17 @@ def resolve_group(process_group: Any) -> Any:
         ValueError: a mesh of more dimensions, or this rank is not of the group.
     """
     group = process_group
-    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        if not hasattr(group, "get_group") or not hasattr(group, "ndim"):
+            raise TypeError(
+                f"process_group must be a ProcessGroup or a one-dimensional DeviceMesh; got {describe(group)}"
+            )
         if group.ndim != 1:
             raise ValueError(
                 f"process_group must be one group of ranks; got a mesh of {group.ndim} dimensions, "
                 f'{group.mesh_dim_names}: pass the one that the vocabulary is split over, such as mesh["tp"]'
             )
         group = group.get_group()
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup or a one-dimensional DeviceMesh; got {describe(group)}")
     if dist.get_rank(group) < 0:
         raise ValueError("this rank is not of process_group: only those that hold a part of the vocabulary may call")
     return group
@@ -91,7 +98,7 @@ def _of_dtensor(name: str, value: Any, axis: int, device: torch.device) -> tuple
     return Shard(mesh.get_group(dim), bounds, largest), dim
 
 
-def _whole(name: str, value: Any, mesh: Any, dim: int) -> Any:
+def _gathered(name: str, value: Any, mesh: Any, dim: int) -> Any:
     """What of a DTensor lies here once it is the same on all ranks of a mesh's dimension; other values as they are."""
     if not is_dtensor(value):
         return value
@@ -155,7 +162,7 @@ def resolve_head(
                     f"{bias.device_mesh}"
                 )
             bias = bias.to_local()
-        hidden, labels = _whole("hidden", hidden, mesh, dim), _whole("labels", labels, mesh, dim)
+        hidden, labels = _gathered("hidden", hidden, mesh, dim), _gathered("labels", labels, mesh, dim)
         weight = weight.to_local()
     if shard is not None:
         _check_replicated(shard, hidden, labels)
@@ -171,4 +178,4 @@ def resolve_logits(logits: Any, labels: Any, process_group: Any) -> tuple[Any, A
     if process_group is not None:
         raise ValueError("logits are a DTensor, whose mesh says which ranks share the vocabulary: no process_group")
     shard, dim = _of_dtensor("logits", logits, logits.dim() - 1, logits.device)
-    return logits.to_local(), _whole("labels", labels, logits.device_mesh, dim), shard
+    return logits.to_local(), _gathered("labels", labels, logits.device_mesh, dim), shard

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref._function import apply
-from fastpref._sharding import Shard
+from fastpref._sharding import Shard, resolve_group
 from fastpref.reference.logprobs import scored_targets
 from fastpref_kernels import ops
 
@@ -94,6 +94,42 @@ def reduce_hidden(
     rows = d_hidden[:, : scored.shape[1]]
     rows[scored] = _all_reduce(rows[scored], group)
     return d_hidden
+
+
+class _SummedParts(torch.autograd.Function):
+    @staticmethod
+    def forward(part: Tensor, group: Any) -> Tensor:
+        return _all_reduce(part.clone(), group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grads[0], None
+
+
+def sum_parts(parts: Tensor, process_group: Any) -> Tensor:
+    """The sum over ranks of what each has scored of the same sequences, for sequence and context parallelism.
+
+    Each rank holds some of every sequence's tokens and scores them with labels that were shifted before they were cut,
+    `shift=False`; `sequence_logprobs(..., reduction="sum")` of all ranks' parts add up to the sequence's. Every rank
+    then makes the same loss of the sums, and gets the gradient of its own tokens: those of the weights are to be added
+    up over the ranks, as a data-parallel wrapper does when told to add and not to average.
+
+    Args:
+        parts: (B,) or (S,), differentiable.
+        process_group: the ranks, or a one-dimensional device mesh.
+
+    Returns:
+        The sum, of the same shape, on every rank.
+
+    Raises:
+        TypeError: `process_group` is neither.
+        ValueError: a mesh of more dimensions; this rank is not of the group.
+    """
+    return _SummedParts.apply(parts, resolve_group(process_group))  # type: ignore[return-value]
 
 
 class _ShardedLogprobs(torch.autograd.Function):

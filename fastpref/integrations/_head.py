@@ -81,9 +81,13 @@ def replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[Call
 
 @contextmanager
 def last_hook(module: Any, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """Within it, `hook(module, args, output)` runs on the module's output, after all its other hooks."""
+    """Within it, `hook(module, args, output)` runs on the module's output, after all its other hooks.
+
+    Tensor parallelism's own hook, which places logits as a layout says, is left out: log-probs are whole on every rank.
+    """
     hooks = module._forward_hooks
-    module._forward_hooks = OrderedDict([*hooks.items(), ("fastpref", hook)])
+    others = [item for item in hooks.items() if getattr(item[1], "__module__", "") != "torch.distributed.tensor._api"]
+    module._forward_hooks = OrderedDict([*others, ("fastpref", hook)])
     try:
         yield
     finally:

@@ -1,8 +1,9 @@
 """Log-probs of a transformers causal LM without its logits: `attach(model)`, then `model(..., fastpref=True)`.
 
 The model's own forward runs, and with it whatever hooks into it: DDP, FSDP, ZeRO, accelerate. Only the forward of its
-head, the output embeddings, is another for that call: it makes log-probs from the weight. The model then goes on with
-one row of zeros for logits. A head used outside its module's call would miss the hooks that gather its weight.
+head, the output embeddings, is another for that call: it makes log-probs from the weight, or what a function given as
+`fastpref` makes of it, such as a loss. The model then goes on with one row of zeros for logits. A head used outside its
+module's call would miss the hooks that gather its weight.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ def attach(model: Any, *, verify: bool = True) -> Any:
     `past_key_values`, `hidden_states` and so on. It also takes `linear_token_logprobs`' ignore_index, shift,
     temperature, stats, mode, chunk_rows and filter_eps; and with `reduction="sum"` or "mean", which makes log-probs of
     sequences, `linear_sequence_logprobs`' cu_seqlens, ld_alpha and shared_lengths. A softcap or scale of the logits is
-    the config's. Everything else goes to the model as ever, and a call without `fastpref=True` is as it was.
+    the config's. Everything else goes to the model as ever, and a call without `fastpref` is as it was.
+
+    `fastpref` may also be a function, called where the head's product would be: `fastpref(hidden, weight, labels,
+    bias, logit_scale=..., softcap=...)` with hidden (B, T, H), weight (V, H), labels (B, T), and bias (V,) or None. It
+    returns a named tuple of tensors, whose fields are the first of what the model returns, or one tensor, which the
+    model returns as `scored`. How to score is then its own affair, and the options above are refused. So a loss that
+    makes its gradients in the forward stays where DDP, FSDP and ZeRO expect it, inside the model's:
+    `fastpref=functools.partial(linear_preference_loss, loss_fn=loss_fn, group_size=2)`.
 
     LoRA on the head is computed, dropout too. So is a head that PEFT trains whole. Of other heads only `nn.Linear` is.
     To train LoRA on the head costs what to train the head costs: one more product of it in the backward, 2·N·V·(H + r)
@@ -121,9 +129,9 @@ def _attached(cls: Any) -> type:
     # A class, as FSDP2 makes one, and no forward of the instance: that would be bound to this model in a replica of
     # DataParallel, and replaced unseen by whatever patches forward next.
     @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, fastpref: bool = False, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, fastpref: bool | Callable[..., Any] = False, **kwargs: Any) -> Any:
         own = self._fastpref.own or functools.partial(cls.forward, self)
-        return Call(self, kwargs).run(own, args, kwargs) if fastpref else own(*args, **kwargs)
+        return own(*args, **kwargs) if fastpref is False else Call(self, fastpref, kwargs).run(own, args, kwargs)
 
     # Its signature stays the model's, because trainers choose a batch's columns by it. What follows __wrapped__, as
     # accelerate's unwrap_model does, would lose this forward.

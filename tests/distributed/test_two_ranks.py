@@ -1,27 +1,36 @@
-"""Two ranks of gloo on this machine, held against one process: one launch of torchrun, one test for each check."""
+"""Two ranks of gloo on this machine, held against one process: a launch of torchrun a file, a test for each check."""
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-CHECKS = Path(__file__).with_name("checks.py")
+FOLDER = Path(__file__).parent
 RANKS = 2
 
 
-def check_names() -> list[str]:
-    spec = importlib.util.spec_from_file_location("distributed_checks", CHECKS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.CHECKS)
+def check_names() -> list[tuple[str, str]]:
+    """The file and the name of every check."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        ranks = importlib.import_module("ranks")
+        found: list[tuple[str, str]] = []
+        for file in ("vocabulary", "wrapped"):
+            before = len(ranks.CHECKS)
+            importlib.import_module(file)
+            found += [(file, name) for name in list(ranks.CHECKS)[before:]]
+    finally:
+        sys.path.remove(str(FOLDER))
+    return found
 
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -29,18 +38,28 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of each rank, what went wrong in each check: "" where nothing did."""
-    out = tmp_path_factory.mktemp("ranks") / "results.json"
-    run = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    done = subprocess.run([*run, CHECKS, out], capture_output=True, text=True, timeout=600, check=False)
-    files = [out.with_name(f"{out.name}.{rank}") for rank in range(RANKS)]
-    assert all(file.exists() for file in files), done.stdout + done.stderr
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(file.read_text()) for file in files]
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, str]]]:
+    """Of a file's checks, what went wrong in each on each rank: "" where nothing did."""
+
+    @functools.cache
+    def launch(file: str) -> list[dict[str, str]]:
+        out = tmp_path_factory.mktemp("ranks") / "results.json"
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        done = subprocess.run(
+            [*run, FOLDER / f"{file}.py", out], capture_output=True, text=True, timeout=600, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        files = [out.with_name(f"{out.name}.{rank}") for rank in range(RANKS)]
+        assert all(file.exists() for file in files), done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads(file.read_text()) for file in files]
+
+    return launch
 
 
-@pytest.mark.parametrize("name", check_names())
-def test_two_ranks_agree_with_one_process(name: str, results: list[dict[str, str]]) -> None:
-    for rank, of_rank in enumerate(results):
+@pytest.mark.parametrize(("file", "name"), check_names())
+def test_two_ranks_agree_with_one_process(
+    file: str, name: str, results: Callable[[str], list[dict[str, str]]]
+) -> None:  # fmt: skip
+    for rank, of_rank in enumerate(results(file)):
         assert of_rank.get(name) == "", f"rank {rank}: {of_rank.get(name, 'it never came so far')}"

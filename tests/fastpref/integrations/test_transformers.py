@@ -620,6 +620,114 @@ def test_refused_arguments(options: dict[str, Any], message: str) -> None:
     assert "forward" not in model.lm_head.__dict__
 
 
+def pair_loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **transform: Any) -> Any:
+    """DPO in chunks of less than the batch, so that its gradients are made where the head's product would be."""
+    return fastpref.linear_dpo_loss(hidden, weight, labels, *PAIR_REFERENCES, bias=bias, **PAIR_OPTIONS, **transform)
+
+
+PAIR_REFERENCES = torch.full((2, 2), -9.0, dtype=torch.float64)
+PAIR_OPTIONS = {"beta": 0.5, "chunk_rows": 12, "stats": ("entropy",)}
+PAIR_IDS, PAIR_LABELS = torch.cat([IDS, IDS.flip(1)]), torch.cat([LABELS, LABELS.flip(1).roll(1, 1)])
+
+
+def assert_scored_by(model: Any) -> Any:
+    """Hold a loss made by a function against the same loss of the model's own logits. Returns ours."""
+    theirs = reference.sequence_logprobs(model(PAIR_IDS).logits, PAIR_LABELS)
+    expected = fastpref.dpo_loss(*theirs.chunk(2), *PAIR_REFERENCES, beta=0.5).loss
+    ours = fastpref.attach(model)(PAIR_IDS, labels=PAIR_LABELS, fastpref=pair_loss)
+    assert_close(ours.loss, expected)
+    found = gradients(model, ours.loss)
+    assert any(value.abs().max() > 1e-3 for value in found.values())
+    assert_close(found, gradients(model, expected))
+    return ours
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2", "Granite"])
+def test_scored_by_a_function(name: str) -> None:
+    model = build(name)
+    ours = assert_scored_by(model)
+    assert ours._fields[:6] == (*fastpref.linear_dpo_loss(*two_rows())._fields, "entropy")
+    assert ours._fields[6:] == ("last_hidden_state", *own_fields(model))
+    assert ours.entropy.shape == (4, 6)
+    assert ours.loss.grad_fn is not None
+    assert not model._fastpref.verify
+    assert_scored_by(model)
+
+
+def two_rows() -> tuple[Tensor, ...]:
+    return torch.ones(2, 2, 1), torch.ones(3, 1), torch.ones(2, 2, dtype=torch.int64), *torch.zeros(2, 1)
+
+
+def own_fields(model: Any) -> tuple[str, ...]:
+    return model(IDS, labels=LABELS, fastpref=True)._fields[2:]
+
+
+def test_a_function_that_scores_to_one_tensor() -> None:
+    model, given = build("Gemma2"), []
+
+    def score(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **transform: Any) -> Tensor:
+        given.append((hidden.shape, weight.shape, labels, bias, transform))
+        return fastpref.linear_sequence_logprobs(hidden, weight, labels, bias, temperature=0.7, **transform)
+
+    ours = fastpref.attach(model)(IDS, labels=LABELS, fastpref=score)
+    assert given == [((2, 7, 16), (61, 16), LABELS, None, {"logit_scale": 1.0, "softcap": 0.3})]
+    assert ours._fields[:2] == ("scored", "last_hidden_state")
+    assert_close(ours.scored, reference.sequence_logprobs(model(IDS).logits, LABELS, temperature=0.7))
+
+
+def test_a_function_scores_lora_on_the_head() -> None:
+    ours = assert_scored_by(model := with_lora())
+    trained = gradients(model, ours.loss)
+    assert min(value.abs().max() for name, value in trained.items() if "lm_head.lora_" in name) > 1e-3
+    with model.disable_adapter():
+        assert (assert_scored_by(model).loss - ours.loss).abs() > 1e-3
+
+
+def test_a_function_and_a_transform_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_head, "logit_transform", lambda config: {"logit_scale": 1.0, "softcap": None})
+    with pytest.raises(NotImplementedError, match="something else"):
+        fastpref.attach(build("Gemma2"))(PAIR_IDS, labels=PAIR_LABELS, fastpref=pair_loss)
+
+
+def test_compile_with_a_function() -> None:
+    model = fastpref.attach(build(num_hidden_layers=1).float(), verify=False)
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **transform: Any) -> Any:
+        return fastpref.linear_dpo_loss(hidden, weight, labels, *PAIR_REFERENCES.float(), bias=bias, **transform)
+
+    eager = model(PAIR_IDS, labels=PAIR_LABELS, fastpref=loss)
+    torch._dynamo.reset()
+    whole = torch.compile(model, fullgraph=True, backend="eager")(PAIR_IDS, labels=PAIR_LABELS, fastpref=loss)
+    assert whole._fields == eager._fields
+    torch.testing.assert_close(whole[:5], eager[:5])
+    torch.testing.assert_close(gradients(model, whole.loss), gradients(model, eager.loss))
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "error", "message"),
+    [
+        (
+            pair_loss,
+            {"stats": ("entropy",), "shift": False},
+            ValueError,
+            "given as fastpref says; got shift, stats too",
+        ),
+        (pair_loss, {"reduction": "sum", "ld_alpha": 0.5}, ValueError, "got ld_alpha, reduction too"),
+        (pair_loss, {"softcap": 3.0}, ValueError, "as the config says; got softcap"),
+        ("yes", {}, TypeError, "fastpref must be a bool, or a function to score with; got str 'yes'"),
+        (lambda *args, **_: [1.0], {}, TypeError, r"a named tuple of tensors; got list \[1.0\]"),
+        (lambda *args, **_: fastpref.KTOResult(args[0], 3), {}, TypeError, "a named tuple of tensors; got"),
+    ],
+)
+def test_refused_functions(function: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = fastpref.attach(build())
+    with pytest.raises(error, match=message):
+        model(PAIR_IDS, labels=PAIR_LABELS, fastpref=function, **options)
+    with pytest.raises(ValueError, match="pass labels="):
+        model(PAIR_IDS, fastpref=pair_loss)
+    assert "forward" not in model.lm_head.__dict__
+
+
 def test_refused_models() -> None:
     model = build()
     for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):

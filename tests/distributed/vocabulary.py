@@ -1,77 +1,18 @@
-"""What two ranks must agree on with one process. Run by torchrun, which test_two_ranks.py does once for all checks.
-
-Every check is a function of the rank: it makes the whole problem from a seed, as the one process would, and asserts.
-"""
+"""A vocabulary over two ranks, by process group and by DTensor, against all of it in one process."""
 
 from __future__ import annotations
 
-import functools
-import gc
-import itertools
-import json
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import close, main, mesh, over, own
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastpref
 from fastpref import reference
-
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(function: Callable[..., None]) -> Callable[..., None]:
-    CHECKS[function.__name__] = function
-    return function
-
-
-def over(**axes: list[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A check for every combination of values."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        for values in itertools.product(*axes.values()):
-            given = dict(zip(axes, values, strict=True))
-            name = "-".join(str(value).removeprefix("torch.") for value in values)
-            CHECKS[f"{function.__name__}[{name}]"] = lambda given=given: function(**given)
-        return function
-
-    return register
-
-
-def parts(whole: Tensor, dim: int = 0) -> list[Tensor]:
-    """As torch.chunk and DTensor cut: the last ranks' may be smaller, or empty."""
-    size = -(-whole.shape[dim] // dist.get_world_size())
-    return [whole.narrow(dim, min(r * size, whole.shape[dim]), max(0, min(size, whole.shape[dim] - r * size)))
-            for r in range(dist.get_world_size())]  # fmt: skip
-
-
-def own(whole: Tensor, dim: int = 0) -> Tensor:
-    """This rank's part of a gradient or a parameter."""
-    return parts(whole, dim)[dist.get_rank()].clone()
-
-
-@functools.cache
-def mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Relative to the largest, as gradients are judged; and NaN nowhere."""
-    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-    if not wanted.numel():
-        return
-    scale = wanted.double().abs().amax().clamp(min=1e-9)
-    off = ((found.double() - wanted.double()).abs().amax() / scale).item()
-    assert off <= tolerance, f"relative error {off:.2e}, allowed {tolerance:.0e}"
-
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
@@ -281,30 +222,48 @@ def sequence_logprobs(way: str, reduction: str) -> None:
     close(local(leaves[0].grad), own(leaves[1].grad, 2), 1e-6)
 
 
-def main(out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = {}
-    for name, function in CHECKS.items():
-        try:
-            function()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-            Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(results))
-        failed = torch.tensor(float(bool(results[name])))
-        dist.all_reduce(failed)  # a rank that failed has left its collectives, and the others with them
-    Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(results))
-    # What holds a group at the interpreter's end is torn down after the threads that serve it: now and then it aborts.
-    mesh.cache_clear()
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+def payload(run: Callable[[], Any]) -> int:
+    """Bytes that a call gives to all-reduces."""
+    found, reduce = 0, dist.all_reduce
+
+    def all_reduce(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal found
+        found += values.nbytes
+        return reduce(values, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        run()
+    finally:
+        dist.all_reduce = reduce
+    return found
 
 
-def names() -> Iterator[str]:
-    yield from CHECKS
+@over(form=["logits", "linear", "loss"], statistics=[False, True])
+def what_travels_is_what_the_documentation_says(form: str, statistics: bool) -> None:
+    """24 bytes a scored row, the gradient of hidden states in float32, and so much for each statistic."""
+    problem = Head(77, torch.bfloat16)
+    rows, features = int((problem.labels[:, 1:] != -100).sum()), problem.hidden.shape[-1]
+    stats = {"entropy": 8, "mean_logits": 8, "log_sum_sq_probs": 8, "is_top1": 16} if statistics else {}
+    leaves = problem.leaves(by_group)
+    logits = (problem.hidden @ own(problem.weight).T).requires_grad_()
+    group, ref = {"process_group": dist.group.WORLD}, torch.zeros(4).chunk(2)
+
+    def run() -> None:
+        if form == "logits":
+            out = fastpref.token_logprobs(logits, problem.labels, stats=tuple(stats), **group)
+        elif form == "linear":
+            out = fastpref.linear_token_logprobs(*leaves[:2], problem.labels, leaves[2], stats=tuple(stats), **group)
+        else:
+            out = fastpref.linear_dpo_loss(
+                *leaves[:2], problem.labels, *ref, bias=leaves[2], stats=tuple(stats), chunk_rows=16, **group
+            ).loss
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+    run()  # once for each group, what the ranks give is compared
+    wanted = rows * (24 + sum(stats.values())) + (0 if form == "logits" else 4 * rows * features)
+    assert payload(run) == wanted
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

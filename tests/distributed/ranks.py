@@ -1,0 +1,90 @@
+"""What the checks of two ranks share: their registry, and how torchrun runs them.
+
+A check is a function of no rank in particular: it makes the whole problem from a seed, as one process would, and
+asserts what this rank is to hold of the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def over(**axes: list[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A check for every combination of values; of none, one."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for values in itertools.product(*axes.values()):
+            given = dict(zip(axes, values, strict=True))
+            name = "-".join(str(value).removeprefix("torch.") for value in values)
+            CHECKS[f"{function.__name__}[{name}]" if axes else function.__name__] = lambda given=given: function(
+                **given
+            )
+        return function
+
+    return register
+
+
+def parts(whole: Tensor, dim: int = 0) -> list[Tensor]:
+    """As torch.chunk and DTensor cut: the last ranks' may be smaller, or empty."""
+    size = -(-whole.shape[dim] // dist.get_world_size())
+    return [whole.narrow(dim, min(r * size, whole.shape[dim]), max(0, min(size, whole.shape[dim] - r * size)))
+            for r in range(dist.get_world_size())]  # fmt: skip
+
+
+def own(whole: Tensor, dim: int = 0) -> Tensor:
+    """This rank's part of a gradient or a parameter."""
+    return parts(whole, dim)[dist.get_rank()].clone()
+
+
+@functools.cache
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Relative to the largest, as gradients are judged; and NaN nowhere."""
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    if not wanted.numel():
+        return
+    scale = wanted.double().abs().amax().clamp(min=1e-9)
+    off = ((found.double() - wanted.double()).abs().amax() / scale).item()
+    assert off <= tolerance, f"relative error {off:.2e}, allowed {tolerance:.0e}"
+
+
+def main() -> None:
+    """Run every check there is, and write what went wrong to a file of this rank's."""
+    out = sys.argv[1]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name, function in CHECKS.items():
+        try:
+            function()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+            Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(results))
+        failed = torch.tensor(float(bool(results[name])))
+        dist.all_reduce(failed)  # a rank that failed has left its collectives, and the others with them
+    Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(results))
+    # What holds a group at the interpreter's end is torn down after the threads that serve it: now and then it aborts.
+    mesh.cache_clear()
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
