@@ -82,16 +82,22 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 @contextmanager
-def child(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
-    """A fresh process under other environment variables, which PyTorch's allocator reads once, when it starts."""
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables of processes started within it: PyTorch's allocator reads its own once, at the start."""
     before = dict(os.environ)
-    os.environ.update(environment)
+    os.environ.update(variables)
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield pool
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def child(variables: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
+    """A fresh process under other environment variables."""
+    with environment(variables), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 def cells(rows: Rows, columns: Columns) -> tuple[list[str], list[list[str]]]:

@@ -25,16 +25,31 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not os.access(PROCESS / "clear_refs", os.W_OK):
         return None
-    # Freed memory that the process still holds would be used again without being counted.
+    before = resident_bytes()
+    restart_peak()
+    run()
+    return peak_resident() - before
+
+
+def resident_bytes() -> int:
+    """Bytes that are resident, after what was freed is given back: used again, it would not be counted."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    before = _resident("VmRSS")
-    (PROCESS / "clear_refs").write_text("5")  # the high-water mark starts again from what is resident
-    run()
-    return _resident("VmHWM") - before
+    return _status("VmRSS")
 
 
-def _resident(field: str) -> int:
+def restart_peak() -> None:
+    """Let the high-water mark start again from what is resident."""
+    (PROCESS / "clear_refs").write_text("5")
+
+
+def peak_resident() -> int:
+    """The most bytes that were resident since."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
     lines = (PROCESS / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
