@@ -222,6 +222,30 @@ def sequence_logprobs(way: str, reduction: str) -> None:
     close(local(leaves[0].grad), own(leaves[1].grad, 2), 1e-6)
 
 
+@over(way=list(WAYS), form=["logits", "linear", "sequences", "loss"])
+def the_definition_of_a_split_vocabulary(way: str, form: str) -> None:
+    """`reference` takes the same arguments, and gives the same; so do its gradients."""
+    problem = Head(77, torch.float64)
+    group, ref = options_of(way), torch.zeros(4, dtype=torch.float64).chunk(2)
+    results = []
+    for library in (fastpref, reference):
+        hidden, weight, bias = leaves = problem.leaves(WAYS[way])
+        if form == "logits":
+            whole = problem.hidden @ problem.weight.T
+            leaves = [WAYS[way](whole, 2).detach().requires_grad_()]
+            value = library.token_logprobs(leaves[0], problem.labels, **group)
+        elif form == "linear":
+            value = library.linear_token_logprobs(hidden, weight, problem.labels, bias, **group)
+        elif form == "sequences":
+            value = library.linear_sequence_logprobs(hidden, weight, problem.labels, bias, **group)
+        else:
+            value = library.linear_dpo_loss(hidden, weight, problem.labels, *ref, bias=bias, **group).loss
+        value.backward(torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape))
+        results.append([value.detach(), *(local(leaf.grad) for leaf in leaves)])
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-12)
+
+
 def payload(run: Callable[[], Any]) -> int:
     """Bytes that a call gives to all-reduces."""
     found, reduce = 0, dist.all_reduce
