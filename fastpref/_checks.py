@@ -66,6 +66,11 @@ def _check_positions(
     """Check `values`, (B, T, axis) or (N, axis), and the labels and boundaries of its positions."""
     check_tensor(name, values, FLOATING, f"a fp16, bf16, fp32 or fp64 tensor (B, T, {axis}) or (N, {axis})")
     check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {name}'s shape without {axis}")
+    if values.is_nested:
+        raise ValueError(
+            f"{name} must be no nested tensor: pass its values, (N, {axis}), and its offsets as cu_seqlens of "
+            f"the functions of sequences; got {describe(values)}"
+        )
     if values.dim() not in (2, 3):
         raise ValueError(f"{name} must be (B, T, {axis}) or (N, {axis}); got {describe(values)}")
     if values.shape[-1] == 0 and not sharded:

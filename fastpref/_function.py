@@ -6,6 +6,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers to read: not in a graph, nor on the meta device, nor in a fake tensor."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def transformed() -> bool:
+    """Whether this is called under a transform of `torch.func`."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def enter(*tensors: Any) -> tuple[Any, ...]:
+    """What is differentiable of a public function's arguments, in a form in which transforms of `torch.func` show.
+
+    Raises:
+        NotImplementedError: `torch.vmap` goes over one of them, or forward mode differentiates by one.
+    """
+    forward_mode = forward_ad._current_level >= 0
+    if not transformed() and not forward_mode:
+        return tensors
+    compiling = torch.compiler.is_compiling()
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if not compiling and any(_is_mapped_over(tensor) for tensor in given):
+        raise NotImplementedError(
+            "fastpref does not go under vmap: give what it maps over as more of the batch, or call the function of "
+            "this name in fastpref.reference, which is plain PyTorch"
+        )
+    if forward_mode and (compiling or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)):
+        raise NotImplementedError(
+            "fastpref has no forward-mode derivative, no jvp: differentiate in reverse mode, or call the function of "
+            "this name in fastpref.reference, which is plain PyTorch"
+        )
+    # In a graph, what torch.func differentiates by does not itself say that it requires a gradient; a view of it does.
+    return tuple(x.view_as(x) if compiling and isinstance(x, Tensor) else x for x in tensors)
+
+
+def _is_mapped_over(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def wants_gradient(*arguments: Any) -> bool:
@@ -21,4 +66,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     if torch.compiler.is_compiling() and not wants_gradient(*arguments):
         return function.forward(*arguments)
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export would keep the forward and lose the gradient: export under torch.no_grad()"
+        )
     return function.apply(*arguments)

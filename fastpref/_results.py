@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,7 +22,24 @@ def _make_type(stats: tuple[str, ...]) -> Any:
     return namedtuple("Logprobs", ("logprobs", *stats))
 
 
-_cached_type = cache(_make_type)
+def _importable(make: Callable[[tuple[str, ...]], Any]) -> Callable[[tuple[str, ...]], Any]:
+    """`make`, once for each `stats`, whose classes no module holds: what is pickled of one says how to make it."""
+
+    @cache
+    def cached(stats: tuple[str, ...]) -> Any:
+        made = make(stats)
+        made.__reduce__ = lambda self: (_again, (make.__name__, stats, tuple(self)))
+        return made
+
+    return cached
+
+
+def _again(make: str, stats: tuple[str, ...], values: tuple[Tensor, ...]) -> Any:
+    cached = {"_make_type": _cached_type, "_make_linear_loss_type": _cached_linear_loss_type}
+    return cached.get(make, _cached_linear_group_type)(stats)._make(values)
+
+
+_cached_type = _importable(_make_type)
 
 
 def result_type(stats: tuple[str, ...]) -> Any:
@@ -130,8 +147,8 @@ def _make_linear_group_type(stats: tuple[str, ...]) -> Any:
     return namedtuple("LinearGroupLoss", ("loss", "logps", *stats))
 
 
-_cached_linear_loss_type = cache(_make_linear_loss_type)
-_cached_linear_group_type = cache(_make_linear_group_type)
+_cached_linear_loss_type = _importable(_make_linear_loss_type)
+_cached_linear_group_type = _importable(_make_linear_group_type)
 
 
 def linear_loss_type(stats: tuple[str, ...]) -> Any:

@@ -20,7 +20,7 @@ from fastpref._checks import (
     check_mode,
     check_transform,
 )
-from fastpref._function import apply, wants_gradient
+from fastpref._function import apply, enter, has_values, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
 from fastpref._sharding import Shard, resolve_head
 from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
@@ -46,7 +46,7 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory that lives until a backward; in a compiled graph the compiler's to plan."""
-    return like.new_empty(shape, dtype=dtype) if torch.compiler.is_compiling() else ops.empty(like, shape, dtype)
+    return ops.empty(like, shape, dtype) if has_values(like) else like.new_empty(shape, dtype=dtype)
 
 
 def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -143,6 +143,7 @@ def linear_logprobs(
 ) -> Any:  # fmt: skip
     """What both public functions give, from plain tensors; `reduction` is "none" for the first."""
     check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
+    hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
     check_mode(mode, chunk_rows, filter_eps)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats, LINEAR_STATISTICS)
@@ -152,8 +153,8 @@ def linear_logprobs(
     dtype = compute_dtype(hidden)
     saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
     _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    # A compiled graph does not know how many positions are scored, so it makes room for all of them.
-    capacity = (scored.numel() if torch.compiler.is_compiling() else int(scored.sum())) if saves else 0
+    # Where it is not known how many positions are scored, there is room for all of them.
+    capacity = (int(scored.sum()) if has_values(scored) else scored.numel()) if saves else 0
     group, bounds = (None, None) if shard is None else shard[:2]
     if shard is not None:
         labels = distributed.shard_labels(shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift)

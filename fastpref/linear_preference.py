@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastpref import distributed
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
-from fastpref._function import wants_gradient
+from fastpref._function import apply, enter, has_values, transformed, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
 from fastpref._sharding import Shard, resolve_head
 from fastpref.linear_logprobs import (
@@ -47,8 +47,8 @@ def _plan(
 ) -> tuple[list[tuple[int, int]], int] | None:
     """Runs of groups with at most `limit` scored rows, and the most rows of one; None where a group has more."""
     groups = sequences // group_size
-    if torch.compiler.is_compiling():
-        # A graph knows shapes and no values: every position counts, and packed sequences cannot be told apart.
+    if not has_values(scored):
+        # Shapes are known and no values: every position counts, and packed sequences cannot be told apart.
         if cu_seqlens is not None:
             return ([(0, groups)], scored.numel()) if scored.numel() <= limit else None
         rows = [group_size * scored.shape[1]] * groups
@@ -182,6 +182,7 @@ def _group_loss(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The loss, the sequences' log-probs (S,), detached, and the statistics."""
     check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
+    hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
     check_mode(mode, chunk_rows, filter_eps)
     check_transform(temperature, logit_scale, softcap)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -194,7 +195,8 @@ def _group_loss(
     _, scored = scored_targets(rows_labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     plan, held = None, "recompute" if mode == "auto" else mode
     # fp16 has not the range for exponentials, nor for a gradient before GradScaler's factor has entered it.
-    apart = mode == "auto" and reduction != "none" and not mixes_groups and dtype != torch.float16
+    # torch.func has no place for the small backward within a forward.
+    apart = mode == "auto" and reduction != "none" and not mixes_groups and dtype != torch.float16 and not transformed()
     # A graph cannot be told how many rows the ranks of a group agree on, unless DTensors or the caller say it.
     agreed = shard is None or chunk_rows or isinstance(shard.largest, int) or not torch.compiler.is_compiling()
     if apart and agreed and wants_gradient(hidden, weight, bias):
@@ -232,8 +234,8 @@ def _group_loss(
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip
     needed = tuple(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
-    loss, logps, _, _, _, *statistics = _GradientsInForward.apply(
-        hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens, group, bounds,
+    loss, logps, _, _, _, *statistics = apply(
+        _GradientsInForward, hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens, group, bounds,
         token_weights, needed, dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
         sum(1 << LINEAR_STATISTICS.index(name) for name in names), filter_eps,
     )  # fmt: skip

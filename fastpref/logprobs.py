@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, check_transform
-from fastpref._function import apply
+from fastpref._function import apply, enter
 from fastpref._results import STATISTICS, check_stats, result_type
 from fastpref._sharding import resolve_logits
 from fastpref.distributed import UNSCORED, shard_labels, sharded_logprobs
@@ -93,6 +93,7 @@ def _logprobs(
 ) -> Any:  # fmt: skip
     logits, labels, shard = resolve_logits(logits, labels, process_group)
     check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
+    logits, labels = enter(logits, labels)
     check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
     if inplace_backward:

@@ -1,1 +1,1 @@
-"""fastpref inside the libraries people train with. Nothing here imports one of them."""
+"""fastpref inside the libraries people train with. What imports one of them itself is imported when asked for."""

@@ -1,8 +1,9 @@
-"""TRL's trainers on fastpref: `patch()` and `unpatch()`, or `with patch():`.
+"""TRL's trainers on fastpref: `FastDPOTrainer` and `FastRewardTrainer`; and `patch()`, for all the others.
 
 DPO, KTO, SFT, GRPO and RLOO score tokens in one place, the forward that `trl.trainer.utils.add_fused_lm_head` gives
 their models: it takes the backbone's hidden states and the head's weight to one autograd Function, which gives
-log-probs and statistics. That Function is what is replaced. Losses, metrics and options stay TRL's.
+log-probs and statistics. That Function is what `patch` replaces. Losses, metrics and options stay TRL's. The two
+trainers are subclasses of TRL's, and replace the loss as a whole.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from types import CodeType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastpref.linear_logprobs import linear_token_logprobs
+
+if TYPE_CHECKING:
+    from fastpref.integrations._trl_dpo import FastDPOTrainer as FastDPOTrainer
+    from fastpref.integrations._trl_reward import FastRewardTrainer as FastRewardTrainer
 
 SUPPORTED = ">=1.15,<1.17"
 """The versions of TRL whose scoring is known."""
@@ -157,3 +162,12 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers, imported when asked for: their base classes are TRL's."""
+    if name not in ("FastDPOTrainer", "FastRewardTrainer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastpref.integrations._trl_seams import trainer
+
+    return trainer(name)

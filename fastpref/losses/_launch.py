@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref._function import apply
+from fastpref._function import apply, enter
 from fastpref_kernels import ops
 
 
@@ -50,5 +50,5 @@ class _FusedLoss(torch.autograd.Function):
 
 def launch(operator: str, reduction: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Run `fastpref::operator`; returns (loss, *whatever it reports beside the loss), without the derivatives."""
-    loss, _, *rest = apply(_FusedLoss, operator, *tensors, *options, reduction)
+    loss, _, *rest = apply(_FusedLoss, operator, *enter(*tensors), *options, reduction)
     return (loss, *rest)

@@ -270,8 +270,11 @@ def _implement_linear(key: str, backend: linear.Backend) -> None:
 
 
 def _register() -> None:
+    # They gather the scored rows, whose number only the host can make room for: no CUDA graph can hold them.
+    uncapturable = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
     for schema in _SCHEMAS:
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = (torch.Tag.pt2_compliant_tag, *(uncapturable if schema.startswith("linear_") else ()))
+        _LIBRARY.define(schema, tags=tags)
     _implement("CPU", cpu.logprobs, cpu.write_gradient, cpu_linear.empty_like)
     _implement_linear("CPU", cpu_linear.BACKEND)
     _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
