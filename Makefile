@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench bench-logprobs bench-linear bench-losses roofline wheel clean
+.PHONY: demo test lint format bench bench-logprobs bench-linear bench-losses bench-trainers bench-scaling roofline wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
@@ -32,6 +32,12 @@ bench-linear: $(VENV)/bench.stamp
 
 bench-losses: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/bench_losses.py $(ARGS)
+
+bench-trainers: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/bench_trainers.py $(ARGS)
+
+bench-scaling: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/bench_scaling.py $(ARGS)
 
 roofline: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/static_roofline.py $(ARGS)
