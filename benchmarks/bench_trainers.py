@@ -3,9 +3,9 @@
     python benchmarks/bench_trainers.py [--out FOLDER] [--steps N]
 
 Four layers of Llama, about a thousand tokens a step, half of them completion; a reference model, no gradient
-checkpointing; SGD, because AdamW's first step is every gradient's sign, which is rounding's where the gradient is 0, and
-tells no curve from another. Each trainer has a process of its own and takes a step when it is told to, one after the other in an
-order drawn anew for every step, so that what else the machine does falls on all alike.
+checkpointing. SGD, because AdamW's first step is the sign of every gradient, rounding's where a gradient is 0, and so
+tells no curve from another. Each trainer has a process of its own and takes a step when it is told to, one after the
+other in an order drawn anew for every step, so that what else the machine does falls on all alike.
 """
 
 from __future__ import annotations

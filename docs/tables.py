@@ -1,17 +1,21 @@
-"""Writes the tables of losses that the README and `losses.md` hold, from `fastpref.losses`' own.
+"""Writes the tables that documents hold between two comments, from where their rows are stated.
+
+Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests.
 
 python docs/tables.py
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 from fastpref.losses import RLHF, TABLE, Entry, Loss
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- losses: made by docs/tables.py -->", "<!-- end of losses -->"
+CELLS = ROOT / "tests" / "fastpref" / "test_compatibility.py"
 
 
 def _call(entry: Entry) -> str:
@@ -45,16 +49,44 @@ def formulas() -> str:
     return "\n".join(lines) + "\n"
 
 
-FILES = {ROOT / "README.md": names, ROOT / "docs" / "losses.md": formulas}
+def load(path: Path) -> Any:
+    """The module in a file that no package holds."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compatibility() -> str:
+    """What was tried, a table a section, and what came of it with every kind of function."""
+    tests = load(CELLS)
+    lines: list[str] = []
+    for section, rows in tests.SECTIONS.items():
+        lines += [f"## {section}", "", f"| | {' | '.join(tests.COLUMNS)} |", "|---" * (1 + len(tests.COLUMNS)) + "|"]
+        lines += [f"| {row.what} | {' | '.join(map(_cell, row.verdicts()))} |" for row in rows]
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+# What is made of which table, and the table's name in the comments around it.
+FILES = {
+    ROOT / "README.md": ("losses", names),
+    ROOT / "docs" / "losses.md": ("losses", formulas),
+    ROOT / "docs" / "compatibility.md": ("compatibility", compatibility),
+}
 
 
 def updated(path: Path) -> str:
     """A file's text with its table as it is now."""
+    name, make = FILES[path]
+    begin, end = f"<!-- {name}: made by docs/tables.py -->", f"<!-- end of {name} -->"
     text = path.read_text()
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
     if len(re.findall(pattern, text, re.DOTALL)) != 1:
-        raise ValueError(f"{path} must hold one table, between {BEGIN!r} and {END!r}")
-    return re.sub(pattern, lambda _: f"{BEGIN}\n\n{FILES[path]()}\n{END}", text, flags=re.DOTALL)
+        raise ValueError(f"{path} must hold one table, between {begin!r} and {end!r}")
+    return re.sub(pattern, lambda _: f"{begin}\n\n{make()}\n{end}", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
@@ -33,8 +36,7 @@ def enter(*tensors: Any) -> tuple[Any, ...]:
     given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if not compiling and any(_is_mapped_over(tensor) for tensor in given):
         raise NotImplementedError(
-            "fastpref does not go under vmap: give what it maps over as more of the batch, or call the function of "
-            "this name in fastpref.reference, which is plain PyTorch"
+            "fastpref does not go under vmap: give what it maps over as more of the batch, or call once for each"
         )
     if forward_mode and (compiling or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)):
         raise NotImplementedError(
@@ -46,16 +48,37 @@ def enter(*tensors: Any) -> tuple[Any, ...]:
 
 
 def _is_mapped_over(tensor: Tensor) -> bool:
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
             return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
     return False
 
 
 def wants_gradient(*arguments: Any) -> bool:
     """Whether a backward may follow. Asked outside of a Function: inside one, gradients are always off."""
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward that has no derivative, and refuses to be part of a graph that asks for one.
+
+    PyTorch's own of this name raises only where the upstream gradient leads on; elsewhere the gradient is a constant to
+    it, and a gradient penalty would be trained by a part of its gradient.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Any) -> Any:
+        # torch.func always makes that graph.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives, and fastpref's functions are once_differentiable: call "
+                "the function of this name in fastpref.reference, which is plain PyTorch"
+            )
+        return once(ctx, *grads)
+
+    return call
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

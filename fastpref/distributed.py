@@ -1,7 +1,7 @@
 """Log-probs over a vocabulary that is split over ranks: each folds its own columns, and only sums of rows travel.
 
 A rank's sums of a row are of exponentials at an anchor of its own. One all-reduce finds the highest anchor of each row,
-and a second adds up the sums, brought to it: 8 bytes and 16 bytes a scored row, and 8 or 16 more for each statistic.
+and a second adds up the sums, brought to it: 8 bytes and 16 bytes a scored row, and more for each statistic.
 The gradient of the head's shard is made from what is here. That of the hidden states is one all-reduce of scored rows
 more, in float32. Logits that are split so need none: their gradient is of what is here.
 
@@ -11,14 +11,14 @@ backward with the same gradient: what Megatron-LM's tensor parallelism (arXiv 19
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpref._function import apply
+from fastpref._function import apply, has_values, once_differentiable
 from fastpref._sharding import Shard, resolve_group
 from fastpref.reference.logprobs import scored_targets
 from fastpref_kernels import ops
@@ -61,13 +61,18 @@ def _whole_sums(sums: Tensor, group: Any, stats: int) -> Tensor:
     return torch.stack([found.get(i, torch.zeros_like(rest)) for i in range(8)])
 
 
-def _merge(sums: Tensor, scored: Tensor, group: Any, stats: int) -> Tensor:
-    """`_whole_sums` of (8, B, T'): of the scored positions alone, whose number a compiled graph does not know."""
-    if torch.compiler.is_compiling():
-        return _whole_sums(sums.flatten(1), group, stats).view_as(sums)
-    whole = torch.zeros_like(sums)
-    whole[:, scored] = _whole_sums(sums[:, scored], group, stats)
+def _reduced(planes: Tensor, scored: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """`reduce` of planes (n, B, T'), (n, R) -> (n, R): of the scored positions, whose number a graph does not know."""
+    if not has_values(planes):
+        return reduce(planes.flatten(1)).view_as(planes)
+    whole = torch.zeros_like(planes)
+    whole[:, scored] = reduce(planes[:, scored])
     return whole
+
+
+def _merge(sums: Tensor, scored: Tensor, group: Any, stats: int) -> Tensor:
+    """`_whole_sums` of (8, B, T')."""
+    return _reduced(sums, scored, lambda rows: _whole_sums(rows, group, stats))
 
 
 def linear_logprobs(group: Any, bounds: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -81,14 +86,14 @@ def linear_logprobs(group: Any, bounds: Tensor | None, *arguments: Any) -> tuple
     *results, dropped = torch.ops.fastpref.linear_settle(
         hidden, labels, cu_seqlens, bounds, sums, whole, masses, store, *scoring, stats, filter_eps
     )
-    return *results, _all_reduce(dropped, group) if stats & _DROPPED else dropped
+    if stats & _DROPPED:
+        dropped = _reduced(dropped[None], scored, lambda rows: _all_reduce(rows, group))[0]
+    return *results, dropped
 
 
-def reduce_hidden(
-    group: Any, d_hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool
-) -> Tensor:  # fmt: skip
+def reduce_hidden(group: Any, d_hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool) -> Tensor:
     """The gradient of the hidden states (B, T, H), summed over the group: the scored rows alone, the rest being 0."""
-    if torch.compiler.is_compiling():
+    if not has_values(d_hidden):
         return _all_reduce(d_hidden, group)
     _, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=shift)
     rows = d_hidden[:, : scored.shape[1]]
@@ -136,7 +141,7 @@ class _ShardedLogprobs(torch.autograd.Function):
     """Log-probs (B, T') and statistics from logits whose columns are a group's shard, and the gradient of these.
 
     The operator scores each row against its label, or against the shard's nearest column where the label is another's.
-    What it gives are the sums of this shard, at its log-sum as the anchor. Its gradient is right but for that column.
+    What it keeps for its gradient is this shard's mass at an anchor; its gradient is right but for that column.
     """
 
     @staticmethod
@@ -145,58 +150,53 @@ class _ShardedLogprobs(torch.autograd.Function):
         stats: int, inplace: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         del inplace
-        shift, scale, temperature, softcap = scoring[1:]
+        _, shift, scale, temperature, softcap = scoring
         columns = logits.shape[-1]
         targets, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=shift)
         here = scored & (targets >= 0) & (targets < columns)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         sums = torch.zeros((8, *scored.shape), dtype=torch.float64, device=logits.device)
-        sums[0] = sums[5] = sums[6] = -torch.inf
-        norm = sums.new_ones((3, *scored.shape), dtype=dtype)
-        own = sums.new_zeros(scored.shape, dtype=dtype)
+        sums[0] = -torch.inf
+        norm = sums.new_zeros((3, *scored.shape), dtype=dtype)
+        own, top1, log_own = norm[0], here, sums[0]  # log_own: log of this shard's mass
         if columns:
-            near = _nearest(labels, columns)
-            own, _, norm, _, lse, entropy, mean, top1, squares = torch.ops.fastpref.logprobs(
-                logits, near, cu_seqlens, None, *scoring, "none", stats | 1
+            own, _, norm, _, _, entropy, mean, top1, squares = torch.ops.fastpref.logprobs(
+                logits, _nearest(labels, columns), cu_seqlens, None, *scoring, "none", stats
             )
-            # Columns of nothing but -inf: no mass, and any anchor does.
-            dead = scored & (lse == -torch.inf)
-            own = own.masked_fill(dead, -torch.inf)
-            norm = norm.masked_fill(dead, 0.0)
-            entropy, squares = (x.masked_fill(dead, 0.0) if x.numel() else x for x in (entropy, squares))
-            anchor, logp = lse.double(), own.double()
-            p = torch.where(here, logp.exp(), 0.0)
-            sums[0] = anchor
-            sums[1] = torch.where(here, -torch.expm1(logp), 1.0).masked_fill(dead, 0.0)
-            sums[7] = torch.where(here, torch.where(dead, -torch.inf, anchor + logp), 0.0)
+            dead = scored & (norm[0] == -torch.inf)  # columns of nothing but -inf, which have no mass at any anchor
+            own, norm = own.masked_fill(dead, -torch.inf), norm.masked_fill(dead, 0.0)
+            # The anchor has all digits of a logit, where a log-sum would lose those of what is above it.
+            anchor = norm[0].double() * (scale / temperature if softcap is None else 1 / temperature)
+            mass = (1 / norm[1].double()).masked_fill(dead | ~scored, 0.0)
+            log_mass = mass.log()
+            log_own = anchor + log_mass
+            d = own.double() + log_mass  # of the nearest column, from the anchor
+            e = torch.where(here, d.exp(), 0.0).masked_fill(dead, 0.0)
+            sums[0] = anchor.masked_fill(dead, -torch.inf)
+            sums[1] = torch.where(here & ~dead, -torch.expm1(own.double()) * mass, mass)
+            sums[7] = torch.where(here, (anchor + d).masked_fill(dead, -torch.inf), 0.0)
             if stats & _ENTROPY:
-                sums[2] = -entropy.double() - (p * logp).masked_fill(p == 0, 0.0)
+                whole = mass * (log_mass - entropy.double())
+                sums[2] = (whole - (e * d).masked_fill(e == 0, 0.0)).masked_fill(dead, 0.0)
             if stats & _LOG_SUM_SQ:
-                sums[3] = squares.double().exp() - p * p
+                sums[3] = (squares.double().exp() * mass * mass - e * e).masked_fill(dead, 0.0)
             if stats & _MEAN:
                 sums[4] = mean.double() * columns
-            if stats & _TOP1:
-                # Compared as the operator compares: after the transform, in its dtype.
-                x = logits[:, : scored.shape[1]]
-                top, label = (
-                    _transformed(value.to(dtype), scale, temperature, softcap).double()
-                    for value in (x.amax(-1), x.gather(-1, near[:, int(shift) :, None].clamp(min=0))[..., 0])
-                )
-                sums[5] = torch.where(here, torch.where(top1, -torch.inf, torch.inf), top)
-                sums[5] = torch.where(targets < 0, -torch.inf, sums[5])
-                sums[6] = torch.where(targets < 0, top, -torch.inf)
-                sums[7] = torch.where(here, label, 0.0)
-        whole = _merge(sums, scored, group, stats)
-        empty = sums.new_zeros((0, *scored.shape), dtype=torch.float32)
+        whole = _merge(sums, scored, group, stats & ~_TOP1)
+        none = sums.new_zeros((0, *scored.shape), dtype=torch.float32)
         logps, whole_norm, _, *statistics, _ = torch.ops.fastpref.linear_settle(
-            logits, labels, cu_seqlens, bounds, sums, whole, empty, None, *scoring, stats | 1, None
+            logits, labels, cu_seqlens, bounds, sums, whole, none, None, *scoring, stats & ~_TOP1, None
         )
-        lse, *others = statistics
+        if stats & _TOP1:
+            # With any statistic but "lse", what the operator anchors a row at is its maximum.
+            statistics[3] = _top1(group, sums[0], top1, targets, columns, scored) & ~logps.isnan()
         # log of this shard's share of the row's mass, which turns its softmax into the whole one.
-        share = (sums[0] - lse).clamp(min=-1e4).masked_fill(~scored, 0.0).to(dtype)
-        inverse = (norm[1] * share.exp()).clamp(min=torch.finfo(dtype).tiny)
+        highest = whole[0].masked_fill(whole[0] == -torch.inf, 0.0)
+        share = log_own - highest - (whole[1] + (whole[7] - highest).exp()).log()
+        share = share.masked_fill(~scored, 0.0)
+        inverse = (norm[1] * share.exp()).to(dtype).clamp(min=torch.finfo(dtype).tiny)
         norm = torch.stack([norm[0], inverse, *whole_norm[2:]])
-        return logps, norm, own, share, lse, *others
+        return logps, norm, own, share.to(dtype), *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -259,10 +259,16 @@ def _nearest(labels: Tensor, columns: int) -> Tensor:
     return labels.clamp(0, columns - 1).masked_fill(labels == UNSCORED, UNSCORED)
 
 
-def _transformed(x: Tensor, scale: float, temperature: float, softcap: float | None) -> Tensor:
-    if softcap is None:
-        return x * (scale / temperature)
-    return softcap * torch.tanh(x * (scale / softcap)) / temperature
+def _top1(group: Any, top: Tensor, top1: Tensor, targets: Tensor, columns: int, scored: Tensor) -> Tensor:
+    """Whether each label is the first argmax of all shards' columns, from this one's maxima and its own answers."""
+    before, after = targets >= columns, targets < 0  # of these columns, where the label is another shard's
+    first = scored & ~before & ~after & top1
+    own = torch.where(scored & ~before & ~after & ~top1, torch.inf, -torch.inf)  # something here is above the label
+    maxima = torch.stack(
+        [torch.where(before, top, own), torch.where(after, top, -torch.inf), torch.where(first, top, -torch.inf)]
+    )
+    below, above, label = _reduced(maxima, scored, lambda rows: _all_reduce(rows, group, dist.ReduceOp.MAX))
+    return (below < label) & (above <= label) & scored
 
 
 def _slope(x: Tensor, scale: float, temperature: float, softcap: float | None) -> Tensor | float:

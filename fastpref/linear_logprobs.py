@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpref import distributed
 from fastpref._checks import (
@@ -20,7 +20,7 @@ from fastpref._checks import (
     check_mode,
     check_transform,
 )
-from fastpref._function import apply, enter, has_values, wants_gradient
+from fastpref._function import apply, enter, has_values, once_differentiable, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
 from fastpref._sharding import Shard, resolve_head
 from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
@@ -46,7 +46,9 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory that lives until a backward; in a compiled graph the compiler's to plan."""
-    return ops.empty(like, shape, dtype) if has_values(like) else like.new_empty(shape, dtype=dtype)
+    # Of a subclass that is several tensors, each has memory of its own.
+    ours = has_values(like) and not is_traceable_wrapper_subclass(like)
+    return ops.empty(like, shape, dtype) if ours else like.new_empty(shape, dtype=dtype)
 
 
 def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -107,7 +109,10 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def choose_mode(mode: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
-    """ "save" or "recompute", for "auto" from shapes and dtype alone, so that every run and rank chooses the same."""
+    """ "save" or "recompute", for "auto" from shapes and dtype alone, so that every run chooses the same.
+
+    Ranks whose parts of a vocabulary differ may choose differently: what travels between them is the same.
+    """
     if mode == "save" and dtype == torch.float16:
         raise ValueError('mode="save" keeps exponentials, and fp16 has not their range; use "recompute" or "auto"')
     if mode != "auto":

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref import distributed
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
-from fastpref._function import apply, enter, has_values, transformed, wants_gradient
+from fastpref._function import apply, enter, has_values, once_differentiable, transformed, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
 from fastpref._sharding import Shard, resolve_head
 from fastpref.linear_logprobs import (
@@ -235,8 +234,8 @@ def _group_loss(
     )  # fmt: skip
     needed = tuple(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     loss, logps, _, _, _, *statistics = apply(
-        _GradientsInForward, hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens, group, bounds,
-        token_weights, needed, dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
+        _GradientsInForward, hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens,
+        group, bounds, token_weights, needed, dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
         sum(1 << LINEAR_STATISTICS.index(name) for name in names), filter_eps,
     )  # fmt: skip
     shape = (*labels.shape[:-1], scored.shape[-1])

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, check_transform
-from fastpref._function import apply, enter
+from fastpref._function import apply, enter, once_differentiable
 from fastpref._results import STATISTICS, check_stats, result_type
 from fastpref._sharding import resolve_logits
 from fastpref.distributed import UNSCORED, shard_labels, sharded_logprobs
@@ -91,7 +90,7 @@ def _logprobs(
     shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
     softcap: float | None, stats: tuple[str, ...], inplace_backward: bool, process_group: Any,
 ) -> Any:  # fmt: skip
-    logits, labels, shard = resolve_logits(logits, labels, process_group)
+    logits, labels, shard = resolve_logits(logits, labels, process_group, inplace_backward)
     check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
     logits, labels = enter(logits, labels)
     check_transform(temperature, logit_scale, softcap)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpref._function import apply, enter
+from fastpref._function import apply, enter, once_differentiable
 from fastpref_kernels import ops
 
 

@@ -361,11 +361,13 @@ def _settle_rows(
     anchor = torch.where(moved, highest, own)
     if store is not None:
         store = store[: len(rows)]
-        if moved.any():
+        if whole_state is not state and moved.any():
             factor = torch.where(own == -torch.inf, 0.0, own - highest).exp()
             store[moved] = store[moved].mul_(factor[moved, None].to(widened(store.dtype)))
         of_z = eager.Transform.of(*transform)
-        here = ((rows.label >= 0) & (rows.label < store.shape[1])).nonzero()[:, 0]
+        here = torch.arange(len(rows), device=store.device)
+        if whole_state is not state:
+            here = here[(rows.label >= 0) & (rows.label < store.shape[1])]
         at_label = -rest * (highest - anchor).exp() * of_z.derivative(z_y / of_z.rate)
         store[here, rows.label[here]] = at_label[here].to(store.dtype)
     values: dict[int, Callable[[], Tensor]] = {
@@ -390,8 +392,9 @@ def _settled(
     """The results of `fastpref::linear_logprobs`, of `shape` (B, T'), from the sums of rows; hidden for its dtype."""
     dtype = widened(hidden.dtype)
     logp, anchor, inverse, found = _settle_rows(rows, state, whole_state, vocabulary, store, transform, stats)
-    scale = inverse * (state[0].masked_fill(state[0] == -torch.inf, 0.0) - anchor).exp()
-    shares = (shares * scale).float() if len(shares) else shares
+    if len(shares):
+        scale = inverse * torch.where(state[0] == -torch.inf, 0.0, state[0] - anchor).exp()
+        shares = (shares * scale).float()
     if stats >> 5 & 1:
         dropped = shares.new_zeros(len(rows))
         if filter_eps is not None:
@@ -444,7 +447,8 @@ def shard_labels(
     _check(labels, cu_seqlens, ignore_index, shift, vocabulary)
     # Past all tiles, and not only past the columns, so that no tile's padding is taken for the label.
     after = (columns + COLUMNS - 1) // COLUMNS * COLUMNS
-    return (labels.long() - first).clamp(-1, after).masked_fill(labels == ignore_index, UNSCORED)
+    here = (labels.long() - first).clamp(min=-1)
+    return here.masked_fill(here >= columns, after).masked_fill(labels == ignore_index, UNSCORED)
 
 
 @_outside_autocast

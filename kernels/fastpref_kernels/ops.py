@@ -42,7 +42,8 @@ _SCHEMAS = (
     # logits (B, T, V), labels (B, T), cu_seqlens (S+1,) with B = 1, weights (B, T').  T' = T - 1 with shift, else T.
     # -> logps (B, T'), sequences (S,), norm (3 or 4, B, T'), counts (S,), and the statistics (B, T'), empty where not
     #    asked: lse, entropy, mean_logits, is_top1, log_sum_sq_probs (bit i of `stats` asks for the i-th). norm is what
-    #    the backward needs: the anchor a and 1/S of softmax_j = exp(z_j - a)/S, logp, and with it the entropy.
+    #    the backward needs: a and 1/S of softmax_j = exp(z_j - rate * a)/S, where z = rate * u(logits), logp, and with
+    #    it the entropy. Where a statistic but lse is asked for, a is u's maximum.
     f"logprobs(Tensor logits, Tensor labels, Tensor? cu_seqlens, Tensor? weights, {_SCORING}, int stats) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # grad is (B, T') with reduction "none", else (S,); grad_entropy (B, T'). -> the gradient of logits, (B, T, V)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import close, main, mesh, over, own
@@ -13,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastpref
 from fastpref import reference
+from fastpref_kernels.cpu import linear as cpu_linear
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
@@ -186,8 +190,21 @@ def linear_preference_loss(way: str) -> None:
     compare(problem, way, run, 2e-6)
 
 
-@over(way=list(WAYS), dtype=list(TOLERANCE), vocabulary=[1, 5, 77, 9001], inplace=[False, True])
-def token_logprobs(way: str, dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
+@over(way=list(WAYS), dtype=list(TOLERANCE), vocabulary=[1, 5, 77, 9001])
+def token_logprobs(way: str, dtype: torch.dtype, vocabulary: int) -> None:
+    from_logits(way, dtype, vocabulary, False)
+
+
+@over(dtype=list(TOLERANCE), vocabulary=[1, 5, 77])
+def token_logprobs_in_place(dtype: torch.dtype, vocabulary: int) -> None:
+    from_logits("group", dtype, vocabulary, True)
+    split = by_dtensor(torch.randn(4, 9, vocabulary), 2) * 1.0
+    labels = Head(vocabulary, dtype).labels
+    with pytest.raises(ValueError, match="got a DTensor"):
+        fastpref.token_logprobs(split, labels, inplace_backward=True)
+
+
+def from_logits(way: str, dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
     problem = Head(vocabulary, dtype)
     stats = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
     whole = (problem.hidden.float() @ problem.weight.float().T).to(dtype)
@@ -246,6 +263,211 @@ def the_definition_of_a_split_vocabulary(way: str, form: str) -> None:
         close(a, b, 1e-12)
 
 
+@over(form=["logits", "linear", "loss"], scored=["none", "one rank's", "no rows"])
+def few_rows_or_none(form: str, scored: str) -> None:
+    """No label at all, labels of one rank alone, and a batch of no sequences."""
+    problem = Head(77, torch.float32)
+    labels = problem.labels.clone()
+    labels[:] = torch.where(labels == -100, -100, 70) if scored == "one rank's" else -100
+    kept = slice(0, 0 if scored == "no rows" else 4)
+    results = []
+    for place, group in ((by_group, options_of("group")), (lambda whole, dim: whole, {})):
+        hidden, weight, bias = leaves = problem.leaves(place)
+        rows = hidden[kept]
+        if form == "logits":
+            leaves = [place(problem.hidden @ problem.weight.T, 2).detach().requires_grad_()]
+            loss = fastpref.token_logprobs(leaves[0][kept], labels[kept], stats=("entropy",), **group).logprobs.sum()
+        elif form == "linear":
+            loss = fastpref.linear_sequence_logprobs(rows, weight, labels[kept], bias, **group).sum()
+        else:
+            options: dict[str, Any] = {"bias": bias, "reference_free": True, "chunk_rows": 16, **group}
+            loss = fastpref.linear_dpo_loss(rows, weight, labels[kept], **options).loss
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    found, wanted = results
+    close(found[0], wanted[0], 1e-6)
+    for number, (a, b) in enumerate(zip(found[1:], wanted[1:], strict=True)):
+        close(a, own(b, 2) if form == "logits" else own(b) if number else b, 2e-6)
+
+
+@over(trained=["hidden", "weight", "bias", "none"])
+def only_what_is_trained(trained: str) -> None:
+    """A frozen head, or frozen hidden states: no gradient, and no rank waits for one."""
+    problem = Head(77, torch.float32)
+    for function in (fastpref.linear_sequence_logprobs, functools.partial(fastpref.linear_dpo_loss, chunk_rows=16)):
+        results = []
+        for place, group in ((by_group, options_of("group")), (lambda whole, dim: whole, {})):
+            hidden, weight, bias = leaves = problem.leaves(place)
+            for name, leaf in zip(("hidden", "weight", "bias"), leaves, strict=True):
+                leaf.requires_grad_(name == trained)
+            extra = {} if function is fastpref.linear_sequence_logprobs else {"reference_free": True}
+            value = function(hidden, weight, problem.labels, bias=bias, **extra, **group)
+            value = (value if isinstance(value, Tensor) else value.loss).sum()
+            assert value.requires_grad == (trained != "none")
+            if value.requires_grad:
+                value.backward()
+            results.append([leaf.grad for leaf in leaves])
+        for number, (a, b) in enumerate(zip(*results, strict=True)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(a, own(b) if number else b, 2e-6)
+
+
+@over(ignore_index=[0, 76])
+def an_ignored_label_within_the_vocabulary(ignore_index: int) -> None:
+    problem = Head(77, torch.float32)
+    problem.labels[:, :3] = ignore_index
+    options = {"ignore_index": ignore_index}
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor, **group: Any) -> Any:
+        return (fastpref.linear_token_logprobs(hidden, weight, problem.labels.int(), bias, **options, **group),)
+
+    compare(problem, "group", run, 1e-6)
+    whole = problem.hidden @ problem.weight.T
+    found = fastpref.token_logprobs(own(whole, 2), problem.labels.int(), **options, **options_of("group"))
+    close(found, fastpref.token_logprobs(whole, problem.labels.int(), **options), 1e-6)
+
+
+@over(offset=[-1000.0, 0.0, 300.0, 1000.0], form=["logits", "linear"])
+def a_common_offset_costs_no_digits(offset: float, form: str) -> None:
+    """Sure labels and unsure ones, as far from 0 as you like: of a float32 logit all digits count."""
+    problem = Head(78, torch.float32, spread=0.2)
+    problem.bias = torch.full((78,), offset)
+    problem.bias[[5, 60]] += 14.0
+    problem.labels[:, 3:] = torch.tensor([5, 60, 7])[torch.arange(24).view(4, 6) % 3]
+    z = torch.nn.functional.linear(problem.hidden, problem.weight, problem.bias)
+    stats, group = {"stats": ("entropy",)}, options_of("group")
+    if form == "logits":
+        exact = reference.token_logprobs(z.double(), problem.labels, **stats)
+        found = fastpref.token_logprobs(own(z, 2), problem.labels, **stats, **group)
+        plain = fastpref.token_logprobs(own(z, 2), problem.labels, **group)
+        one = fastpref.token_logprobs(z, problem.labels, **stats)
+    else:
+        wide = (problem.hidden.double(), problem.weight.double(), problem.labels, problem.bias.double())
+        exact = reference.linear_token_logprobs(*wide, **stats)
+        rows = (problem.hidden, own(problem.weight), problem.labels, own(problem.bias))
+        found = fastpref.linear_token_logprobs(*rows, **stats, **group)
+        plain = fastpref.linear_token_logprobs(*rows, **group)
+        one = fastpref.linear_token_logprobs(problem.hidden, problem.weight, problem.labels, problem.bias, **stats)
+
+    def off(values: Tensor, truth: Tensor) -> float:
+        return (values.double() - truth).abs().max().item()
+
+    allowed = 2 * off(one.logprobs, exact.logprobs) + 1e-6
+    assert off(found.logprobs, exact.logprobs) <= allowed
+    assert off(plain, exact.logprobs) <= allowed
+    assert off(found.entropy, exact.entropy) <= 2 * off(one.entropy, exact.entropy) + 1e-6
+    if form == "logits":  # a product's own rounding is the linear form's
+        assert allowed < 6e-6
+
+
+@over(first=[0.8, 0.2], form=["linear", "loss"])
+def parts_of_any_number_of_columns(first: float, form: str) -> None:
+    """Four fifths here and one fifth there; chunks are planned alike, by the larger part's bytes."""
+    problem = Head(1000, torch.float32)
+    assert problem.bias is not None
+    cut = int(1000 * first)
+    mine = slice(0, cut) if dist.get_rank() == 0 else slice(cut, 1000)
+    results = []
+    with mock.patch.object(cpu_linear, "LOSS_BYTES", 14 * 800 * 4):
+        for part, group in ((mine, options_of("group")), (slice(0, 1000), {})):
+            leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight[part], problem.bias[part])]
+            hidden, weight, bias = leaves
+            if form == "linear":
+                loss = fastpref.linear_sequence_logprobs(hidden, weight, problem.labels, bias, **group).sum()
+            else:
+                options: dict[str, Any] = {"bias": bias, "reference_free": True, **group}
+                loss = fastpref.linear_dpo_loss(hidden, weight, problem.labels, **options).loss
+            loss.backward()
+            results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    found, (loss, d_hidden, d_weight, d_bias) = results
+    for a, b in zip(found, (loss, d_hidden, d_weight[mine], d_bias[mine]), strict=True):
+        close(a, b, 2e-6)
+
+
+@over(mode=["save", "recompute"])
+def columns_that_are_left_out(mode: str) -> None:
+    """What filter_eps drops is told, of all parts, and is what the gradient lacks."""
+    problem = Head(20000, torch.float32, bias=False, spread=3.0)
+    eps, halves = 1e-3, (slice(0, 10000), slice(10000, 20000))
+    z = (problem.hidden.double() @ problem.weight.double().T)[:, :-1]
+    p, targets = z.softmax(-1), problem.labels[:, 1:]
+    scored = targets != -100
+    of_label = p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    kept = torch.zeros_like(p, dtype=torch.bool)
+    for half in halves:
+        for begin in range(half.start, half.stop, 4096):
+            tile = slice(begin, min(begin + 4096, half.stop))
+            has_label = (targets >= tile.start) & (targets < tile.stop)
+            others = p[..., tile].sum(-1) - torch.where(has_label, of_label, 0.0)
+            kept[..., tile] = ((others >= eps) | has_label)[..., None]
+    dropped = (p * ~kept).sum(-1).masked_fill(~scored, 0.0)
+    assert (dropped > 0).any()
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight[halves[dist.get_rank()]].clone()
+    options: dict[str, Any] = {"filter_eps": eps, "mode": mode, "stats": ("dropped_mass",), **options_of("group")}
+    made = fastpref.linear_token_logprobs(hidden, weight, problem.labels, **options)
+    torch.testing.assert_close(made.dropped_mass.double(), dropped, rtol=1e-4, atol=1e-7)
+    made.logprobs.sum().backward()
+    one_hot = torch.nn.functional.one_hot(targets.clamp(min=0), 20000).double()
+    assert hidden.grad is not None
+    close(hidden.grad[:, :-1].double(), ((one_hot - p) * kept * scored[..., None]) @ problem.weight.double(), 1e-4)
+
+
+@over()
+def the_first_of_equal_logits_is_the_top() -> None:
+    """Ties within a part and across: a label is the top if no earlier column, on whichever rank, equals it."""
+    logits = torch.zeros(1, 6, 8)
+    for row, columns in enumerate(([2, 6], [6, 7], [], [2, 6], [6, 7], [1, 6])):
+        logits[0, row, columns] = 1.0
+    labels = torch.tensor([[2, 6, 0, 6, 7, 6]])
+    for options in ({}, {"softcap": 0.01, "temperature": 3.0}):
+        found = fastpref.token_logprobs(
+            own(logits, 2), labels, shift=False, stats=("is_top1",), **options, **options_of("group")
+        )
+        assert found.is_top1.tolist() == [[True, True, True, False, False, False]]
+
+
+@over(form=["hidden", "permuted", "labels", "lengths", "logits"])
+def ranks_that_differ_are_told(form: str) -> None:
+    """Before their sums are mixed: other hidden states, the same in another order, other labels, and fewer."""
+    group, rank = dist.new_group(), dist.get_rank()  # of its own: each group is looked at once
+    generator = torch.Generator().manual_seed(rank if form == "hidden" else 0)
+    hidden = torch.randn(8, 256, 64, generator=generator)
+    labels = torch.randint(78, (8, 256), generator=torch.Generator().manual_seed(1))
+    if form == "permuted":
+        hidden = hidden.roll(rank, 0)
+    if form in ("labels", "logits"):
+        labels[3, 7] = rank
+    if form == "lengths":
+        hidden, labels = hidden[:, : 256 - rank], labels[:, : 256 - rank]
+    call = functools.partial(fastpref.linear_token_logprobs, hidden, torch.randn(39, 64))
+    if form == "logits":
+        call = functools.partial(fastpref.token_logprobs, torch.zeros(8, 256, 39))
+    with pytest.raises(ValueError, match="differ from rank to rank"):
+        call(labels, process_group=group)
+
+
+@over(value=[-torch.inf, torch.inf, torch.nan], where=["here", "there", "everywhere"])
+def logits_that_are_no_numbers(value: float, where: str) -> None:
+    """As in one process: a shard of nothing but -inf is no shard, and what is NaN is NaN on every rank."""
+    problem = Head(78, torch.float32)
+    problem.labels[:, 3:] = 5
+    whole = problem.hidden @ problem.weight.T
+    columns = {"here": slice(0, 39), "there": slice(39, 78), "everywhere": slice(0, 78, 3)}[where]
+    whole[:, 4:, columns] = value
+    leaves = [part.detach().clone().requires_grad_() for part in (own(whole, 2), whole)]
+    found, wanted = (
+        fastpref.token_logprobs(leaf, problem.labels, **group)
+        for leaf, group in zip(leaves, (options_of("group"), {}), strict=True)
+    )
+    torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-5, atol=1e-5)
+    usable = torch.isfinite(wanted)
+    assert usable.any()
+    for result in (found, wanted):
+        result[usable].sum().backward()
+    torch.testing.assert_close(leaves[0].grad, own(leaves[1].grad, 2), equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
 def payload(run: Callable[[], Any]) -> int:
     """Bytes that a call gives to all-reduces."""
     found, reduce = 0, dist.all_reduce
@@ -268,7 +490,8 @@ def what_travels_is_what_the_documentation_says(form: str, statistics: bool) -> 
     """24 bytes a scored row, the gradient of hidden states in float32, and so much for each statistic."""
     problem = Head(77, torch.bfloat16)
     rows, features = int((problem.labels[:, 1:] != -100).sum()), problem.hidden.shape[-1]
-    stats = {"entropy": 8, "mean_logits": 8, "log_sum_sq_probs": 8, "is_top1": 16} if statistics else {}
+    top1 = 24 if form == "logits" else 16
+    stats = {"entropy": 8, "mean_logits": 8, "log_sum_sq_probs": 8, "is_top1": top1} if statistics else {}
     leaves = problem.leaves(by_group)
     logits = (problem.hidden @ own(problem.weight).T).requires_grad_()
     group, ref = {"process_group": dist.group.WORLD}, torch.zeros(4).chunk(2)

@@ -188,3 +188,42 @@ def test_captured_in_a_graph() -> None:
     (wanted,) = torch.autograd.grad(truth, leaf)
     torch.testing.assert_close(loss, truth)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def from_hidden(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """`step` from hidden states, by way of log-probs and by the loss that makes its gradients in the forward."""
+    chosen, rejected = fastpref.linear_sequence_logprobs(hidden, weight, labels).chunk(2)
+    loss = fastpref.dpo_loss(chosen, rejected, reference_free=True).loss
+    return loss + fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True, chunk_rows=16).loss
+
+
+def test_scored_rows_are_counted_by_the_host() -> None:
+    """So no graph can hold what is made from hidden states: capture would fail where this does."""
+    _, labels = make(4, 8, 1000)
+    hidden = torch.randn(4, 8, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    from_hidden(hidden, labels, weight).backward()
+    for call in (fastpref.linear_token_logprobs, fastpref.linear_sequence_logprobs):
+        with no_synchronisation(), pytest.raises(RuntimeError, match="synchroniz"):
+            call(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("form", ["logits", "hidden"])
+def test_compiles_with_graphs(form: str) -> None:
+    """Graphs of what is captured, and the operators that cannot be run between them."""
+    _, labels = make(4, 8, 1000)
+    weight = torch.randn(1000, 64, device="cuda")
+
+    def call(hidden: Tensor) -> Tensor:
+        return from_hidden(hidden, labels, weight) if form == "hidden" else step(hidden @ weight.T, labels)
+
+    compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        hidden, gradients = torch.randn(4, 8, 64, device="cuda"), []
+        for function in (call, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            leaf = hidden.clone().requires_grad_()
+            function(leaf).backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad.clone())
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

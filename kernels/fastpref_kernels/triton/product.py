@@ -315,6 +315,7 @@ def combine_kernel(
     anchor = tl.max(highest, 0).to(tl.float64)
     # Where nothing is summed, the label's own, unless that is of no number.
     old = tl.load(state, mask=inside, other=0.0)
+    unanchored = (anchor == minus_inf) & (old == minus_inf)
     anchor = tl.where(anchor == minus_inf, tl.where(old > minus_inf, old, 0.0), anchor)
 
     rest = tl.zeros((BLOCK_B, BLOCK_R), tl.float64)
@@ -354,7 +355,8 @@ def combine_kernel(
             after = tl.maximum(after, tl.load(at, mask=mask, other=minus_inf))
 
     s = tl.sum(rest, 0)
-    tl.store(state, anchor, mask=inside)
+    # As a fold leaves it: a shard of nothing but -inf has no anchor for others to be brought to.
+    tl.store(state, tl.where(unanchored, minus_inf, anchor), mask=inside)
     tl.store(state + row, s, mask=inside)
     if ENTROPY & STATS:
         tl.store(state + 2 * row, tl.sum(weighted, 0), mask=inside)

@@ -333,6 +333,29 @@ def test_bfloat16_store_beyond_32_bits(unpoisoned: None, softcap: float | None) 
     assert (store.as_strided((3, 100), (stride, 1))[:, 90:] == 7.0).all(), "something was written beyond the columns"
 
 
+@pytest.mark.parametrize("dead", [False, True])
+def test_labels_of_other_shards(unpoisoned: None, dead: bool) -> None:
+    """Every column counts, and no label's logit is found, in the padding of the last block either."""
+    x, weight = torch.randn(4, 9), torch.randn(90, 9)
+    shard = torch.tensor([1000, 2000])
+    labels = torch.tensor([[5, 1999, 1090, 1100]])  # before, far after, and just past these columns
+    targets = linear.shard_labels(labels, None, shard, 90, -100, False)[0]
+    if dead:
+        weight[:] = -torch.inf
+        x = x.abs()
+    state, anchors, masses = call(x, weight, targets, None, torch.empty(4, 90))
+    z = x.double() @ weight.double().T
+    assert (state[7] == 0).all()
+    if dead:
+        assert (state[0] == -torch.inf).all()
+        assert (state[1] == 0).all()
+    else:
+        torch.testing.assert_close(state[0] + state[1].log(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
+        of_block = (masses.double().log() + anchors).T
+        wanted = torch.stack([part.logsumexp(1) for part in z.split(32, 1)], 1)
+        torch.testing.assert_close(of_block, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = LAUNCH._replace(block_m=64)
     table = (
