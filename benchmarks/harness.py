@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
 import random
@@ -98,6 +99,23 @@ def child(variables: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
     """A fresh process under other environment variables."""
     with environment(variables), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
+
+
+def resumed(path: Path, runs: list[Any], measure: Callable[[Any], Rows]) -> Rows:
+    """The rows of all runs, each kept in `path`.partial.json as soon as it is measured, until all are.
+
+    What an interrupted call on the same commit has measured is not measured again.
+    """
+    partial, commit = path.with_suffix(".partial.json"), peers.provenance()["commit"]
+    held = json.loads(partial.read_text()) if partial.exists() else {}
+    found: dict[str, Rows] = held["rows"] if held.get("commit") == commit else {}
+    for run in runs:
+        if str(run) not in found:
+            found[str(run)] = measure(run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"commit": commit, "rows": found}))
+    partial.unlink(missing_ok=True)
+    return [row for run in runs for row in found[str(run)]]
 
 
 def cells(rows: Rows, columns: Columns) -> tuple[list[str], list[list[str]]]:

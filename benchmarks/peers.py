@@ -178,15 +178,16 @@ def dpo_trainer(
 ) -> Any:
     """TRL's DPO trainer, or ours, on columns prompt, chosen and rejected; what is not given is its default."""
     import datasets
-    import trl
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     from fastpref.integrations.trl import FastDPOTrainer
 
-    arguments = trl.DPOConfig(
+    arguments = DPOConfig(
         output_dir=folder, use_cpu=True, gradient_checkpointing=False, logging_steps=1, report_to="none",
         save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", **settings,
     )  # fmt: skip
-    return (FastDPOTrainer if fast else trl.DPOTrainer)(
+    return (FastDPOTrainer if fast else DPOTrainer)(
         model=model, ref_model=reference, args=arguments, train_dataset=datasets.Dataset.from_dict(pairs),
         processing_class=tokenizer,
     )  # fmt: skip

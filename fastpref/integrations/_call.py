@@ -52,7 +52,16 @@ def _as_output(values: dict[str, Any]) -> Any:
     return make("Scored", tuple(values))(*values.values())
 
 
-_cached_namedtuple = functools.cache(namedtuple)
+@functools.cache
+def _cached_namedtuple(name: str, fields: tuple[str, ...]) -> Any:
+    made: Any = namedtuple(name, fields)
+    # No module holds the class: what is pickled of it says how to make it.
+    made.__reduce__ = lambda self: (_again, (name, fields, tuple(self)))
+    return made
+
+
+def _again(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    return _cached_namedtuple(name, fields)(*values)
 
 
 def _unsliced(hidden: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastpref._checks import MODES, check_choice
 from fastpref.linear_logprobs import linear_token_logprobs
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the o
 _patched: dict[str, tuple[Any, Any]] = {}  # name in TRL's module: TRL's object, and ours
 
 
-def patch() -> AbstractContextManager[Any]:
+def patch(*, mode: str = "auto") -> AbstractContextManager[Any]:
     """Make TRL's trainers score through `linear_token_logprobs`, those that exist and those to come.
 
     Every trainer whose model has TRL's fused head: `DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` and
@@ -45,18 +46,25 @@ def patch() -> AbstractContextManager[Any]:
     positions that no label scores are not multiplied. Temperature, softcap, scale of the logits, autocast, a float32
     head and ZeRO-3 are as in TRL, which also decides what is scored: LoRA on the head it refuses.
 
+    Args:
+        mode: how a backward gets its probabilities, as in `linear_token_logprobs`; "recompute" is the leanest.
+
     Returns:
         A context manager whose exit undoes this call, and nothing where TRL was patched already: then the call did
         nothing. Without `with`, the patch stays until `unpatch`.
 
     Raises:
         ImportError: TRL is not installed.
+        ValueError: an unknown mode; or another one than TRL is patched with.
         NotImplementedError: the installed TRL scores in another way than those of `SUPPORTED`.
     """
+    check_choice("mode", mode, MODES)
     undo = ExitStack()
+    if _patched and _patched[_FUNCTION][1].mode != mode:
+        raise ValueError(f"TRL is patched with mode={_patched[_FUNCTION][1].mode!r}: unpatch first; got {mode!r}")
     if not _patched:
         utils = _checked_utils()
-        _patched[_FUNCTION] = getattr(utils, _FUNCTION), _Logprobs
+        _patched[_FUNCTION] = getattr(utils, _FUNCTION), _Logprobs(mode)
         if hasattr(utils, _COMPACTS):
             _patched[_COMPACTS] = getattr(utils, _COMPACTS), _compacts(getattr(utils, _COMPACTS))
         for name, (_, ours) in _patched.items():
@@ -86,16 +94,18 @@ def unpatch() -> None:
 class _Logprobs:
     """In place of TRL's Function: called as it is, with the same five results."""
 
-    @staticmethod
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
     def apply(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
         final_logit_softcapping: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = _OUTPUTS,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         stats = tuple(name for name in _OUTPUTS if name in outputs)
         # Cast as TRL casts them: the head may be float32 beside hidden states that are not.
         scored = linear_token_logprobs(
-            hidden, weight.to(hidden.dtype), targets, None if bias is None else bias.to(hidden.dtype), shift=False,
-            temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping, stats=stats,
+            hidden, weight.to(hidden.dtype), targets, None if bias is None else bias.to(hidden.dtype), mode=self.mode,
+            shift=False, temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping, stats=stats,
         )  # fmt: skip
         values = scored._asdict() if stats else {"logprobs": scored}
         if hasattr(weight, "ds_id") and values["logprobs"].requires_grad:

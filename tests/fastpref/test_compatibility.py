@@ -728,7 +728,7 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Processes and threads": [
         Row("`copy.deepcopy` and `pickle` of a model", copies),
-        Row("`pickle` of what a call returns", results, ("yes", "yes", "yes", "yes", "refused: Can't pickle")),
+        Row("`pickle` of what a call returns", results),
         Row("replicas in threads, as `DataParallel`'s", replicas),
         Row("two threads at once, forward and backward", threads),
         Row("a forked worker of a `DataLoader`", forked_worker),

@@ -262,6 +262,26 @@ class TestPatch:
             pass
         assert not set(seam()) & set(own)
 
+    def test_mode(self, monkeypatch: pytest.MonkeyPatch, own: tuple[Any, ...]) -> None:
+        """What keeps nothing gives the backward's operator nothing kept; another mode is not taken in silence."""
+        kept, backward = [], torch.ops.fastpref.linear_logprobs_backward
+
+        def counted(*args: Any) -> Any:
+            kept.append(args[8] is not None)
+            return backward(*args)
+
+        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs_backward", counted)
+        hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(19, 8)
+        for mode in ("recompute", "save"):
+            with ours.patch(mode=mode):
+                apply = getattr(utils, SEAM[0]).apply
+                apply(hidden, weight, None, torch.arange(10).view(2, 5), 1.0, 4, None, 1.0, ())[0].sum().backward()
+                with pytest.raises(ValueError, match="unpatch first"):
+                    ours.patch()
+        assert kept == [False, True]
+        with pytest.raises(ValueError, match="mode must be one of"):
+            ours.patch(mode="lean")
+
     def test_back_after_an_error(self, own: tuple[Any, ...]) -> None:
         with pytest.raises(KeyError, match="mine"), ours.patch():
             raise KeyError("mine")
