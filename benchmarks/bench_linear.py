@@ -231,7 +231,7 @@ def peak_mib(name: str, H: int, entry_name: str, length: int) -> dict[str, float
     function = entry.load()
     problem = Problem.of(DTYPES[name], H, length)
     # What is compiled, built or read from disk on a first call is not a step's memory.
-    limit = ops.loss_chunk_rows(problem.weight, *problem.weight.shape[:1], problem.weight.dtype)
+    limit = ops.loss_chunk_rows(problem.weight, problem.weight.shape[0], problem.weight.dtype)
     small = Problem.of(DTYPES[name], 8, limit if entry == DPO else 4)  # a loss of two chunks
     (problem if entry.compiles else small).step(function)
     del small

@@ -1,12 +1,14 @@
 """Writes the tables that documents hold between two comments, from where their rows are stated.
 
-Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests.
+Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests; that
+of `scaling.md` from what was measured.
 
 python docs/tables.py
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import re
 from pathlib import Path
@@ -70,11 +72,26 @@ def compatibility() -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
+def scaling() -> str:
+    """What one rank and two take for each form of a step, as it was measured."""
+    heading = ("", "dtype", "ms, one rank", "two", "KiB given to all-reduces", "on the wire", "MiB, one rank", "two")
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "scaling.csv").open()))
+    for one in (row for row in rows if row["ranks"] == "1"):
+        (two,) = (row for row in rows if row["ranks"] == "2" and all(row[k] == one[k] for k in ("name", "dtype")))
+        fields = [(row, "ms") for row in (one, two)] + [(two, "payload_kib"), (two, "wire_kib")]
+        fields += [(row, "peak_mib") for row in (one, two)]
+        cells = [one["name"], one["dtype"], *(f"{float(row[field]):.0f}" for row, field in fields)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 # What is made of which table, and the table's name in the comments around it.
 FILES = {
     ROOT / "README.md": ("losses", names),
     ROOT / "docs" / "losses.md": ("losses", formulas),
     ROOT / "docs" / "compatibility.md": ("compatibility", compatibility),
+    ROOT / "docs" / "scaling.md": ("scaling", scaling),
 }
 
 
