@@ -138,8 +138,10 @@ def _samples(values: Tensor) -> Tensor:
 
 def _check_replicated(shard: Shard, hidden: Tensor | None, labels: Tensor) -> None:
     """Once for each group: every rank must give the same rows, or the sums of different ones are mixed."""
+    if not has_values(labels):
+        return
     kinds = _replicated.setdefault(shard.group, set())
-    if not has_values(labels) or (hidden is None) in kinds:
+    if (hidden is None) in kinds:
         return
     states = _samples(labels if hidden is None else hidden)
     # Labels are compared as a sum that their order enters, and never differ by rounding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,16 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     else:
         assert cpu.native() is not None
     return request.param
+
+
+@pytest.fixture
+def scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions that each call of our operator was given."""
+    rows, own = [], torch.ops.fastpref.linear_logprobs
+
+    def counted(hidden: Tensor, *args: Any) -> Any:
+        rows.append(hidden.shape[:-1].numel())
+        return own(hidden, *args)
+
+    monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", counted)
+    return rows

@@ -61,7 +61,7 @@ class Seam:
         if not SpecifierSet(self.supported).contains(installed, prereleases=True):
             self._refuse(installed, "another version")
         for path, names in self.users.items():
-            unused = set(names) - set(_names(inspect.unwrap(self._find(installed, *path.split(":"))).__code__))
+            unused = set(names) - set(used_names(inspect.unwrap(self._find(installed, *path.split(":"))).__code__))
             if unused:
                 self._refuse(installed, f"whose {path} does not use {', '.join(sorted(unused))}")
         for path, objects in self.places.items():
@@ -97,9 +97,9 @@ def _signatures(function: Callable[..., Any] | type) -> list[str]:
     return signatures
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def used_names(code: CodeType) -> Iterator[str]:
     """The global names and attributes of a function and of those within it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from used_names(constant)

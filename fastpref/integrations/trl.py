@@ -9,16 +9,15 @@ trainers are subclasses of TRL's, and replace the loss as a whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
-from types import CodeType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastpref._checks import MODES, check_choice
+from fastpref.integrations._seam import used_names
 from fastpref.linear_logprobs import linear_token_logprobs
 
 if TYPE_CHECKING:
@@ -160,18 +159,10 @@ def _checked_utils() -> Any:
     used = {_FUNCTION, _GATHER}
     if not SpecifierSet("<1.16").contains(installed, prereleases=True):  # before, TRL always selected what is scored
         used.add(_COMPACTS)
-    missing = used - set(_names(inspect.unwrap(fused).__code__))
+    missing = used - set(used_names(inspect.unwrap(fused).__code__))
     if missing:
         refuse(f"whose add_fused_lm_head does not use {', '.join(sorted(missing))}")
     return utils
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """The global names and attributes of a function and of those within it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 def __getattr__(name: str) -> Any:

@@ -33,19 +33,6 @@ def example(request: pytest.FixtureRequest) -> Any:
     return module
 
 
-@pytest.fixture
-def scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The positions that each call of our operator was given."""
-    rows, own = [], torch.ops.fastpref.linear_logprobs
-
-    def counted(hidden: Tensor, *args: Any) -> Any:
-        rows.append(hidden.shape[:-1].numel())
-        return own(hidden, *args)
-
-    monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", counted)
-    return rows
-
-
 def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
     monkeypatch.setattr("sys.argv", [example.__name__, *map(str, options)])
     example.main()
