@@ -76,7 +76,7 @@ def scaling() -> str:
     """What one rank and two take for each form of a step, as it was measured."""
     heading = ("", "dtype", "ms, one rank", "two", "KiB given to all-reduces", "on the wire", "MiB, one rank", "two")
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "scaling.csv").open()))
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "scaling.csv").read_text().splitlines()))
     for one in (row for row in rows if row["ranks"] == "1"):
         (two,) = (row for row in rows if row["ranks"] == "2" and all(row[k] == one[k] for k in ("name", "dtype")))
         fields = [(row, "ms") for row in (one, two)] + [(two, "payload_kib"), (two, "wire_kib")]
