@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,34 +18,34 @@ STATISTICS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 LINEAR_STATISTICS = (*STATISTICS, "dropped_mass")
 
 
-def _make_type(stats: tuple[str, ...]) -> Any:
-    return namedtuple("Logprobs", ("logprobs", *stats))
+def _make(name: str, fields: tuple[str, ...], margins: bool) -> Any:
+    if not margins:
+        return namedtuple(name, fields)
+    # Not a class statement: Dynamo traces this one.
+    return type(name, (_Margins, namedtuple("Fields", fields)), {"__slots__": ()})
 
 
-def _importable(make: Callable[[tuple[str, ...]], Any]) -> Callable[[tuple[str, ...]], Any]:
-    """`make`, once for each `stats`, whose classes no module holds: what is pickled of one says how to make it."""
-
-    @cache
-    def cached(stats: tuple[str, ...]) -> Any:
-        made = make(stats)
-        made.__reduce__ = lambda self: (_again, (make.__name__, stats, tuple(self)))
-        return made
-
-    return cached
+@cache
+def _made(name: str, fields: tuple[str, ...], margins: bool) -> Any:
+    made = _make(name, fields, margins)
+    # No module holds the class: what is pickled of it says how to make it.
+    made.__reduce__ = lambda self: (_again, (name, fields, margins, tuple(self)))
+    return made
 
 
-def _again(make: str, stats: tuple[str, ...], values: tuple[Tensor, ...]) -> Any:
-    cached = {"_make_type": _cached_type, "_make_linear_loss_type": _cached_linear_loss_type}
-    return cached.get(make, _cached_linear_group_type)(stats)._make(values)
+def _again(name: str, fields: tuple[str, ...], margins: bool, values: tuple[Any, ...]) -> Any:
+    return _made(name, fields, margins)._make(values)
 
 
-_cached_type = _importable(_make_type)
+def run_time_tuple(name: str, fields: tuple[str, ...], margins: bool = False) -> Any:
+    """The class of named tuples of this name and fields, always the same; with `margins`, it has those properties."""
+    # Dynamo traces through a cache with a warning, and makes the class once a graph anyway.
+    return (_make if torch.compiler.is_compiling() else _made)(name, fields, margins)
 
 
 def result_type(stats: tuple[str, ...]) -> Any:
     """The named tuple class with `logprobs` first and then `stats`, in the order they were asked for."""
-    # Dynamo traces through a cache with a warning, and makes the class once a graph anyway.
-    return _make_type(stats) if torch.compiler.is_compiling() else _cached_type(stats)
+    return run_time_tuple("Logprobs", ("logprobs", *stats))
 
 
 def check_stats(stats: object, allowed: Sequence[str] = STATISTICS) -> tuple[str, ...]:
@@ -137,29 +137,16 @@ class _Margins:
     accuracies = PreferenceLoss.accuracies
 
 
-def _make_linear_loss_type(stats: tuple[str, ...]) -> Any:
-    fields = ("loss", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
-    # Not a class statement: Dynamo traces this one.
-    return type("LinearPreferenceLoss", (_Margins, namedtuple("Fields", (*fields, *stats))), {"__slots__": ()})
-
-
-def _make_linear_group_type(stats: tuple[str, ...]) -> Any:
-    return namedtuple("LinearGroupLoss", ("loss", "logps", *stats))
-
-
-_cached_linear_loss_type = _importable(_make_linear_loss_type)
-_cached_linear_group_type = _importable(_make_linear_group_type)
-
-
 def linear_loss_type(stats: tuple[str, ...]) -> Any:
     """`LinearPreferenceLoss`, or its like with the fields `stats` after its own."""
     if not stats:
         return LinearPreferenceLoss
-    return _make_linear_loss_type(stats) if torch.compiler.is_compiling() else _cached_linear_loss_type(stats)
+    fields = ("loss", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", *stats)
+    return run_time_tuple("LinearPreferenceLoss", fields, margins=True)
 
 
 def linear_group_type(stats: tuple[str, ...]) -> Any:
     """`LinearGroupLoss`, or its like with the fields `stats` after its own."""
     if not stats:
         return LinearGroupLoss
-    return _make_linear_group_type(stats) if torch.compiler.is_compiling() else _cached_linear_group_type(stats)
+    return run_time_tuple("LinearGroupLoss", ("loss", "logps", *stats))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpref._checks import describe
+from fastpref._results import run_time_tuple
 from fastpref._sharding import is_dtensor, whole
 from fastpref.integrations import _head
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
@@ -43,25 +43,6 @@ def _scoring_function(fastpref: object, kwargs: dict[str, Any]) -> Callable[...,
     if any(value is not None for value in given.values()):
         raise ValueError(f'{", ".join(_SEQUENCE)} are of sequences, and need reduction="sum" or "mean"; got none')
     return functools.partial(linear_token_logprobs, **options)
-
-
-def _as_output(values: dict[str, Any]) -> Any:
-    """A named tuple, because DDP and FSDP look for tensors in tuples and dicts, and in no other object."""
-    # Dynamo traces through a cache with a warning, and makes the class once a graph anyway.
-    make = namedtuple if torch.compiler.is_compiling() else _cached_namedtuple
-    return make("Scored", tuple(values))(*values.values())
-
-
-@functools.cache
-def _cached_namedtuple(name: str, fields: tuple[str, ...]) -> Any:
-    made: Any = namedtuple(name, fields)
-    # No module holds the class: what is pickled of it says how to make it.
-    made.__reduce__ = lambda self: (_again, (name, fields, tuple(self)))
-    return made
-
-
-def _again(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
-    return _cached_namedtuple(name, fields)(*values)
 
 
 def _unsliced(hidden: Tensor) -> Tensor:
@@ -110,7 +91,8 @@ class Call:
         for name in (field.name for field in dataclasses.fields(output)):
             if name not in ("loss", "logits"):
                 values.setdefault(name, getattr(output, name))
-        result = _as_output(values)
+        # A named tuple, because DDP and FSDP look for tensors in tuples and dicts, and in no other object.
+        result = run_time_tuple("Scored", tuple(values))(*values.values())
         if self.verifies:
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg="the first scored call is checked: score once before fullgraph=True")

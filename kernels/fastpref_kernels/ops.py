@@ -157,25 +157,6 @@ def _logprobs_backward_fake(grad: Tensor | None, grad_entropy: Tensor | None, lo
     return torch.empty_like(logits)
 
 
-def _linear_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
-    store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
-    softcap: float | None, stats: int, chunk_rows: int | None, filter_eps: float | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = tuple(labels[:, 1:].shape if shift else labels.shape)
-    chunks = 0 if filter_eps is None else (weight.shape[0] + linear.COLUMNS - 1) // linear.COLUMNS
-    return (
-        hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty((4 if stats & 2 else 3, *rows), dtype=dtype),
-        hidden.new_empty((chunks, *rows), dtype=torch.float32),
-        *(
-            hidden.new_empty(rows if stats >> bit & 1 else (0,), dtype=torch.bool if bit == 3 else dtype)
-            for bit in range(6)
-        ),
-    )
-
-
 def _fold_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
     store: Tensor | None, ignore_index: int, shift: bool, *rest: Any,
@@ -200,6 +181,13 @@ def _settle_fake(
             for bit in range(6)
         ),
     )
+
+
+def _linear_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    """Folded, then settled."""
+    hidden, _, _, labels, cu_seqlens, store, *scoring, stats, _, filter_eps = arguments
+    sums, masses = _fold_fake(*arguments)
+    return _settle_fake(hidden, labels, cu_seqlens, labels, sums, sums, masses, store, *scoring, stats, filter_eps)
 
 
 def _linear_backward_fake(
