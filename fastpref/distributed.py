@@ -27,11 +27,17 @@ UNSCORED = ops.UNSCORED
 _ENTROPY, _MEAN, _TOP1, _LOG_SUM_SQ, _DROPPED = 2, 4, 8, 16, 32
 
 
-def shard_labels(
-    shard: Shard, labels: Tensor, cu_seqlens: Tensor | None, columns: int, ignore_index: int, shift: bool
-) -> Tensor:
-    """Labels (B, T) as columns of the shard; -1 or past its end where they are another's, `UNSCORED` where none is."""
-    return torch.ops.fastpref.shard_labels(labels, cu_seqlens, shard.bounds, columns, ignore_index, shift)
+def of_shard(
+    shard: Shard | None, labels: Tensor, cu_seqlens: Tensor | None, columns: int, ignore_index: int, shift: bool
+) -> tuple[Any, Tensor | None, Tensor, int]:
+    """The group and bounds that a Function is given, None for a whole vocabulary, and its labels and ignore_index.
+
+    A shard's labels (B, T) are its columns; -1 or past its end where they are another's, `UNSCORED` where none is.
+    """
+    if shard is None:
+        return None, None, labels, ignore_index
+    here = torch.ops.fastpref.shard_labels(labels, cu_seqlens, shard.bounds, columns, ignore_index, shift)
+    return shard.group, shard.bounds, here, UNSCORED
 
 
 def _all_reduce(values: Tensor, group: Any, operation: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -239,17 +245,18 @@ class _ShardedLogprobs(torch.autograd.Function):
         return (d_logits, *none)
 
 
-def sharded_logprobs(shard: Shard, *arguments: Any) -> list[Tensor]:
-    """Log-probs (B, T') and the statistics of `token_logprobs`, from logits that are a shard, and its labels.
+def sharded_logprobs(
+    shard: Shard, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, scoring: tuple[Any, ...], stats: int,
+    inplace: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Log-probs (B, T') and the statistics of `token_logprobs`, from logits that are a shard.
 
-    Args:
-        shard: which columns they are.
-        arguments: logits, labels and cu_seqlens; the operator's scoring, bits of the statistics, and whether the
-            gradient is written over the logits.
+    `scoring` is the operator's but its reduction; `inplace` writes the gradient over the logits.
     """
-    logits, labels, cu_seqlens, *options = arguments
+    ignore_index, shift, *transform = scoring
+    group, bounds, labels, ignore_index = of_shard(shard, labels, cu_seqlens, logits.shape[-1], ignore_index, shift)
     logps, _, _, _, *statistics = apply(
-        _ShardedLogprobs, logits, labels, cu_seqlens, shard.bounds, shard.group, *options
+        _ShardedLogprobs, logits, labels, cu_seqlens, bounds, group, (ignore_index, shift, *transform), stats, inplace
     )
     return [logps, *statistics]
 

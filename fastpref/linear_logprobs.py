@@ -160,10 +160,9 @@ def linear_logprobs(
     _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     # Where it is not known how many positions are scored, there is room for all of them.
     capacity = (int(scored.sum()) if has_values(scored) else scored.numel()) if saves else 0
-    group, bounds = (None, None) if shard is None else shard[:2]
-    if shard is not None:
-        labels = distributed.shard_labels(shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift)
-        ignore_index = distributed.UNSCORED
+    group, bounds, labels, ignore_index = distributed.of_shard(
+        shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
+    )
     scoring = (
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip

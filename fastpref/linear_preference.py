@@ -225,10 +225,9 @@ def _group_loss(
     if average_logps:
         lengths = sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
         token_weights = token_weights / lengths[sequence_index(scored, cu_seqlens)]
-    group, bounds = (None, None) if shard is None else shard[:2]
-    if shard is not None:
-        rows_labels = distributed.shard_labels(shard, rows_labels, cu_seqlens, weight.shape[0], ignore_index, shift)
-        ignore_index = distributed.UNSCORED
+    group, bounds, rows_labels, ignore_index = distributed.of_shard(
+        shard, rows_labels, cu_seqlens, weight.shape[0], ignore_index, shift
+    )
     scoring = (
         ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
     )  # fmt: skip

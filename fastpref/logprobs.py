@@ -11,7 +11,7 @@ from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, c
 from fastpref._function import apply, enter, once_differentiable
 from fastpref._results import STATISTICS, check_stats, result_type
 from fastpref._sharding import resolve_logits
-from fastpref.distributed import UNSCORED, shard_labels, sharded_logprobs
+from fastpref.distributed import sharded_logprobs
 from fastpref.linear_logprobs import reduce_sequences
 from fastpref.reference.logprobs import ld_weights, scored_targets
 from fastpref_kernels import ops
@@ -106,9 +106,8 @@ def _logprobs(
     transform = (float(logit_scale), float(temperature), None if softcap is None else float(softcap))
     if shard is not None:
         _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-        labels = shard_labels(shard, labels, cu_seqlens, logits.shape[-1], ignore_index, shift)
         logps, *statistics = sharded_logprobs(
-            shard, logits, labels, cu_seqlens, (UNSCORED, shift, *transform), bits, inplace_backward
+            shard, logits, labels, cu_seqlens, (ignore_index, shift, *transform), bits, inplace_backward
         )
         sequences = logps
         if reduction != "none":
