@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastpref.losses import preference, reward, rlhf
+from fastpref.losses import examples, preference, reward, rlhf
+from fastpref.losses.examples import Example
 from fastpref.reference.losses import preference as reference_preference
 from fastpref.reference.losses import reward as reference_reward
 from fastpref.reference.losses import rlhf as reference_rlhf
 from fastpref.reference.losses.loss_types import LOSS_TYPES, LossType
-
-Example = Callable[[torch.Generator, int], tuple[tuple[Tensor, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +25,8 @@ class Entry:
         formula: what it computes of one element, as text.
         paper: where it comes from, an arXiv id.
         meaning: one line for a reader who knows none of them.
+        example: (generator, B) -> float64 arguments and keyword arguments of one typical call; the floating-point
+            tensors among the positional ones are differentiable, but those that the function takes as constants.
     """
 
     name: str
@@ -37,6 +35,7 @@ class Entry:
     formula: str
     paper: str
     meaning: str
+    example: Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,64 +48,13 @@ class Loss(Entry):
         derivative: its partial derivatives, as text.
         takes: the options that enter the formula, beside those every such function has.
         mixes: whether an element's loss depends on others of its batch, or on an estimate made of it.
-        example: (generator, B) -> float64 arguments and keyword arguments of one typical call; the floating-point
-            tensors among the positional ones are differentiable.
     """
 
     operator: str
     derivative: str
-    example: Example
     options: Mapping[str, Any] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
     mixes: bool = False
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def _lengths(generator: torch.Generator, pairs: int) -> Tensor:
-    return torch.randint(1, 60, (pairs,), generator=generator)
-
-
-def _logps_example(generator: torch.Generator, pairs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    # Summed log-probs of completions of some tens of tokens, and a reference a few nats away.
-    policy = -40 + 8 * _normal(generator, 2, pairs)
-    ref = policy + 5 * _normal(generator, 2, pairs)
-    lengths = {"chosen_lengths": _lengths(generator, pairs), "rejected_lengths": _lengths(generator, pairs)}
-    return (policy[0], policy[1], ref[0], ref[1]), lengths
-
-
-def _policy_example(generator: torch.Generator, pairs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    (chosen, rejected, *_), lengths = _logps_example(generator, pairs)
-    return (chosen, rejected), lengths
-
-
-def _unpaired_example(generator: torch.Generator, answers: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    policy, ref = -40 + 8 * _normal(generator, 2, answers)
-    desirable = torch.rand(answers, generator=generator) < 0.5
-    return (policy, ref, desirable), {"kl": 1 + _normal(generator, answers), "undesirable_weight": 1.3}
-
-
-def _pair_example(generator: torch.Generator, pairs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    rewards = 2 * _normal(generator, 2, pairs)
-    return (rewards[0], rewards[1]), {"margin": _normal(generator, pairs).abs(), "center_weight": 0.01}
-
-
-def _best_example(generator: torch.Generator, prompts: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    return (2 * _normal(generator, prompts, 4), torch.randint(4, (prompts,), generator=generator)), {}
-
-
-def _order_example(generator: torch.Generator, prompts: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    ranks = torch.rand(prompts, 7, generator=generator).argsort(-1)
-    mask = torch.rand(prompts, 7, generator=generator) < 0.8
-    return (2 * _normal(generator, prompts, 7), ranks), {"mask": mask}
-
-
-def _ranking_example(generator: torch.Generator, prompts: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    ranks = torch.randint(5, (prompts, 7), generator=generator)
-    mask = torch.rand(prompts, 7, generator=generator) < 0.8
-    return (2 * _normal(generator, prompts, 7), ranks), {"mask": mask}
 
 
 def _preference_row(kind: LossType) -> Loss:
@@ -125,7 +73,7 @@ def _preference_row(kind: LossType) -> Loss:
         mixes=kind.mixes_pairs or kind.likelihood,
         paper=kind.paper,
         meaning=kind.meaning,
-        example=_logps_example if kind.reference else _policy_example,
+        example=examples.pair_logps if kind.reference else examples.policy_logps,
     )
 
 
@@ -142,7 +90,7 @@ TABLE: tuple[Loss, ...] = (
         mixes=True,
         paper="2402.01306",
         meaning="KTO: answers known to be good or bad, without pairs, as gains and losses from a reference point",
-        example=_unpaired_example,
+        example=examples.unpaired_logps,
     ),
     Loss(
         name="pairwise_reward_loss",
@@ -154,7 +102,7 @@ TABLE: tuple[Loss, ...] = (
         takes=("margin", "center_weight"),
         paper="2009.01325",
         meaning="reward model from pairs (Bradley–Terry), with a margin and a pull towards 0",
-        example=_pair_example,
+        example=examples.pair_rewards,
     ),
     Loss(
         name="best_of_k_loss",
@@ -165,7 +113,7 @@ TABLE: tuple[Loss, ...] = (
         derivative="∂r_j = softmax(rewards)_j − 1[j = best]",
         paper="1909.08593",
         meaning="reward model from the best of K answers",
-        example=_best_example,
+        example=examples.best_of_four,
     ),
     Loss(
         name="ranking_loss",
@@ -177,7 +125,7 @@ TABLE: tuple[Loss, ...] = (
         takes=("mask",),
         paper="2203.02155",
         meaning="reward model from a ranking of K answers, all pairs of a prompt together",
-        example=_ranking_example,
+        example=examples.rankings,
     ),
     Loss(
         name="plackett_luce_loss",
@@ -189,46 +137,71 @@ TABLE: tuple[Loss, ...] = (
         takes=("mask",),
         paper="2305.18290",
         meaning="reward model from a ranking as a whole: each answer chosen from those left",
-        example=_order_example,
+        example=examples.orders,
     ),
 )
 
 
-def _rlhf_row(function: Callable[..., Any], formula: str, paper: str, meaning: str) -> Entry:
-    definition = getattr(reference_rlhf, function.__name__)
+def _rlhf_row(function: Callable[..., Any], example: Example, formula: str, paper: str, meaning: str) -> Entry:
     return Entry(
-        name=function.__name__, function=function, reference=definition, formula=formula, paper=paper, meaning=meaning
+        name=function.__name__,
+        function=function,
+        reference=getattr(reference_rlhf, function.__name__),
+        formula=formula,
+        paper=paper,
+        meaning=meaning,
+        example=example,
     )
 
 
 RLHF: tuple[Entry, ...] = (
     _rlhf_row(
         rlhf.kl_shaped_rewards,
+        examples.shaped_rewards,
         "r_t = −c·k_t, plus the score at the last token; k_t = d, d²/2 or e^{−d} − 1 + d, d = log π − log π_ref",
         "1909.08593",
         "the reward model's score, less the price of leaving the reference",
     ),
     _rlhf_row(
         rlhf.gae,
+        examples.token_values,
         "A_t = δ_t + γλA_{t+1}, δ_t = r_t + γV_{t+1} − V_t",
         "1506.02438",
         "what a token was worth beyond what its value said",
     ),
-    _rlhf_row(rlhf.masked_whiten, "(x − μ)/√(σ² + 1e-8)", "1909.08593", "advantages of mean 0 and variance 1"),
+    _rlhf_row(
+        rlhf.masked_whiten,
+        examples.whitened,
+        "(x − μ)/√(σ² + 1e-8)",
+        "1909.08593",
+        "advantages of mean 0 and variance 1",
+    ),
     _rlhf_row(
         rlhf.ppo_policy_loss,
+        examples.policy_step,
         "max(−Aρ, −A·clip(ρ, 1 ± ε)), ρ = π/π_old",
         "1707.06347",
         "the policy's gradient, until a token has moved far enough",
     ),
     _rlhf_row(
         rlhf.ppo_value_loss,
+        examples.value_step,
         "½·max((v − R)², (clip(v, v_old ± ε) − R)²)",
         "1909.08593",
         "a value head fitted to the returns, ε a step at the most",
     ),
-    _rlhf_row(rlhf.ppo_loss, "policy loss + c·value loss", "1909.08593", "both, for a trunk that they share"),
     _rlhf_row(
-        rlhf.ptx_loss, "−γ·log π(x_t)", "2203.02155", "pretraining's likelihood, so that PPO forgets less (PPO-ptx)"
+        rlhf.ppo_loss,
+        examples.ppo_step,
+        "policy loss + c·value loss",
+        "1909.08593",
+        "both, for a trunk that they share",
+    ),
+    _rlhf_row(
+        rlhf.ptx_loss,
+        examples.pretraining,
+        "−γ·log π(x_t)",
+        "2203.02155",
+        "pretraining's likelihood, so that PPO forgets less (PPO-ptx)",
     ),
 )

@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastpref
 from fastpref.cli.demo import model as models
-from fastpref.cli.demo.memory import peak_bytes
 from fastpref.cli.demo.stop import Stop
 from fastpref.cli.demo.tokens import IGNORED, Batch
+from fastpref.cli.memory import peak_bytes
 
 CLIP_NORM = 1.0
 WARMUP = 0.1

@@ -18,9 +18,9 @@ from fastpref.cli.demo import data, evaluate, train
 from fastpref.cli.demo import model as models
 from fastpref.cli.demo.data import Example
 from fastpref.cli.demo.jsonl import MalformedLineError, read_pairs
-from fastpref.cli.demo.memory import peak_bytes
 from fastpref.cli.demo.settings import parse_stages
 from fastpref.cli.demo.tokens import IGNORED, Batch, collate, encode, train_tokenizer
+from fastpref.cli.memory import peak_bytes
 
 MODULE = '''
 class Shelf:
@@ -373,11 +373,18 @@ def test_ctrl_c_keeps_what_was_trained(demo, tmp_path, monkeypatch):
 
 def test_a_missing_package_is_one_line(monkeypatch):
     line = "fastpref: {} is not installed: pip install 'fastpref[demo]'"
+    monkeypatch.setattr(sys, "argv", ["fastpref", "demo"])
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "typer", None)
         with pytest.raises(SystemExit) as raised:
             cli.main()
     assert raised.value.code == line.format("typer")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["fastpref", "doctor"])
+        patched.setitem(sys.modules, "typer", None)
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+    assert raised.value.code == line.format("typer").replace("demo", "cli")
 
     def missing(name):
         def app():

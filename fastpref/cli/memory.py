@@ -15,20 +15,39 @@ PROCESS = Path("/proc/self")
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a call has at most beyond what is there before it; None where nothing counts them."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not os.access(PROCESS / "clear_refs", os.W_OK):
+    if device.type != "cuda" and not _counted(device):
         return None
-    before = resident_bytes()
-    restart_peak()
+    before = held(device)
+    peak = restarted(device)
     run()
-    return peak_resident() - before
+    return peak() - before
+
+
+def _counted(device: torch.device) -> bool:
+    return device.type == "cpu" and os.access(PROCESS / "clear_refs", os.W_OK)
+
+
+def held(device: torch.device) -> int:
+    """Bytes that are in use: allocated on an accelerator, resident in this process."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    return resident_bytes()
+
+
+def restarted(device: torch.device) -> Callable[[], int]:
+    """Let the high-water mark start again; what is returned reads the most bytes in use since."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+        def peak() -> int:
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device)
+
+        return peak
+    restart_peak()
+    return peak_resident
 
 
 def resident_bytes() -> int:

@@ -1,0 +1,92 @@
+"""What a run of the suite shows: bars, a table a shape, and in the end what failed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+# Heading, field, how it is written.
+COLUMNS = (
+    ("", "name", "{}"), ("pass", "pass", "{}"), ("ranks", "ranks", "{}"), ("ms", "ms", "{:.4g}"),
+    ("quartiles", "ms_q1", "{:.4g}"), ("", "ms_q3", "{:.4g}"), ("× ours", "over_ours", "{:.2f}"),
+    ("of the floor", "of_floor", "{:.0%}"), ("GB/s", "gbytes_per_s", "{:.1f}"), ("GFLOP/s", "gflops_per_s", "{:.0f}"),
+    ("MiB", "peak_mib", "{:.1f}"), ("error", "error", "{:.1e}"), ("of gradients", "error_gradient", "{:.1e}"),
+    ("gate", "gate", "{}"),
+)  # fmt: skip
+
+
+class Screen:
+    """Follows a run, as `benchmarks.suite.Watch`."""
+
+    def __init__(self, points: int) -> None:
+        self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = 200
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=self.console,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=points)
+        self._name, self._start, self._kept = "", time.monotonic(), 0
+        self._failed: list[tuple[bool, str]] = []
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def point(self, point: Any, number: int, kept: bool) -> None:
+        """A shape begins, or is there already."""
+        self._name, self._kept = str(point), self._kept + kept
+        self._progress.update(self._task, description=self._name)
+
+    def said(self, kind: str, value: Any) -> None:
+        """An entry is being checked or its memory taken, or a round is over."""
+        doing = f"round {value}" if kind == "round" else value
+        self._progress.update(self._task, description=f"{self._name}: {doing}" if doing else self._name)
+
+    def rows(self, point: Any, rows: list[dict[str, Any]]) -> None:
+        """A shape is known: its table, and below it what has no figures."""
+        self._progress.advance(self._task)
+        used = [column for column in COLUMNS if any(column[1] in row for row in rows if "ms" in row)]
+        table = Table(title=str(point), title_justify="left")
+        for heading, field, _ in used:
+            table.add_column(heading, justify="left" if field in ("name", "pass", "gate") else "right", no_wrap=True)
+        for row in rows:
+            if "ms" in row:
+                table.add_row(*(form.format(row[field]) if field in row else "" for _, field, form in used))
+        if table.row_count:
+            self.console.print(table)
+        absent = [f"{row['name']} ({row['problem']})" for row in rows if row["gate"] == "absent"]
+        if absent:
+            self.console.print(f"[dim]not here: {', '.join(absent)}", highlight=False)
+        for row in rows:
+            if row["gate"] == "failed":
+                self.console.print(f"[red]failed[/]: {row['name']}: {row['problem']}", highlight=False)
+                self._failed.append((row["package"] == "fastpref", f"{point}: {row['name']}: {row['problem']}"))
+
+    def interrupted(self, path: Path) -> None:
+        """Ctrl-C."""
+        self._progress.stop()
+        done = int(self._progress.tasks[0].completed)
+        self.console.print(f"Ended; {done} shapes are in {path}. The same command goes on from there.")
+
+    def summarise(self, path: Path) -> int:
+        """What failed and where the rows are; returns 1 if a row of ours did."""
+        self._progress.stop()
+        task = self._progress.tasks[0]
+        seconds = time.monotonic() - self._start
+        self.console.print(
+            f"{int(task.completed)} shapes in {seconds / 60:.1f} minutes, {self._kept} of them as they were measured "
+            f"before: {path}"
+        )
+        for ours, line in self._failed:
+            self.console.print(f"[red]{'ours failed' if ours else 'failed'}[/]: {line}", highlight=False)
+        return int(any(ours for ours, _ in self._failed))

@@ -1,0 +1,1 @@
+"""`fastpref check`: every operator and every loss of this machine against float64."""

@@ -1,0 +1,118 @@
+"""The `check` command: its options, and what it says and returns to the shell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastpref.cli.check.case import Case
+    from fastpref.cli.check.run import Result
+
+
+def check(
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where, such as cpu; may be repeated.", show_default="cpu, and the accelerator if there is one"
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="In what, such as bfloat16; may be repeated.", show_default="every floating dtype"),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Part of a case's name, or a glob of it, such as 'dpo_loss:*/mean'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Every value and gradient, on a line of its own.")] = False,
+) -> None:
+    """Check every operator and every loss against float64, values and gradients, on this machine's devices.
+
+    An error is the largest difference from plain PyTorch in float64 on the same inputs. Twice what plain PyTorch itself
+    loses in the dtype, and 4 units in the last place, are allowed. Every call is made twice, and must give the same
+    bits. The exit status is 1 if anything is beyond that, or raises.
+    """
+    from fastpref.cli.check.run import chosen_cases
+
+    devices, dtypes = _devices(device), _dtypes(dtype)
+    cases = chosen_cases(only)
+    if not cases:
+        raise typer.BadParameter(f"no case is called {only!r}", param_hint="--only")
+    jobs = [(case, where, kind) for case in cases for where in devices for kind in dtypes if kind in case.dtypes]
+    results = _run(jobs, devices, as_json, verbose)
+    if any(result.fault is not None for result in results):
+        raise typer.Exit(1)
+
+
+def _devices(names: list[str] | None) -> list[torch.device]:
+    # Seconds of imports, which --help and a mistyped option do without.
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if names is None:
+        return [torch.device("cpu"), *([] if accelerator is None else [torch.device(accelerator.type)])]
+    devices = []
+    for name in names:
+        try:
+            found = torch.device(name)
+        except RuntimeError:
+            raise typer.BadParameter(f"{name!r} is no device", param_hint="--device") from None
+        if found.type not in {"cpu", accelerator and accelerator.type}:
+            raise typer.BadParameter(f"torch finds no {found.type} here; see fastpref doctor", param_hint="--device")
+        devices.append(found)
+    return list(dict.fromkeys(devices))
+
+
+def _dtypes(names: list[str] | None) -> list[torch.dtype]:
+    from fastpref.cli.check.case import DTYPES
+    from fastpref.cli.check.run import name_of
+
+    known = {name_of(dtype): dtype for dtype in DTYPES}
+    for name in names or ():
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--dtype")
+    return [known[name] for name in dict.fromkeys(names or known)]
+
+
+def _run(
+    jobs: list[tuple[Case, torch.device, torch.dtype]], devices: list[torch.device], as_json: bool, verbose: bool
+) -> list[Result]:
+    import contextlib
+    import json
+    import sys
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from fastpref.cli.check import report, run
+
+    console = Console()
+    rows = report.Rows(dict.fromkeys((case.row, str(where)) for case, where, _ in jobs))
+    with contextlib.ExitStack() as stack:
+        if as_json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        # What is built once says so before the table, not in the middle of it.
+        for where in devices:
+            report.name_of_device(where)
+        shown = not as_json and console.is_terminal
+        live = stack.enter_context(Live(rows.table(), console=console)) if shown else None
+        start, results = time.perf_counter(), []
+        for case, where, kind in jobs:
+            found = run.run(case, where, kind)
+            results += found
+            rows.add(found)
+            if live is not None:
+                live.update(rows.table())
+        seconds = time.perf_counter() - start
+    if as_json:
+        typer.echo(json.dumps(report.as_json(results, devices, seconds), ensure_ascii=False, allow_nan=False))
+        return results
+    if not shown:
+        console.print(rows.table())
+    report.summarise(results, seconds, verbose, console)
+    return results

@@ -1,0 +1,39 @@
+"""A call and its backward: what it gives, by name, and the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.cli.check.case import Layout, as_it_is
+
+SEED = 20230529
+GRADIENT = "∂"
+
+
+def evaluate(
+    function: Callable[..., Any], leaves: dict[str, Tensor], constants: dict[str, Any], layout: Layout = as_it_is
+) -> dict[str, Tensor]:
+    """What `function` gives and, under ∂ and the argument's name, each gradient: all on the CPU.
+
+    The incoming gradients are the same float32 numbers for every dtype and device.
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
+    result = function(**{name: layout(leaf) for name, leaf in leaves.items()}, **constants)
+    if hasattr(result, "_asdict"):
+        outputs: dict[str, Tensor] = result._asdict()
+    else:
+        outputs = {f"result {i}": x for i, x in enumerate(result)} if isinstance(result, tuple) else {"result": result}
+    generator = torch.Generator().manual_seed(SEED)
+    differentiable = [value for value in outputs.values() if value.requires_grad]
+    incoming = [torch.randn(value.shape, generator=generator).to(value) for value in differentiable]
+    if differentiable:
+        torch.autograd.backward(differentiable, incoming)
+    # Where eager makes no gradient, because an argument is nowhere in the result, a kernel may make one of zeros.
+    gradients = {
+        GRADIENT + name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
+    }
+    return {name: value.detach().cpu() for name, value in {**outputs, **gradients}.items()}

@@ -1,0 +1,142 @@
+"""Log-probs and losses from hidden states and the head: both modes, chunks of groups, and a vocabulary of one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fastpref
+from fastpref import reference
+from fastpref._results import LINEAR_STATISTICS, STATISTICS
+from fastpref.cli.check.case import (
+    DTYPES,
+    FEW_ROWS,
+    LARGE_VOCABULARY,
+    ROWS,
+    TRANSFORM,
+    VOCABULARY,
+    Arguments,
+    Case,
+    boundaries,
+    draw_labels,
+    normal,
+)
+from fastpref.cli.check.evaluate import GRADIENT, evaluate
+
+FEATURES, FEWER_FEATURES = 48, 16
+BETA = 0.1
+PAIRS, ANSWERS = 4, 3
+# No group has more scored rows than this, and all together have: the loss goes over several chunks.
+CHUNK = 3 * ROWS[1]
+
+
+def linear_cases() -> Iterator[Case]:
+    """Those of all four functions."""
+    tokens = math.prod(ROWS)
+    packed: dict[str, Any] = {"rows": (tokens,), "cu_seqlens": boundaries(tokens)}
+    for mode in ("save", "recompute"):
+        yield _case(f"linear_token_logprobs/{mode}", mode=mode)
+        yield _case(f"linear_token_logprobs/{mode}, no bias, transformed", biased=False, mode=mode, **TRANSFORM)
+        yield _case(f"linear_token_logprobs/{mode}, statistics", mode=mode, stats=LINEAR_STATISTICS, chunk_rows=7)
+        yield _case(f"linear_token_logprobs/{mode}, large vocabulary", FEW_ROWS, LARGE_VOCABULARY, mode=mode)
+        yield _case(f"linear_token_logprobs/{mode}, label far below", peak=130.0, mode=mode)
+        yield _case(f"linear_sequence_logprobs/{mode}, packed", **packed, mode=mode, reduction="mean")
+        yield _case(f"linear_sequence_logprobs/{mode}, LD-DPO", mode=mode, ld_alpha=0.3, shift=False)
+    if dist.is_available():
+        yield _case("linear_token_logprobs/one rank", ranked=True, stats=STATISTICS)
+    pairs: dict[str, Any] = {"rows": (2 * PAIRS, ROWS[1]), "references": True, "beta": BETA}
+    yield _case("linear_dpo_loss/one chunk", **pairs)
+    yield _case("linear_dpo_loss/several chunks", **pairs, chunk_rows=CHUNK)
+    yield _case(
+        "linear_dpo_loss/several chunks, transformed", **pairs, chunk_rows=CHUNK, biased=False, average_logps=True,
+        stats=STATISTICS, loss_type="ipo", **TRANSFORM,
+    )  # fmt: skip
+    yield _case("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=CHUNK, label_smoothing=0.1)
+    yield _case("linear_dpo_loss/none", **pairs, reduction="none")
+    groups: dict[str, Any] = {"rows": (ANSWERS * PAIRS, ROWS[1]), "group_size": ANSWERS, "loss_fn": _in_order}
+    yield _case("linear_preference_loss/one chunk", **groups)
+    yield _case("linear_preference_loss/several chunks", **groups, chunk_rows=CHUNK)
+
+
+def _in_order(logps: Tensor) -> Tensor:
+    """A loss of (G, K) log-probs whose answers are given best first."""
+    ranks = torch.arange(logps.shape[1], device=logps.device).expand_as(logps)
+    return reference.plackett_luce_loss(BETA * logps, ranks, reduction="none")
+
+
+def _case(
+    name: str, rows: tuple[int, ...] = ROWS, vocabulary: int = VOCABULARY, *, biased: bool = True, peak: float = 0.0,
+    references: bool = False, ranked: bool = False, **options: Any,
+) -> Case:  # fmt: skip
+    function = name.partition("/")[0]
+    return Case(
+        name=name,
+        function=getattr(fastpref, function),
+        definition=getattr(reference, function),
+        draw=functools.partial(_draw, rows, vocabulary, biased, peak, references, ranked, options),
+        summed=functools.partial(_summed, getattr(reference, function)),
+        within=_one_rank if ranked else contextlib.nullcontext,
+        slack=4.0,  # ours and the truth add up their logits in orders of their own
+        # fp16 has not the range of exponentials that are kept.
+        dtypes=tuple(x for x in DTYPES if (options.get("mode"), x) != ("save", torch.float16)),
+    )
+
+
+@contextlib.contextmanager
+def _one_rank() -> Iterator[None]:
+    """A process group of this process alone, which what is split over ranks asks for."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _draw(
+    rows: tuple[int, ...], vocabulary: int, biased: bool, peak: float, references: bool, ranked: bool,
+    options: dict[str, Any], generator: torch.Generator,
+) -> Arguments:  # fmt: skip
+    features = FEATURES if vocabulary < LARGE_VOCABULARY else FEWER_FEATURES
+    hidden, weight = normal(generator, *rows, features), normal(generator, vocabulary, features)
+    # Logits that spread by about 3.
+    leaves = {"hidden": hidden, "weight": 3 / math.sqrt(features) * weight}
+    if biased:
+        leaves["bias"] = normal(generator, vocabulary)
+        leaves["bias"][17] += peak
+    constants = {"labels": draw_labels(generator, vocabulary, *rows), **options}
+    if references:
+        for side in ("ref_chosen_logps", "ref_rejected_logps"):
+            constants[side] = -60 + 8 * normal(generator, rows[0] // 2)
+    if ranked:
+        constants["process_group"] = dist.group.WORLD
+    return leaves, constants
+
+
+def _summed(definition: Callable[..., Any], leaves: dict[str, Tensor], constants: dict[str, Any]) -> dict[str, float]:
+    """What each gradient's products sum, and what a loss is a small difference of, without signs."""
+    hidden, weight = leaves["hidden"], leaves["weight"]
+    if weight.shape[0] > VOCABULARY:
+        return {}
+    # As logits are hidden states under a head that changes nothing, so their gradient is that of such hidden states.
+    logits = hidden @ weight.T + leaves.get("bias", 0.0)
+    identity = torch.eye(weight.shape[0], dtype=torch.float64)
+    found = evaluate(definition, {"hidden": logits}, {"weight": identity, **constants})
+    d_logits, rows = found[GRADIENT + "hidden"].flatten(0, -2).abs(), hidden.flatten(0, -2).abs()
+    sums = {"hidden": d_logits @ weight.abs(), "weight": d_logits.T @ rows, "bias": d_logits.sum(0)}
+    summed = {GRADIENT + name: value.max().item() for name, value in sums.items()}
+    if "loss" in found:
+        logps = max(value.abs().max().item() for name, value in found.items() if name.endswith("logps"))
+        summed |= dict.fromkeys(("loss", "chosen_rewards", "rejected_rewards"), BETA * logps)
+    return summed

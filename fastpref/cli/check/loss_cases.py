@@ -1,0 +1,43 @@
+"""Every loss of `fastpref.losses.TABLE` and `RLHF`, with the call that its row gives as an example."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+
+import torch
+
+from fastpref import losses
+from fastpref.cli.check.case import Arguments, Case
+from fastpref.reference.losses import rlhf
+
+BATCH = 37
+
+
+def loss_cases() -> Iterator[Case]:
+    """Each in two of the reductions that it has."""
+    for entry in (*losses.TABLE, *losses.RLHF):
+        if isinstance(entry, losses.Loss):
+            reductions = ("mean", "none")
+        elif "reduction" in inspect.signature(entry.reference).parameters:
+            reductions = rlhf.REDUCTIONS
+        else:
+            reductions = (None,)
+        for reduction in reductions:
+            yield Case(
+                name=entry.name if reduction is None else f"{entry.name}/{reduction}",
+                function=entry.function,
+                definition=entry.reference,
+                draw=functools.partial(_draw, entry, reduction),
+            )
+
+
+def _draw(entry: losses.Entry, reduction: str | None, generator: torch.Generator) -> Arguments:
+    tensors, options = entry.example(generator, BATCH)
+    named = dict(zip(inspect.signature(entry.reference).parameters, tensors, strict=False))
+    leaves = {name: value for name, value in named.items() if value.is_floating_point()}
+    constants = {name: value for name, value in named.items() if name not in leaves} | options
+    if isinstance(entry, losses.Loss):
+        constants |= entry.options
+    return leaves, constants if reduction is None else {**constants, "reduction": reduction}

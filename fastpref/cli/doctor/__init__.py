@@ -1,0 +1,1 @@
+"""`fastpref doctor`: what will run on this machine, and why."""

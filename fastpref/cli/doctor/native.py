@@ -1,0 +1,97 @@
+"""The C++ operators of a CPU: the compiler, the cache, and whether they are built, or can be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from fastpref.cli.doctor.installed import installed
+from fastpref.cli.doctor.section import Finding, Section
+from fastpref_kernels.cpu import build
+
+SLOWER = "a CPU runs chunked PyTorch in place of C++: the same numbers, slower"
+# Of a compiler's complaint, what is shown.
+LINES = 12
+INSTALL = "apt-get install g++   (or: conda install -c conda-forge gxx; or set CXX to a C++ compiler)"
+
+
+def native_section(may_build: bool) -> tuple[Section, str]:
+    """The section; and what runs the row passes on a CPU, "C++" or "PyTorch".
+
+    Args:
+        may_build: build the operators if they are not; otherwise only look.
+    """
+    folder = build.cache_root()
+    section = Section("C++ operators")
+    problem = _compiler(section)
+    section.facts.update({"ninja": installed("ninja"), "flags": " ".join(build.flags()), "cache": str(folder)})
+    if os.environ.get("FASTPREF_NATIVE", "1") == "0":
+        what = "FASTPREF_NATIVE is 0"
+        section.facts["state"] = f"not used: {what}"
+        section.findings.append(Finding(what=what, costs=SLOWER, mend="unset FASTPREF_NATIVE", is_error=False))
+        return section, "PyTorch"
+    unwritable = _unwritable(folder)
+    if unwritable is not None:
+        what, mend = f"the cache {folder} cannot be written: {unwritable}", "export FASTPREF_CACHE_DIR=/another/folder"
+        section.findings.append(Finding(what=what, costs=SLOWER, mend=mend))
+    if problem is not None:
+        section.facts["state"] = "not built: no compiler that runs"
+        section.findings.append(Finding(what=problem, costs=SLOWER, mend=INSTALL))
+        return section, "PyTorch"
+    path = folder / build.key() / f"{build.NAME}.so"
+    section.facts["library"] = str(path)
+    built = path.exists()
+    if not built and unwritable is not None:
+        section.facts["state"] = "not built: nowhere to put it"
+        return section, "PyTorch"
+    if not built and not may_build:
+        section.facts["state"] = "not built yet: the first call on a CPU does it, in some twenty seconds"
+        return section, "C++"
+    return section, _load(section, path, built)
+
+
+def _load(section: Section, path: Path, built: bool) -> str:
+    start = time.perf_counter()
+    try:
+        torch.ops.load_library(build.library())  # which says on stderr that it builds
+    except (build.BuildError, ImportError, OSError) as error:
+        section.facts["state"] = "built, and cannot be loaded" if built else "the build failed"
+        if built:
+            mend = f"rm -r {path.parent}"
+        else:
+            mend = INSTALL if isinstance(error, build.BuildError) else "pip install --force-reinstall ninja"
+        told = "\n".join(str(error).splitlines()[:LINES])
+        section.findings.append(
+            Finding(what=f"C++ operators: {section.facts['state']}: {told}", costs=SLOWER, mend=mend)
+        )
+        return "PyTorch"
+    section.facts["state"] = "built already" if built else f"built now, in {time.perf_counter() - start:.0f} s"
+    return "C++"
+
+
+def _compiler(section: Section) -> str | None:
+    """Write the compiler and its version down; what is wrong with it, or None."""
+    try:
+        command = build.compiler()
+        done = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False)
+    except (build.BuildError, OSError) as error:
+        section.facts["C++ compiler"] = "none"
+        return str(error)
+    by = "by CXX" if os.environ.get("CXX") else "the first of the usual names"
+    section.facts["C++ compiler"] = f"{command} ({by}): {done.stdout.partition(chr(10))[0]}"
+    return None
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why a folder, or the one that it would be made in, cannot be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

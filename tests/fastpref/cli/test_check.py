@@ -1,0 +1,360 @@
+"""`fastpref check`: that it reaches everything there is, and that what is wrong does not pass."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+
+import torch
+from rich.live import Live
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+from fastpref import cli, losses
+from fastpref.cli.check.allowance import judge, ulp
+from fastpref.cli.check.case import DTYPES
+from fastpref.cli.check.linear_cases import linear_cases
+from fastpref.cli.check.logprobs_cases import logprobs_cases
+from fastpref.cli.check.loss_cases import loss_cases
+from fastpref.cli.check.run import run
+from fastpref.cli.doctor.devices import operators
+
+DTYPE_NAMES = {"float16", "bfloat16", "float32", "float64"}
+CPU = torch.device("cpu")
+
+
+def check(*arguments: str) -> Any:
+    return CliRunner().invoke(cli._app(), ["check", "--device", "cpu", *arguments])
+
+
+class Called(TorchDispatchMode):
+    """Which of fastpref's operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fastpref":
+            self.names.add(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """A check leaves no process group behind, and as many threads as it found."""
+    threads = torch.get_num_threads()
+    yield
+    assert not torch.distributed.is_initialized()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[dict[str, Any], set[str], float]:
+    """All of it once: what it printed, the operators that were called, and the seconds it took."""
+    start = time.perf_counter()
+    with Called() as called:
+        result = check("--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), called.names, time.perf_counter() - start
+
+
+class TestEverything:
+    def test_all_is_right_on_this_machine_in_good_time(self, whole: Any) -> None:
+        found, _, seconds = whole
+        assert found["ok"]
+        assert all(case["ok"] and case["fault"] is None for case in found["cases"])
+        assert seconds < 60
+        assert found["versions"]["torch"] == torch.__version__
+        assert list(found["devices"]) == ["cpu"]
+        assert found["seconds"] > 0
+
+    def test_reaches_every_operator_that_has_a_kernel_on_a_cpu(self, whole: Any) -> None:
+        _, called, _ = whole
+
+        def has_kernel(name: str) -> bool:
+            keys = ("CPU", "CompositeExplicitAutograd")
+            return any(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpref::{name}", key) for key in keys)
+
+        assert called == {name for name in operators() if has_kernel(name)}
+        # The others are one launch on a GPU, and the reference formula here: each is the operator of a loss in TABLE.
+        assert set(operators()) - called == {loss.operator for loss in losses.TABLE}
+
+    def test_judges_every_loss_in_every_dtype_with_value_and_gradients(self, whole: Any) -> None:
+        found, _, _ = whole
+        for entry in losses.TABLE:
+            for reduction in ("mean", "none"):
+                of_case = [case for case in found["cases"] if case["case"] == f"{entry.name}/{reduction}"]
+                assert {case["dtype"] for case in of_case} == DTYPE_NAMES
+                tensors, _ = entry.example(torch.Generator().manual_seed(0), 2)
+                outputs = [case["output"] for case in of_case if case["dtype"] == "float32"]
+                assert sum(name.startswith("∂") for name in outputs) == sum(t.is_floating_point() for t in tensors)
+                assert {"loss"} <= set(outputs) or {"result"} <= set(outputs)
+        for entry in losses.RLHF:
+            assert {case["dtype"] for case in found["cases"] if case["case"].split("/")[0] == entry.name} == DTYPE_NAMES
+
+    def test_numbers_are_within_the_allowance(self, whole: Any) -> None:
+        found, _, _ = whole
+        numbers = [case for case in found["cases"] if case["error"] is not None]
+        assert len(numbers) > 1500
+        assert all(0 <= case["error"] <= case["allowance"] for case in numbers)
+        assert any(case["error"] > 0 for case in numbers)
+
+    def test_every_gradient_is_there_to_be_wrong(self) -> None:
+        """A case whose gradient is all zeros would judge nothing; functions of constants are the exception."""
+        for case in (*logprobs_cases(), *linear_cases()):
+            with case.within():
+                leaves, constants = case.draw(torch.Generator().manual_seed(0))
+                leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+                result = case.definition(**{name: case.layout(leaf) for name, leaf in leaves.items()}, **constants)
+            first = result[0] if isinstance(result, tuple) else result
+            gradients = torch.autograd.grad(first.sum(), list(leaves.values()))
+            assert all(gradient.any() for gradient in gradients), case.name
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], name: str = "dpo_loss:planted") -> None:
+    """A table of one loss more, which is DPO's but for the function."""
+    row = replace(losses.TABLE[0], name=name, function=function)
+    monkeypatch.setattr(losses, "TABLE", (*losses.TABLE[:2], row))
+
+
+def of_dpo(change: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
+    def function(policy_chosen_logps: Tensor, *args: Any, **options: Any) -> Any:
+        return change(losses.dpo_loss(policy_chosen_logps, *args, **options), policy_chosen_logps)
+
+    return function
+
+
+def wrong_gradient(result: Any, chosen: Tensor) -> Any:
+    """The value as it is, and 1% more of a gradient."""
+    extra = 0.01 * chosen.float().mean()
+    return result._replace(loss=result.loss + (extra - extra.detach()).to(result.loss.dtype))
+
+
+def wrong_value(result: Any, chosen: Tensor) -> Any:
+    return result._replace(loss=result.loss + 1e-3 * torch.ones_like(result.loss))
+
+
+def wrong_report(result: Any, chosen: Tensor) -> Any:
+    return result._replace(rejected_rewards=result.chosen_rewards)
+
+
+def wrong_dtype(result: Any, chosen: Tensor) -> Any:
+    return result._replace(loss=result.loss.double())
+
+
+def not_a_number(result: Any, chosen: Tensor) -> Any:
+    return result._replace(chosen_rewards=result.chosen_rewards * torch.nan)
+
+
+def raises(result: Any, chosen: Tensor) -> Any:
+    raise RuntimeError("planted here")
+
+
+class TestWhatIsWrong:
+    def test_a_new_row_of_the_table_is_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        planted(monkeypatch, of_dpo(lambda result, chosen: result))
+        result = check("--only", "planted")
+        assert result.exit_code == 0, result.output
+        assert "dpo_loss:planted" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("change", "output", "words"),
+        [
+            (wrong_gradient, "∂policy_chosen_logps", "eager's is"),
+            (wrong_value, "loss", "eager's is"),
+            (wrong_report, "rejected_rewards", "eager's is"),
+            (wrong_dtype, "loss", "torch.float64, wanted torch.float32"),
+            (not_a_number, "chosen_rewards", "37 values are not finite"),
+            (raises, None, "RuntimeError: planted here"),
+        ],
+    )
+    def test_is_named_and_makes_the_status_1(
+        self, change: Callable[..., Any], output: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        planted(monkeypatch, of_dpo(change))
+        result = check("--json", "--dtype", "float32", "--only", "dpo_loss:")
+        assert result.exit_code == 1, result.output
+        found = json.loads(result.stdout)
+        assert not found["ok"]
+        wrong = [case for case in found["cases"] if not case["ok"]]
+        assert {case["case"] for case in wrong} == {"dpo_loss:planted/mean", "dpo_loss:planted/none"}
+        assert {case["output"] for case in wrong} == {output}
+        assert all(words in case["fault"] for case in wrong)
+
+    def test_is_in_the_table_and_below_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        planted(monkeypatch, of_dpo(wrong_value))
+        result = check("--only", "*planted/none")
+        assert result.exit_code == 1
+        (row,) = [line for line in result.stdout.splitlines() if line.startswith("│ dpo_loss:planted")]
+        assert float(row.split("│")[3].split()[0]) > 1
+        text = " ".join(result.stdout.split())
+        assert "wrong dpo_loss:planted/none, cpu, float32: loss: 1.0e-03 of" in text
+        assert "4 are wrong" in text  # a dtype each
+
+    def test_that_it_raises_is_in_the_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        planted(monkeypatch, of_dpo(raises))
+        result = check("--only", "planted")
+        (row,) = [line for line in result.stdout.splitlines() if line.startswith("│ dpo_loss:planted")]
+        assert "RuntimeError: planted here" in row
+
+    def test_two_runs_that_differ_within_the_allowance_are_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
+
+        def unsteady(result: Any, chosen: Tensor) -> Any:
+            calls.append(1)
+            step = torch.finfo(result.loss.dtype).eps if len(calls) % 2 else 0.0
+            return result._replace(loss=result.loss * (1 + step))
+
+        planted(monkeypatch, of_dpo(unsteady))
+        result = check("--only", "planted/mean", "--dtype", "float32", "--json")
+        assert result.exit_code == 1
+        faults = {case["output"]: case["fault"] for case in json.loads(result.stdout)["cases"]}
+        assert faults["loss"] == "two runs differ"
+        assert faults["chosen_rewards"] is None
+
+    def test_a_result_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        planted(monkeypatch, of_dpo(lambda result, chosen: result.loss))
+        result = check("--only", "planted/mean", "--json")
+        assert result.exit_code == 1
+        assert "wanted loss, chosen_rewards" in json.loads(result.stdout)["cases"][0]["fault"]
+
+    @pytest.mark.parametrize(
+        ("operator", "only", "spoil"),
+        [
+            ("logprobs", "token_logprobs/plain", lambda out: (out[0] * (1 + 1e-3), *out[1:])),
+            ("logprobs_backward", "token_logprobs/plain", lambda out: out * 1.06),
+            ("linear_logprobs", "linear_token_logprobs/save, no bias", lambda out: (out[0] * (1 + 1e-3), *out[1:])),
+            (
+                "linear_logprobs_backward",
+                "linear_token_logprobs/recompute, no bias",
+                lambda out: (out[0], out[1] * 1.06, out[2]),
+            ),
+            ("scaled_gradient", "linear_dpo_loss/several chunks", lambda out: out * 1.06),
+            ("gae", "gae", lambda out: (out[0], out[1] + 1e-3)),
+        ],
+    )
+    def test_an_operator_that_is_off(
+        self, operator: str, only: str, spoil: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = getattr(torch.ops.fastpref, operator)
+        monkeypatch.setattr(torch.ops.fastpref, operator, lambda *args: spoil(own(*args)))
+        result = check("--only", only, "--json")
+        assert result.exit_code == 1
+        wrong = {case["dtype"] for case in json.loads(result.stdout)["cases"] if not case["ok"]}
+        assert wrong >= {"bfloat16", "float32", "float64"}
+
+
+class TestOptions:
+    def test_only_is_a_part_or_a_glob(self) -> None:
+        def names(pattern: str) -> set[str]:
+            result = check("--only", pattern, "--dtype", "float64", "--json")
+            assert result.exit_code == 0, result.output
+            return {case["case"] for case in json.loads(result.stdout)["cases"]}
+
+        assert names("ppo_value") == {"ppo_value_loss/token", "ppo_value_loss/sequence"}
+        assert names("dpo_loss:*/mean") == {f"dpo_loss:{kind}/mean" for kind in losses.LOSS_TYPES}
+        assert names("gae") == {"gae"}
+
+    def test_dtypes(self) -> None:
+        result = check(
+            "--only", "kto_loss", "--dtype", "bfloat16", "--dtype", "float32", "--dtype", "float32", "--json"
+        )
+        cases = json.loads(result.stdout)["cases"]
+        assert {case["dtype"] for case in cases} == {"bfloat16", "float32"}
+        assert len({tuple(case.items()) for case in cases}) == len(cases)
+
+    def test_verbose_has_a_line_for_every_tensor(self) -> None:
+        result = check("--only", "kto_loss/mean", "--verbose")
+        text = " ".join(result.stdout.split())
+        for dtype in DTYPE_NAMES:
+            for output in ("loss", "rewards", "∂policy_logps", "∂ref_logps"):
+                assert f"kto_loss/mean, cpu, {dtype}: {output}: " in text
+        assert "16 tensors of 4 calls" in text
+
+    def test_a_terminal_sees_the_table_fill_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown: list[int] = []
+        update = Live.update
+        monkeypatch.setattr(Live, "update", lambda live, table: (shown.append(1), update(live, table)))
+        result = CliRunner(env={"FORCE_COLOR": "1"}).invoke(cli._app(), ["check", "--device", "cpu", "--only", "gae"])
+        assert result.exit_code == 0, result.output
+        assert len(shown) == len(DTYPES)
+        assert "all are within" in result.stdout
+        shown.clear()
+        assert check("--only", "gae").stdout.count("│ gae ") == 1
+        assert not shown
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--only", "no such case"), "no case is called 'no such case'"),
+            (("--dtype", "int8"), "'int8' is none of float16, bfloat16, float32, float64"),
+            (("--device", "abacus"), "'abacus' is no device"),
+        ],
+    )
+    def test_mistakes_are_usage_errors(self, arguments: tuple[str, ...], words: str) -> None:
+        result = check(*arguments)
+        assert result.exit_code == 2
+        # Typer draws a box around the message.
+        assert words in " ".join(result.stderr.replace("│", " ").split())
+
+    def test_a_device_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        result = check("--device", "cuda")
+        assert result.exit_code == 2
+        assert "torch finds no cuda here" in " ".join(result.stderr.replace("│", " ").split())
+
+    def test_the_accelerator_is_checked_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastpref.cli.check import command
+
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
+        assert command._devices(None) == [CPU, torch.device("xpu")]
+        assert command._devices(["xpu:1", "cpu", "cpu"]) == [torch.device("xpu:1"), CPU]
+
+    def test_what_runs_on_another_device_is_brought_back(self) -> None:
+        """On the meta device nothing can be: the call is a result that raised, and no traceback."""
+        (case, *_) = loss_cases()
+        (result,) = run(case, torch.device("meta"), torch.float32)
+        assert result.device == "meta"
+        assert "NotImplementedError" in (result.fault or "")
+
+
+class TestTheRule:
+    def test_ulp(self) -> None:
+        for dtype in DTYPES:
+            for magnitude in (1.0, 1.7, 96.0):
+                x = torch.tensor(magnitude, dtype=dtype)
+                step = torch.nextafter(x, torch.tensor(torch.inf, dtype=dtype)) - x
+                assert ulp(dtype, x.item()) == step.item()
+        assert ulp(torch.float32, 0.0) == 2.0**-149
+
+    @pytest.mark.parametrize("peer", [0.0, 2.0**-20])
+    def test_twice_what_eager_loses_and_four_ulp(self, peer: float) -> None:
+        truth = torch.tensor([1.5, -0.25], dtype=torch.float64)
+        eager = (truth + torch.tensor([0.0, peer])).float()
+        allowed = 2 * peer + 4 * 2.0**-23
+        for share, right in ((1.0, True), (1.25, False)):
+            ours = truth + torch.tensor([share * allowed, 0.0])
+            verdict = judge(ours.float(), eager, truth)
+            assert (verdict.fault is None) is right
+            assert verdict.allowance == allowed
+            assert verdict.error == share * allowed
+
+    def test_float64_may_lose_sixteen_ulp_of_one(self) -> None:
+        truth = torch.tensor([0.125], dtype=torch.float64)
+        assert judge(truth + 16 * 2.0**-52, truth, truth).fault is None
+        assert judge(truth + 17 * 2.0**-52, truth, truth).fault is not None
+
+    def test_an_infinity_is_one_of_the_truth(self) -> None:
+        infinite, finite = torch.tensor([1.0, -torch.inf]), torch.tensor([1.0, 2.0])
+        assert judge(infinite, infinite, infinite.double()).fault is None
+        assert judge(finite, infinite, infinite.double()).fault is not None
+        assert judge(infinite, finite, finite.double()).fault == "1 values are not finite"
