@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench bench-logprobs bench-linear bench-losses bench-trainers bench-scaling roofline wheel clean
+.PHONY: demo test lint format docs docs-serve bench report roofline wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
@@ -21,23 +21,17 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/docs.stamp
+	$(BIN)/mkdocs serve $(ARGS)
+
 bench: $(VENV)/bench.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/fastpref bench $(ARGS)
 
-bench-logprobs: $(VENV)/bench.stamp
-	$(BIN)/python benchmarks/bench_logprobs.py $(ARGS)
-
-bench-linear: $(VENV)/bench.stamp
-	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
-
-bench-losses: $(VENV)/bench.stamp
-	$(BIN)/python benchmarks/bench_losses.py $(ARGS)
-
-bench-trainers: $(VENV)/bench.stamp
-	$(BIN)/python benchmarks/bench_trainers.py $(ARGS)
-
-bench-scaling: $(VENV)/bench.stamp
-	$(BIN)/python benchmarks/bench_scaling.py $(ARGS)
+report: $(VENV)/bench.stamp
+	$(BIN)/fastpref bench --report
 
 roofline: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/static_roofline.py $(ARGS)

@@ -1,45 +1,41 @@
 """Log-probs from logits, forward and backward: ours, the peers, and the copy of the logits that is the floor.
 
-    python benchmarks/bench_logprobs.py     # the table of the README, under both allocators
-    pytest benchmarks/bench_logprobs.py     # the same rows for pytest-benchmark, under the allocator it starts with
-
-Every row is held against float64 before it is timed. Every round takes all rows, in an order of its own, so that a
-drift of the machine's speed reaches all of them alike.
+`fastpref bench logprobs` measures it; the same rows for pytest-benchmark are in `bench_suite.py`.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import sys
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
 
-import pytest
 import torch
-import typer
-from rich.console import Console
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 import fastpref
 from benchmarks import harness, peers
-from benchmarks.harness import ALLOCATORS, DTYPES, MIB, Case, child, interleaved
-from benchmarks.peers import Entry
+from benchmarks.harness import DTYPES, MIB, Case, Floor, Options
+from benchmarks.peers import IGNORED, Entry
+from benchmarks.store import Row, Rows
+from fastpref.cli.check.allowance import ulp
 
-B, T, V = 8, 128, 50304
-GPU_B, GPU_T, GPU_V = 8, 1024, 128256
+BOTH, FORWARD = "forward + backward", "forward"
+READ_COPY, READ, COPY = "read + copy into kept memory", "read", "copy into kept memory"
+# Exponential, subtraction and sum of a logit; and those of its gradient, with a product.
+FLOPS = {FORWARD: 3, BOTH: 6}
+# Inputs take turns until so many bytes lie between two uses of one: several times a GPU's last cache.
+ROTATED = 256 * MIB
 
 
-def _ours(in_place: bool) -> peers.Function:
+def _ours(in_place: bool) -> Callable[..., Tensor]:
     return lambda logits, labels: fastpref.token_logprobs(logits, labels, shift=False, inplace_backward=in_place)
 
 
-FRESH = Entry("fastpref", lambda: _ours(False))
-IN_PLACE = Entry("fastpref, in place", lambda: _ours(True), in_place=True)
-CPU = (FRESH, IN_PLACE, *peers.CPU)
-GPU = (FRESH, IN_PLACE, *peers.GPU)
+OURS = (
+    Entry("fastpref", lambda: _ours(False), "fastpref"),
+    Entry("fastpref, in place", lambda: _ours(True), "fastpref", in_place=True),
+)
 
 
 class _Model(torch.autograd.Function):
@@ -57,21 +53,23 @@ class _Model(torch.autograd.Function):
         return grads[0].new_zeros((), dtype=torch.float32), None, None
 
 
-def forward_backward(
-    function: peers.Function, logits: Tensor, labels: Tensor, received: list[Tensor] | None = None
-) -> Tensor:
-    """One step: log-probs, and the gradient of their sum."""
-    parameter = torch.zeros((), device=logits.device, requires_grad=True)
-    logps = function(_Model.apply(parameter, logits, received), labels)  # type: ignore[arg-type]
-    logps.backward(torch.ones_like(logps))
-    return logps.detach()
+def inputs(axes: dict[str, Any], device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (B, T, V) and labels (B, T), the first of every sequence ignored as far as `masked` says.
 
-
-def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) as a trained model's spread, labels (B, T), all of them scored."""
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.empty(shape, dtype=dtype, device=device).normal_(0, 3, generator=generator)
-    return logits, torch.randint(shape[-1], shape[:-1], generator=generator, device=device)
+    "flat" logits spread as wide as a trained model's, around no label; of "peaked" ones the label, or in a fifth of the
+    rows another token, has nearly all of the mass.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (axes["B"], axes["T"], axes["V"])
+    logits = torch.empty(shape, dtype=DTYPES[axes["dtype"]], device=device).normal_(0, 3, generator=generator)
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator, device=device)
+    if axes["logits"] == "peaked":
+        other = torch.randint(shape[-1], shape[:-1], generator=generator, device=device)
+        right = torch.rand(shape[:-1], generator=generator, device=device) < 0.8
+        top = torch.where(right, labels, other)[..., None]
+        logits.scatter_(-1, top, 3 * math.log(shape[-1]))
+    labels[:, : int(axes["masked"] * axes["T"])] = IGNORED
+    return logits, labels
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -81,208 +79,164 @@ def error(found: Tensor, truth: Tensor) -> float:
     return (found.double() - truth).abs().max().item()
 
 
-class Gate:
-    """The float64 answer on given logits, and how far from it a row may be: 2 × eager's own error + 4 ulp."""
+def ulps(truth: Tensor, dtype: torch.dtype) -> float:
+    """Four spacings of `dtype` at the largest magnitude."""
+    return 4 * ulp(dtype, truth.abs().max().item())
 
-    def __init__(self, logits: Tensor, labels: Tensor) -> None:
-        self.logits, self.labels = logits, labels
+
+class Problem:
+    """One shape: inputs, the float64 answer, and how far from it a row may be."""
+
+    def __init__(self, axes: dict[str, Any], device: str) -> None:
+        self.axes, self.device = axes, device
+        size = math.prod(axes[name] for name in "BTV") * DTYPES[axes["dtype"]].itemsize
+        copies = math.ceil(ROTATED / size) if device == "cuda" and size < ROTATED else 1
+        self.inputs = [inputs(axes, device, seed) for seed in range(copies)]
+        self.logits, self.labels = self.inputs[0]
+        self.scored = self.labels != IGNORED
         logps, gradients = [], []
-        for z, y in zip(logits, labels, strict=True):  # a sequence at a time: float64 is wide
+        for z, y, counts in zip(self.logits, self.labels, self.scored, strict=True):  # float64 is wide
             leaf = z.double().requires_grad_()
             values = fastpref.reference.token_logprobs(leaf, y, shift=False)
             gradients += torch.autograd.grad(values.sum(), leaf)
-            logps.append(values.detach())
-        self.truth = {"logps": torch.stack(logps), "gradient": torch.stack(gradients)}
-        self.limit = {}
-        for name, eager in self.errors(peers.eager, in_place=False).items():
-            largest = self.truth[name].abs().max().item()
-            ulp = torch.finfo(logits.dtype).eps * 2.0 ** math.floor(math.log2(largest))
-            self.limit[name] = 2 * eager + 4 * ulp
+            logps.append(values.detach() * counts)
+        self.truth = torch.stack(logps), torch.stack(gradients)
+        widened = lambda z, y: fastpref.reference.token_logprobs(z, y, shift=False)  # noqa: E731
+        # What eager loses in the dtype is a peer's measure; what float32 statistics lose is ours.
+        self.limits, self.own_limits = (self._limits(eager) for eager in (peers.eager, widened))
 
-    def errors(self, function: peers.Function, in_place: bool) -> dict[str, float]:
+    def _limits(self, eager: Callable[..., Tensor]) -> tuple[float, ...]:
+        found = self._errors(Entry("", lambda: eager), eager)
+        dtypes = (torch.promote_types(eager(self.logits[:1, :1], self.labels[:1, :1]).dtype, self.logits.dtype),)
+        return tuple(
+            2 * off + ulps(truth, dtype)
+            for off, truth, dtype in zip(found, self.truth, (*dtypes, self.logits.dtype), strict=True)
+        )
+
+    def _errors(self, entry: Entry, function: Callable[..., Tensor]) -> tuple[float, float]:
         """The largest errors of log-probs, per token where only their sum is given, and of their gradient."""
         received: list[Tensor] = []
-        logps = forward_backward(function, self.logits.clone() if in_place else self.logits, self.labels, received)
-        truth = self.truth["logps"]
-        off = error(logps, truth) if logps.dim() else error(logps, truth.sum()) / truth.numel()
-        return {"logps": off, "gradient": error(received[0], self.truth["gradient"])}
+        logps = self._step(function, self.logits.clone() if entry.in_place else self.logits, self.labels, received)
+        truth, gradient = self.truth
+        if entry.answers == "sum":
+            off = error(logps, truth.sum()) / int(self.scored.sum())
+        else:
+            off = error(logps * self.scored, truth)
+        return off, error(received[0], gradient)
 
-    def check(self, entry: Entry, function: peers.Function) -> dict[str, float]:
-        """An entry's errors, as fields of its row; raises where one is above its limit."""
-        errors = self.errors(function, entry.in_place)
-        for name, off in errors.items():
-            if not off <= self.limit[name]:
-                raise ValueError(f"{name} off by {off:.1e}, more than {self.limit[name]:.1e}: not timed")
-        return {f"error_{name}": off for name, off in errors.items()}
-
-
-def floors(logits: Tensor) -> dict[str, Case]:
-    """One read of the logits, then one read and one write."""
-    kept = torch.empty_like(logits)
-    words = logits.view(torch.float32)  # the fastest reader there is; what it sums does not matter
-    return {
-        "read + copy": Case(lambda: (words.sum(), logits.clone())),
-        "read + copy, into kept memory": Case(lambda: (words.sum(), kept.copy_(logits))),
-    }
-
-
-def case(entry: Entry, function: peers.Function, logits: Tensor, labels: Tensor, forward: bool = False) -> Case:
-    """A step of an entry, on logits of its own where it overwrites them."""
-    given = logits.clone() if entry.in_place else logits
-    before = (lambda: given.copy_(logits)) if entry.in_place else (lambda: None)
-    if forward:
+    def _step(
+        self, function: Callable[..., Tensor], logits: Tensor, labels: Tensor, received: list[Tensor] | None = None
+    ) -> Tensor:
+        """Log-probs, and the gradient of the sum of those that count."""
         parameter = torch.zeros((), device=logits.device, requires_grad=True)
-        return Case(lambda: function(_Model.apply(parameter, given, None), labels), before)  # type: ignore[arg-type]
-    return Case(lambda: forward_backward(function, given, labels), before)
+        logps = function(_Model.apply(parameter, logits, received), labels)
+        logps.backward((labels != IGNORED).to(logps.dtype) if logps.dim() else None)
+        return logps.detach()
+
+    def check(self, entry: Entry, function: Callable[..., Tensor]) -> tuple[Row, list[tuple[float, float]]]:
+        errors = self._errors(entry, function)
+        limits = self.own_limits if entry.ours else self.limits
+        return {"error": errors[0], "error_gradient": errors[1]}, list(zip(errors, limits, strict=True))
+
+    def settle(self) -> None:
+        del self.truth
+
+    def cases(self, entry: Entry, function: Callable[..., Tensor]) -> dict[str, Case]:
+        if entry.in_place:
+            given = self.logits.clone()
+            before = lambda: given.copy_(self.logits)  # noqa: E731
+            pairs: Iterator[tuple[Tensor, Tensor]] = cycle([(given, self.labels)])
+        else:
+            before, pairs = None, cycle(self.inputs)
+        parameter = torch.zeros((), device=self.device, requires_grad=True)
+
+        def forward() -> None:
+            logits, labels = next(pairs)
+            function(_Model.apply(parameter, logits, None), labels)
+
+        cases = {BOTH: Case(lambda: self._step(function, *next(pairs)), before)}
+        if self.device == "cuda":
+            cases[FORWARD] = Case(forward, before)
+        return cases
+
+    def floors(self) -> dict[str, Floor]:
+        """One read of the scored logits, then one read of them and one write of all; and the parts of it."""
+        logits = self.logits
+        kept, first = torch.empty_like(logits), int(self.axes["masked"] * self.axes["T"])
+        # As float32, which is summed fastest, where a row is a whole number of them; what is summed does not matter.
+        words = logits.view(torch.float32) if logits.shape[-1] * logits.itemsize % 4 == 0 else logits
+
+        def copy() -> None:
+            kept[:, :first].zero_()
+            kept[:, first:].copy_(logits[:, first:])
+
+        scored, all_rows = (n * logits.shape[-1] * logits.itemsize / 1e9 for n in (self._count(), self.labels.numel()))
+        read = lambda: words[:, first:].sum()  # noqa: E731
+        found = {
+            READ_COPY: Floor(Case(lambda: (read(), copy())), 2 * scored + all_rows),
+            COPY: Floor(Case(copy), scored + all_rows),
+        }
+        if self.device == "cuda":
+            found[READ] = Floor(Case(read), scored)
+        return found
+
+    def _count(self) -> int:
+        return self.axes["B"] * (self.axes["T"] - int(self.axes["masked"] * self.axes["T"]))
+
+    def work(self, name: str, which: str) -> tuple[float, float, str]:
+        """Scored logits are read once a pass, and their whole gradient is written once."""
+        row = self.logits.shape[-1]
+        written = self.labels.numel() if which == BOTH else 0
+        reads = {FORWARD: 1, BOTH: 2}[which] * self._count()
+        gbytes = (reads + written) * row * self.logits.itemsize / 1e9
+        return gbytes, FLOPS[which] * self._count() * row / 1e9, READ_COPY if which == BOTH else READ
+
+    def made(self, entry: Entry) -> float:
+        return 0.0 if entry.in_place else self.logits.nbytes / MIB
 
 
-def timed_rows(device: str, name: str, rounds: int) -> list[dict[str, Any]]:
-    """Every row of one dtype: checked, then timed in turn. What cannot be loaded or is wrong is a row that says so."""
-    cuda = device == "cuda"
-    logits, labels = inputs((GPU_B, GPU_T, GPU_V) if cuda else (B, T, V), DTYPES[name], device)
-    gate = Gate(logits, labels)
-    rows: dict[str, dict[str, Any]] = {}
-    cases: dict[str, Case] = {}
-    for entry in GPU if cuda else CPU:
-        rows[entry.name] = {"passes": "forward + backward"}
-        try:
-            function = entry.load()
-            rows[entry.name] |= gate.check(entry, function)
-        except Exception as problem:
-            rows[entry.name]["problem"] = " ".join([type(problem).__name__, *str(problem).strip().splitlines()[-1:]])
-            continue
-        cases[entry.name] = case(entry, function, logits, labels)
-        if cuda:
-            forward = f"{entry.name}, forward"
-            rows[forward] = {"passes": "forward"}
-            cases[forward] = case(entry, function, logits, labels, forward=True)
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            cases[entry.name].run()
-            gradient = 0 if entry.in_place else logits.nbytes
-            rows[entry.name]["peak_mib"] = (torch.cuda.max_memory_allocated() - held - gradient) / MIB
-    del gate
-    for floor, floor_case in floors(logits).items():
-        rows[floor], cases[floor] = {"passes": "forward + backward"}, floor_case
-    if cuda:
-        kept = torch.empty_like(logits)
-        rows["copy"], cases["copy"] = {"passes": "copy"}, Case(lambda: kept.copy_(logits))
-    seconds = interleaved(cases, rounds, cuda)
-    medians = {case_name: statistics.median(taken) for case_name, taken in seconds.items()}
-    for case_name, taken in seconds.items():
-        rows[case_name] |= {"ms": 1e3 * medians[case_name], "ms_min": 1e3 * min(taken), "ms_max": 1e3 * max(taken)}
-        for mine, field in ((FRESH, "over_fresh"), (IN_PLACE, "over_in_place")):
-            same = mine.name + (", forward" if rows[case_name]["passes"] == "forward" else "")
-            if same in medians:
-                rows[case_name][field] = medians[case_name] / medians[same]
-        if cuda:
-            moved = {"forward": 1, "copy": 2, "forward + backward": 3}[rows[case_name]["passes"]] * logits.nbytes
-            rows[case_name]["tb_per_s"] = moved / medians[case_name] / 1e12
-            rows[case_name]["of_copy"] = rows[case_name]["tb_per_s"] / (2 * logits.nbytes / medians["copy"] / 1e12)
-    known = {"device": device, "dtype": name, "rounds": rounds, **peers.provenance()}
-    return [{"name": row, **values, **known} for row, values in rows.items()]
+def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
+    """Ours and the peers, of one shape."""
+    return [*OURS, *peers.joined(options.peer_file)["logprobs"]]
 
 
-def peak_mib(name: str, entry_name: str) -> float:
-    """MiB of forward and backward beyond logits and gradient; meant for a process of its own."""
-    entry = next(entry for entry in CPU if entry.name == entry_name)
-    function = entry.load()
-    logits, labels = inputs((B, T, V), DTYPES[name])
-    # What is compiled, built or read from disk on a first call is not a step's memory.
-    small = (B, T, V) if entry.compiles else (2, 2, 64)
-    forward_backward(function, *inputs(small, DTYPES[name]))
-    received: list[Tensor] = []
-    peak = harness.peak_bytes(lambda: forward_backward(function, logits, labels, received))
-    return (peak - (0 if entry.in_place else logits.nbytes)) / MIB
+problem = Problem
 
 
-def cpu_rows(rounds: int, console: Console) -> list[dict[str, Any]]:
-    """Every dtype under every allocator, each in a process of its own, and each row's memory in another."""
-    found = []
-    for allocator, environment in ALLOCATORS.items():
-        for name in DTYPES:
-            console.print(f"[dim]{name}, {allocator} allocator: checking and timing {len(CPU)} rows")
-            with child(environment) as pool:
-                rows = pool.submit(timed_rows, "cpu", name, rounds).result()
-            for row in rows:
-                row["allocator"] = allocator
-                if row["name"] in {entry.name for entry in CPU} and "problem" not in row:
-                    with child(environment) as pool:
-                        row["peak_mib"] = pool.submit(peak_mib, name, row["name"]).result()
-            found += rows
-    return found
+def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
+    """The rows of one shape."""
+    rows = harness.measured(Problem(axes, device), entries(options, axes), device, options, say)
+    scored = axes["B"] * (axes["T"] - int(axes["masked"] * axes["T"]))
+    return [{**row, "scored": scored} for row in rows]
 
 
-# Heading, field, how it is written.
-COLUMNS = (
-    ("", "name", "{}"), ("dtype", "dtype", "{}"), ("allocator", "allocator", "{}"), ("ms", "ms", "{:.1f}"),
-    ("× ours", "over_fresh", "{:.2f}"), ("× ours in place", "over_in_place", "{:.2f}"),
-    ("of copy bandwidth", "of_copy", "{:.0%}"), ("MiB beyond logits and gradient", "peak_mib", "{:.1f}"),
-    ("error of log-probs", "error_logps", "{:.1e}"), ("of the gradient", "error_gradient", "{:.1e}"),
-)  # fmt: skip
+BASE = {"dtype": "fp32", "B": 8, "T": 128, "V": 50304, "masked": 0.0, "logits": "flat"}
+AXES = tuple(BASE)
+VOCABULARIES = (32000, 50304, 128256, 151936, 262144)
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """What was not timed and why, and ours against the fastest peer, for every dtype and allocator."""
-    lines = [f"{row['name']}, {row['dtype']}: {row['problem']}" for row in rows if "problem" in row]
-    for allocator in ALLOCATORS:
-        for name in DTYPES:
-            ours = {row["name"]: row for row in rows if (row["dtype"], row.get("allocator")) == (name, allocator)}
-            timed = [ours[peer.name] for peer in peers.CPU if "ms" in ours.get(peer.name, {})]
-            if timed:
-                best = min(timed, key=lambda row: row["ms"])
-                lines.append(
-                    f"{name}, {allocator} allocator: {best['over_fresh']:.1f}× the fastest peer ({best['name']}), "
-                    f"{best['over_in_place']:.1f}× in place"
-                )
-    return lines
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the CSV and the markdown table")] = Path("benchmarks/results"),
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds over all rows")] = 15,
-) -> None:
-    """Measure on this machine's CPU, and on its GPU where there is one."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    title = f"Forward + backward, B={B}, T={T}, V={V}, {torch.get_num_threads()} threads"
-    rows = cpu_rows(rounds, console)
-    harness.show(rows, COLUMNS, verdict(rows), title, console)
-    harness.write(rows, COLUMNS, verdict(rows), out / "logprobs", title)
-    if torch.cuda.is_available():
-        title = f"{torch.cuda.get_device_name()}, N={GPU_B * GPU_T}, V={GPU_V}"
-        rows = timed_rows("cuda", "bf16", 5 * rounds)
-        harness.show(rows, COLUMNS, verdict(rows), title, console)
-        harness.write(rows, COLUMNS, verdict(rows), out / "logprobs_gpu", title)
-
-
-@pytest.fixture(scope="module", params=DTYPES)
-def gate(request: pytest.FixtureRequest) -> Gate:
-    return Gate(*inputs((B, T, V), DTYPES[request.param]))
-
-
-@pytest.mark.parametrize("entry", CPU, ids=lambda entry: entry.name)
-def test_forward_backward(entry: Entry, gate: Gate, benchmark: Any) -> None:
-    """Ours is timed before each round of the row, so their ratio is of the same moments."""
-    try:
-        function = entry.load()
-    except ImportError as problem:
-        pytest.skip(str(problem))
-    benchmark.extra_info.update(gate.check(entry, function))
-    row, ours = (case(e, f, gate.logits, gate.labels) for e, f in ((entry, function), (FRESH, FRESH.load())))
-    before: list[float] = []
-
-    def setup() -> None:
-        row.before()
-        before.append(ours.seconds(cuda=False))
-
-    benchmark.pedantic(row.run, setup=setup, rounds=10, warmup_rounds=1)
-    benchmark.extra_info["over_fastpref"] = benchmark.stats.stats.median / statistics.median(before[1:])
-
-
-@pytest.mark.parametrize("name", ["read + copy", "read + copy, into kept memory"])
-def test_floor(name: str, gate: Gate, benchmark: Any) -> None:
-    benchmark.pedantic(floors(gate.logits)[name].run, rounds=10, warmup_rounds=1)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Allocator, axes) of a preset."""
+    if preset == "smoke":
+        yield "default", {**BASE, "B": 2, "T": 8, "V": 1031}
+        return
+    if device == "cuda":
+        large = {**BASE, "dtype": "bf16", "T": 1024, "V": 128256}
+        yield from (("default", {**large, **more}) for more in (
+            {}, {"masked": 0.5}, {"logits": "peaked"}, {"V": 262144}, {"B": 1, "T": 64}, {"dtype": "fp32", "T": 256},
+        ))  # fmt: skip
+        if preset == "default":
+            return
+    dtypes = ("bf16",) if device == "cuda" else tuple(DTYPES)
+    for dtype in dtypes:
+        base = {**BASE, "dtype": dtype}
+        if device == "cpu":
+            yield "default", base
+            yield "THP", base
+            yield "default", {**base, "masked": 0.5}
+            yield "default", {**base, "logits": "peaked"}
+        T = 16 if device == "cpu" else 256
+        for V in (2688, 8192, *VOCABULARIES):
+            yield "default", {**base, "T": T, "V": V, "sweep": "V"}
+    for T in (2, 8, 32, 128, 200) if device == "cpu" else (8, 32, 128, 512, 1024):
+        yield "default", {**BASE, "dtype": dtypes[0], "T": T, "V": 32000, "sweep": "N"}

@@ -1,222 +1,252 @@
-"""Losses and what they are made of, a subject at a time: ours, the forms in use, and what moving the bytes takes.
+"""Losses and what they are made of: ours, the formula in plain PyTorch, and that compiled.
 
-    python benchmarks/bench_losses.py     # every subject, under both allocators
-    pytest benchmarks/bench_losses.py     # the same rows for pytest-benchmark, under the allocator it starts with
-
-Every row is held against float64 before it is timed. Every round takes all of a subject's rows, in an order of its own,
-so that a drift of the machine's speed reaches all of them alike.
+`fastpref bench losses` measures it; the same rows for pytest-benchmark are in `bench_suite.py`. On a CPU a loss of ours
+is the formula, and what is measured is the price of its checks; on a GPU it is one launch.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import pytest
 import torch
-import typer
-from rich.console import Console
+import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 import fastpref
 from benchmarks import harness, peers
-from benchmarks.harness import ALLOCATORS, Case, Rows, child, interleaved
+from benchmarks.bench_logprobs import ulps
+from benchmarks.harness import MIB, Case, Floor, Options
+from benchmarks.peers import Entry
+from benchmarks.store import Row, Rows
+from fastpref.cli.check.allowance import ulp
+from fastpref.losses import TABLE, Loss
 
-OURS = "fastpref"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """`rows(device, rounds)` checks and times, and fills `COLUMNS`; `verdict(rows)` says what they show."""
-
-    name: str
-    rows: Callable[[str, int], Rows]
-    verdict: Callable[[Rows], list[str]]
-
-
-def timed(rows: dict[str, dict[str, Any]], cases: dict[str, Case], device: str, rounds: int) -> None:
-    """Add to each row its rounds' median, least and most in milliseconds, and the ratio of its median to ours."""
-    seconds = interleaved(cases, rounds, device == "cuda")
-    ours = statistics.median(seconds[OURS])
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        rows[name] |= {"ms": 1e3 * median, "ms_min": 1e3 * min(taken), "ms_max": 1e3 * max(taken)}
-        rows[name]["over_ours"] = median / ours
+STEP, FORWARD = "forward + backward", "forward"
+GAMMA, LAM, BETA = 1.0, 0.95, 0.1
+BYTES = "r + v, r − v"
+GROUPS = "linear_preference_loss"
+MASKS = {"gae": "ragged ends", "gae with holes": "holes too"}
 
 
-# Generalised advantage estimation.
-
-B, T = 512, 2048
-GAMMA, LAM = 1.0, 0.95
-TARGET = 20
-LOOP, TRL = "Python loop over T", "TRL's loop"
-MASKS = ("ragged ends", "holes too")
-Advantages = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
 
 
-def _trl_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The form that TRL's PPO trainer had inline, to 1.12: zeros beyond the end, every column, no hole stepped over."""
-    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
-    last: Tensor | float = 0.0
-    reverse = []
-    for t in range(T - 1, -1, -1):
-        following = values[:, t + 1] if t < T - 1 else 0.0
-        last = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * last
-        reverse.append(last)
-    advantages = torch.stack(reverse[::-1], 1)
-    return advantages, advantages + values
+def _value(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result.loss
 
 
-GAE: dict[str, Advantages] = {
-    OURS: lambda *given: fastpref.gae(*given, gamma=GAMMA, lam=LAM),
-    LOOP: lambda *given: fastpref.reference.gae(*given, gamma=GAMMA, lam=LAM),
-    TRL: _trl_loop,
-}
+class LossProblem:
+    """A loss of `fastpref.losses.TABLE` on B elements, with K answers each where it takes answers."""
 
+    def __init__(self, axes: dict[str, Any], device: str) -> None:
+        self.loss = next(loss for loss in TABLE if loss.name == axes["loss"])
+        tensors, options = self.loss.example(torch.Generator().manual_seed(0), axes["B"])
+        if "K" in axes:
+            generator = torch.Generator().manual_seed(0)
+            ranks = torch.rand(axes["B"], axes["K"], generator=generator).argsort(-1)
+            tensors, options = (torch.randn(axes["B"], axes["K"], generator=generator, dtype=torch.float64), ranks), {}
+        self.options = {**self.loss.options, **{name: self._cast(value, device) for name, value in options.items()}}
+        self.leaves = _leaves([self._cast(tensor, device) for tensor in tensors])
+        self._answer(self.loss.reference)
 
-def gae_inputs(kind: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards and values (B, T), float32; answers of T/4 to T tokens, less a tenth where there are holes."""
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(2, B, T, generator=generator)
-    mask = torch.arange(T) < torch.randint(T // 4, T + 1, (B, 1), generator=generator)
-    if kind == "holes too":
-        mask &= torch.rand(B, T, generator=generator) < 0.9
-    return rewards.to(device), values.to(device), mask.to(device)
-
-
-class Gate:
-    """The float64 answer on given inputs, and how far from it a row may be: 2 × the float32 loop's error + 4 ulp."""
-
-    def __init__(self, given: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.given = given
-        rewards, values, mask = given
-        self.truth = GAE[LOOP](rewards.double(), values.double(), mask)
-        self.limit = [
-            2 * error + 4 * torch.finfo(torch.float32).eps * 2.0 ** math.floor(math.log2(truth.abs().max().item()))
-            for error, truth in zip(self.errors(GAE[LOOP]), self.truth, strict=True)
+    def _answer(self, definition: Callable[..., Any]) -> None:
+        wide = [leaf.detach().double() if leaf.requires_grad else leaf for leaf in self.leaves]
+        self.truth = self._step(definition, _leaves(wide))
+        eager = self._step(definition, self.leaves)
+        self.limits = [
+            2 * (found.double() - truth).abs().max().item() + ulps(truth, torch.float32)
+            for found, truth in zip(eager, self.truth, strict=True)
         ]
 
-    def errors(self, function: Advantages) -> list[float]:
+    @staticmethod
+    def _cast(value: Any, device: str) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value.float() if value.is_floating_point() else value).to(device)
+
+    def _step(self, function: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
+        """The loss, and the gradient of every floating-point argument."""
+        for leaf in leaves:
+            leaf.grad = None
+        loss = _value(function(*leaves, **self.options))
+        loss.backward()
+        # What a formula leaves out has no gradient in eager PyTorch, and one of zeros in a kernel.
+        return [loss.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.requires_grad)]
+
+    def check(self, entry: Entry, function: Callable[..., Any]) -> tuple[Row, list[tuple[float, float]]]:
+        pairs = zip(self._step(function, self.leaves), self.truth, strict=True)
+        value, *gradients = [(found.double() - truth).abs().max().item() for found, truth in pairs]
+        row = {"error": value, "error_gradient": max(gradients)}
+        return row, list(zip((value, *gradients), self.limits, strict=True))
+
+    def settle(self) -> None:
+        self.truth = []
+
+    def cases(self, entry: Entry, function: Callable[..., Any]) -> dict[str, Case]:
+        return {STEP: Case(lambda: self._step(function, self.leaves))}
+
+    def floors(self) -> dict[str, Floor]:
+        return {}
+
+    def work(self, name: str, which: str) -> tuple[float, float, str]:
+        """Every input read and every gradient written."""
+        return sum(2 * leaf.nbytes for leaf in self.leaves if leaf.requires_grad) / 1e9, 0.0, ""
+
+    def made(self, entry: Entry) -> float:
+        return 0.0
+
+
+class GAEProblem:
+    """Generalised advantage estimation on rewards and values (B, T), float32, of answers of T/4 to T tokens."""
+
+    def __init__(self, axes: dict[str, Any], device: str) -> None:
+        B, T = axes["B"], axes["T"]
+        generator = torch.Generator().manual_seed(0)
+        rewards, values = torch.randn(2, B, T, generator=generator)
+        mask = torch.arange(T) < torch.randint(max(T // 4, 1), T + 1, (B, 1), generator=generator)
+        if MASKS[axes["loss"]] == "holes too":
+            mask &= torch.rand(B, T, generator=generator) < 0.9
+        self.given = tuple(tensor.to(device) for tensor in (rewards, values, mask))
+        wide = (rewards.double(), values.double(), mask)
+        self.truth = [tensor.to(device) for tensor in fastpref.reference.gae(*wide, gamma=GAMMA, lam=LAM)]
+        eager = self._errors(lambda *given: fastpref.reference.gae(*given, gamma=GAMMA, lam=LAM))
+        self.limits = [
+            2 * off + ulps(truth, torch.float32) for off, truth in zip(eager, self.truth, strict=True)
+        ]  # fmt: skip
+
+    def _errors(self, function: Callable[..., Any]) -> list[float]:
         mask = self.given[2]
         pairs = zip(function(*self.given), self.truth, strict=True)
         return [(found.double() - truth).masked_fill(~mask, 0).abs().max().item() for found, truth in pairs]
 
-    def check(self, function: Advantages) -> dict[str, float]:
-        """A row's errors, as its fields; raises where one is above its limit."""
-        errors = self.errors(function)
-        for name, error, limit in zip(("advantages", "returns"), errors, self.limit, strict=True):
-            if not error <= limit:
-                raise ValueError(f"{name} off by {error:.1e}, more than {limit:.1e}: not timed")
-        return {"error_advantages": errors[0], "error_returns": errors[1]}
+    def check(self, entry: Entry, function: Callable[..., Any]) -> tuple[Row, list[tuple[float, float]]]:
+        errors = self._errors(function)
+        return {"error": max(errors)}, list(zip(errors, self.limits, strict=True))
+
+    def settle(self) -> None:
+        self.truth = []
+
+    def cases(self, entry: Entry, function: Callable[..., Any]) -> dict[str, Case]:
+        return {FORWARD: Case(lambda: function(*self.given))}
+
+    def floors(self) -> dict[str, Floor]:
+        """Two passes that read what must be read, but for the mask, and write what must be written."""
+        rewards, values, _ = self.given
+        return {BYTES: Floor(Case(lambda: (rewards + values, rewards - values)), self.work("", FORWARD)[0])}
+
+    def work(self, name: str, which: str) -> tuple[float, float, str]:
+        """Rewards, values and mask read, advantages and returns written; a product and two sums each."""
+        rewards = self.given[0]
+        return rewards.numel() * (4 * 4 + 1) / 1e9, 5 * rewards.numel() / 1e9, BYTES
+
+    def made(self, entry: Entry) -> float:
+        return 2 * self.given[0].nbytes / MIB
 
 
-def gae_floor(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two passes that read what must be read, but for the mask, and write what must be written."""
-    return rewards + values, rewards - values
+def first_against_rest(logps: Tensor) -> Tensor:
+    """(G, K) log-probs -> (G,): the first answer of each group is to beat the mean of the others."""
+    return -F.logsigmoid(BETA * (logps[:, 0] - logps[:, 1:].mean(-1)))
 
 
-def gae_rows(device: str, rounds: int) -> Rows:
-    """Ours, the loops and the floor, for both masks."""
-    found = []
-    for kind in MASKS:
-        given = gae_inputs(kind, device)
-        gate = Gate(given)
-        names = [name for name in GAE if name != TRL or kind == "ragged ends"]
-        rows: dict[str, dict[str, Any]] = {name: gate.check(GAE[name]) for name in names}
-        cases = {name: Case(lambda function=GAE[name], given=given: function(*given)) for name in names}
-        rows["r + v, r − v"], cases["r + v, r − v"] = {}, Case(lambda given=given: gae_floor(*given))
-        timed(rows, cases, device, rounds)
-        found += [{"name": name, "mask": kind, "shape": f"{B}×{T}", **row} for name, row in rows.items()]
+class GroupsProblem(LossProblem):
+    """`linear_preference_loss` on B groups of K answers of T tokens, from hidden states: the products are N·V·H."""
+
+    def __init__(self, axes: dict[str, Any], device: str) -> None:
+        B, T, V, H, K = (axes[name] for name in "BTVHK")
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(B * K, T, H, generator=generator)
+        weight = torch.randn(V, H, generator=generator) * 3 / H**0.5
+        self.labels = torch.randint(V, (B * K, T), generator=generator).to(device)
+        self.options = {"loss_fn": first_against_rest, "group_size": K, "shift": False}
+        self.leaves = _leaves([hidden.to(device), weight.to(device)])
+        self._answer(fastpref.reference.linear_preference_loss)
+        # Eager's sums of one example may be lucky: what rounding a sequence's to float32 does to the loss is allowed.
+        inputs = (self.leaves[0], self.leaves[1], self.labels)
+        sums = fastpref.reference.linear_sequence_logprobs(*inputs, shift=False).abs().max().item()
+        self.limits = [limit + 2 * BETA * ulp(torch.float32, sums) for limit in self.limits]
+
+    def _step(self, function: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
+        return super()._step(lambda hidden, weight, **options: function(hidden, weight, self.labels, **options), leaves)
+
+    def work(self, name: str, which: str) -> tuple[float, float, str]:
+        """Operands read, gradients written; the logits and two gradients."""
+        hidden, weight = self.leaves
+        return 2 * (hidden.nbytes + weight.nbytes) / 1e9, 6 * self.labels.numel() * weight.numel() / 1e9, ""
+
+    def made(self, entry: Entry) -> float:
+        return sum(leaf.nbytes for leaf in self.leaves) / MIB
+
+
+def _gae_entries(ragged: bool) -> list[Entry]:
+    def called(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: function(*given, gamma=GAMMA, lam=LAM)
+
+    found = [
+        Entry("fastpref", lambda: called(fastpref.gae), "fastpref"),
+        Entry("Python loop over T", lambda: called(fastpref.reference.gae)),
+    ]
+    if ragged:
+        found.append(Entry("TRL's loop", lambda: called(peers.trl_gae), "trl"))
     return found
 
 
-def gae_verdict(rows: Rows) -> list[str]:
-    """Ours against the loop, for every mask and allocator."""
-    lines = []
-    for row in rows:
-        if row["name"] in (LOOP, TRL):
-            ratio, where = row["over_ours"], f"{row['mask']}, {row.get('allocator', row['device'])}"
-            target = ""
-            if row["name"] == LOOP and row["mask"] == "ragged ends" and row["device"] == "cpu":
-                target = f" (target >= {TARGET}): {'met' if ratio >= TARGET else 'missed'}"
-            lines.append(f"gae, {where}: {row['name']} over fastpref: {ratio:.1f}{target}")
-    return lines
+def _loss_entries(loss: Loss) -> list[Entry]:
+    return [
+        Entry("fastpref", lambda: loss.function, "fastpref"),
+        Entry("the formula", lambda: loss.reference),
+        Entry("torch.compile of the formula", lambda: torch.compile(loss.reference), compiles=True),
+    ]
 
 
-SUBJECTS = (Subject("gae", gae_rows, gae_verdict),)
-
-# Heading, field, how it is written.
-COLUMNS = (
-    ("", "name", "{}"), ("subject", "subject", "{}"), ("shape", "shape", "{}"), ("mask", "mask", "{}"),
-    ("allocator", "allocator", "{}"), ("ms", "ms", "{:.2f}"), ("× ours", "over_ours", "{:.2f}"),
-    ("error of advantages", "error_advantages", "{:.1e}"), ("of returns", "error_returns", "{:.1e}"),
-)  # fmt: skip
-
-
-def measured(name: str, device: str, rounds: int) -> Rows:
-    """A subject's rows and what they depend on; on the CPU, meant for a process of its own."""
-    subject = next(subject for subject in SUBJECTS if subject.name == name)
-    known = {"device": device, "rounds": rounds, **peers.provenance()}
-    return [{"subject": name, **row, **known} for row in subject.rows(device, rounds)]
-
-
-def cpu_rows(rounds: int, console: Console) -> Rows:
-    """Every subject under every allocator, each in a process of its own."""
-    found: Rows = []
-    for allocator, environment in ALLOCATORS.items():
-        for subject in SUBJECTS:
-            console.print(f"[dim]{subject.name}, {allocator} allocator")
-            with child(environment) as pool:
-                rows = pool.submit(measured, subject.name, "cpu", rounds).result()
-            found += [{**row, "allocator": allocator} for row in rows]
-    return found
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the CSV and the markdown table")] = Path("benchmarks/results"),
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds over all rows of a subject")] = 15,
-) -> None:
-    """Measure on this machine's CPU, and on its GPU where there is one."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-
-    def report(rows: Rows, title: str, path: Path) -> None:
-        notes = [
-            line
-            for subject in SUBJECTS
-            for line in subject.verdict([row for row in rows if row["subject"] == subject.name])
+def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
+    """Ours and the peers, of one loss."""
+    if axes["loss"] in MASKS:
+        return _gae_entries(MASKS[axes["loss"]] == "ragged ends")
+    if axes["loss"] == GROUPS:
+        return [
+            Entry("fastpref", lambda: fastpref.linear_preference_loss, "fastpref"),
+            Entry("the formula", lambda: fastpref.reference.linear_preference_loss),
         ]
-        harness.show(rows, COLUMNS, notes, title, console)
-        harness.write(rows, COLUMNS, notes, path, title)
-
-    report(cpu_rows(rounds, console), f"Losses, {torch.get_num_threads()} threads", out / "losses")
-    if torch.cuda.is_available():
-        rows = [row for subject in SUBJECTS for row in measured(subject.name, "cuda", rounds)]
-        report(rows, f"Losses, {torch.cuda.get_device_name()}", out / "losses_gpu")
+    found = _loss_entries(next(loss for loss in TABLE if loss.name == axes["loss"]))
+    return found if axes.get("sweep", "") == "" and axes["loss"] in COMPILED else found[:2]
 
 
-@pytest.fixture(scope="module", params=MASKS)
-def gae_gate(request: pytest.FixtureRequest) -> Gate:
-    return Gate(gae_inputs(request.param))
+def problem(axes: dict[str, Any], device: str) -> LossProblem | GAEProblem:
+    """The inputs of one loss, and its answer."""
+    kind = GAEProblem if axes["loss"] in MASKS else GroupsProblem if axes["loss"] == GROUPS else LossProblem
+    return kind(axes, device)
 
 
-@pytest.mark.parametrize("name", [OURS, LOOP])
-def test_gae(name: str, gae_gate: Gate, benchmark: Any) -> None:
-    benchmark.extra_info.update(gae_gate.check(GAE[name]))
-    benchmark.pedantic(GAE[name], gae_gate.given, rounds=10, warmup_rounds=2)
+def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
+    """The rows of one loss."""
+    return harness.measured(problem(axes, device), entries(options, axes), device, options, say)
 
 
-def test_gae_of_trl(benchmark: Any) -> None:
-    gate = Gate(gae_inputs("ragged ends"))
-    benchmark.extra_info.update(gate.check(GAE[TRL]))
-    benchmark.pedantic(GAE[TRL], gate.given, rounds=10, warmup_rounds=2)
+# Seconds of compilation each: one of pairs, one of answers.
+COMPILED = ("dpo_loss:sigmoid", "ranking_loss")
+BASE = {"loss": "dpo_loss:sigmoid", "dtype": "fp32", "B": 512}
+AXES = ("loss", "dtype", "B", "T", "K")  # those that a loss has
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Allocator, axes) of a preset."""
+    gae = {"loss": "gae", "dtype": "fp32", "B": 512, "T": 2048}
+    if preset == "smoke":
+        yield "default", {**gae, "B": 4, "T": 32}
+        yield "default", {**BASE, "loss": "ranking_loss", "B": 4}
+        return
+    yield "default", gae
+    yield "default", {**gae, "loss": "gae with holes"}
+    if device == "cpu":
+        yield "THP", gae
+    for loss in TABLE:
+        yield "default", {**BASE, "loss": loss.name}
+    for T in (40, 128, 400, 1280, 4096):
+        yield "default", {**gae, "B": 256, "T": T, "sweep": "T"}
+    for name in ("ranking_loss", "plackett_luce_loss"):
+        for K in (2, 4, 8, 16, 32, 64):  # the most answers of one prompt
+            yield "default", {**BASE, "loss": name, "B": 256, "K": K, "sweep": "K"}
+    for K in (2, 8, 32, 96, 200):
+        yield "default", {**BASE, "loss": GROUPS, "B": 2, "T": 8, "V": 4096, "H": 128, "K": K, "sweep": "K"}

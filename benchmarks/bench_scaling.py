@@ -1,37 +1,35 @@
 """A vocabulary over one rank and over two: time, bytes on the wire and memory a rank, beside what they should be.
 
-    python benchmarks/bench_scaling.py [--out FOLDER] [--rounds N]
-
-Ranks are processes of one thread on this machine, and the wire is its loopback device, whose counter is read: what
-gloo adds to its payload, and the acknowledgements, are in it.
+`fastpref bench scaling` measures it. Ranks are processes of one thread on this machine, and the wire is its loopback
+device, whose counter is read: what gloo adds to its payload, and the acknowledgements, are in it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
-from rich.console import Console
-from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 import fastpref
-from benchmarks import harness
-from benchmarks.harness import DTYPES
+from benchmarks import harness, machine
+from benchmarks.harness import DTYPES, Options
+from benchmarks.peers import Entry
+from benchmarks.store import Row, Rows
 
-B, T, H, V = 4, 256, 512, 65537  # half of the tokens scored; no even number of columns
+BASE = {"dtype": "fp32", "B": 4, "T": 256, "V": 65537, "H": 512, "masked": 0.5}  # no even number of columns
+AXES = tuple(BASE)
+ROUNDS = 5
 RANKS = (1, 2)
 FORMS = ("logits", "save", "recompute", "linear_dpo_loss")
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -40,14 +38,16 @@ LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 class Problem:
     """A step of this rank: its columns of the vocabulary, and what every rank has."""
 
-    def __init__(self, form: str, dtype: torch.dtype) -> None:
+    def __init__(self, form: str, axes: Row) -> None:
+        B, T, V, H = (axes[name] for name in "BTVH")
+        dtype, self.width = DTYPES[axes["dtype"]], H
         ranks, rank = dist.get_world_size(), dist.get_rank()
         generator = torch.Generator().manual_seed(0)
         size = -(-V // ranks)
         self.columns = min(size, V - rank * size)
         self.hidden = torch.randn(B, T, H, generator=generator).to(dtype).requires_grad_()
         self.labels = torch.randint(V, (B, T), generator=generator)
-        self.labels[:, 1 : T // 2 + 1] = -100
+        self.labels[:, 1 : int(T * axes["masked"]) + 1] = -100
         self.weight = (torch.randn(self.columns, H, generator=generator) / 16).to(dtype).requires_grad_()
         self.scored = int((self.labels[:, 1:] != -100).sum())
         self.form = form
@@ -66,7 +66,7 @@ class Problem:
             loss = fastpref.token_logprobs(self.leaf, self.labels, **self.group).sum()
         elif self.form == "linear_dpo_loss":
             loss = fastpref.linear_dpo_loss(
-                self.hidden, self.weight, self.labels, *torch.zeros(B).chunk(2), **self.group
+                self.hidden, self.weight, self.labels, *torch.zeros(len(self.labels)).chunk(2), **self.group
             ).loss  # fmt: skip
         else:
             loss = fastpref.linear_token_logprobs(
@@ -80,7 +80,7 @@ class Problem:
         """Bytes of this rank's contributions to a step's all-reduces, after the formulas of docs/scaling.md."""
         if not self.group:
             return 0
-        return 24 * self.scored + (0 if self.form == "logits" else 4 * self.scored * H)
+        return 24 * self.scored + (0 if self.form == "logits" else 4 * self.scored * self.width)
 
     def gradients(self) -> int:
         """Bytes of the gradients a step makes."""
@@ -104,78 +104,83 @@ def counted(run: Callable[[], object]) -> int:
     return found
 
 
-def work(out: Path, rounds: int) -> None:
-    """What each rank does: every form in both dtypes; the first writes down what was found."""
+def work(out: str, given: str, rounds: str) -> None:
+    """What each rank does: every form in turn; the first writes down what was found."""
+    axes: Row = json.loads(given)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rows = []
-    for name in DTYPES:
-        for form in FORMS:
-            problem = Problem(form, DTYPES[name])
-            problem.step()
-            payload = counted(problem.step)
-            fastpref.release_memory()
-            dist.barrier()
-            peak = harness.peak_bytes(problem.step) - problem.gradients()
-            dist.barrier()
-            wire, seconds = int(LOOPBACK.read_text()), []
-            for _ in range(rounds):
-                dist.barrier()
-                start = time.perf_counter()
-                problem.step()
-                seconds.append(time.perf_counter() - start)
-            dist.barrier()
-            wire = int(LOOPBACK.read_text()) - wire
-            own = {"payload": payload, "expected": problem.payload(), "peak": peak, "seconds": seconds}
-            ranks: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, own)
-            rows.append({
-                "name": form, "dtype": name, "ranks": len(ranks), "scored": problem.scored,
-                # A step is as slow as its slowest rank.
-                "ms": 1e3 * statistics.median(max(times) for times in zip(*(r["seconds"] for r in ranks), strict=True)),
-                "payload_kib": payload / 2**10, "expected_kib": problem.payload() / 2**10,
-                # A ring of two sends each rank's payload once; what the loopback counts is both ranks'.
-                "wire_kib": wire / rounds / len(ranks) / 2**10,
-                "peak_mib": max(r["peak"] for r in ranks) / harness.MIB,
-            })  # fmt: skip
+    rows = [_measured(form, axes, int(rounds)) for form in FORMS]
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(rows))
+        Path(out).write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
 
-COLUMNS = (
-    ("", "name", "{}"), ("dtype", "dtype", "{}"), ("ranks", "ranks", "{}"), ("ms", "ms", "{:.0f}"),
-    ("× one rank", "speedup", "{:.2f}"), ("KiB given to all-reduces a rank", "payload_kib", "{:.1f}"),
-    ("by the formula", "expected_kib", "{:.1f}"), ("KiB on the wire a rank", "wire_kib", "{:.0f}"),
-    ("MiB a rank beyond gradients", "peak_mib", "{:.0f}"),
-)  # fmt: skip
+def _measured(form: str, axes: Row, rounds: int) -> Row:
+    """A form's row, on every rank the same."""
+    problem = Problem(form, axes)
+    problem.step()
+    payload = counted(problem.step)
+    dist.barrier()
+    peak = harness.peak_bytes(problem.step, "cpu")
+    dist.barrier()
+    wire, seconds = int(LOOPBACK.read_text()), []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        problem.step()
+        seconds.append(time.perf_counter() - start)
+    dist.barrier()
+    wire = int(LOOPBACK.read_text()) - wire
+    own = {"peak": (peak or 0) - problem.gradients(), "seconds": seconds}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {
+        "name": form, "ranks": len(ranks), "scored": problem.scored,
+        # A step is as slow as its slowest rank.
+        **harness.statistics_of([max(times) for times in zip(*(r["seconds"] for r in ranks), strict=True)]),
+        "payload_kib": payload / 2**10, "expected_kib": problem.payload() / 2**10,
+        # A ring of two sends each rank's payload once; what the loopback counts is both ranks'.
+        "wire_kib": wire / rounds / len(ranks) / 2**10,
+        "peak_mib": max(r["peak"] for r in ranks) / harness.MIB,
+    }  # fmt: skip
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the CSV and the markdown table")] = Path("benchmarks/results"),
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of every row")] = 9,
-) -> None:
-    """Measure on this machine's CPU."""
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    rows: harness.Rows = []
+def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
+    """Ours, and nobody's beside it."""
+
+    def unused() -> Callable[..., Any]:
+        raise TypeError("a rank is a process, not a function")
+
+    return [Entry(form, unused, "fastpref") for form in FORMS]
+
+
+def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
+    """The rows of one dtype, on one rank and on two. A payload that its formula has not is a failure of ours."""
+    rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in track(RANKS, description="Ranks", console=console):
+        for ranks in RANKS:
+            say("on", f"{ranks} ranks")
             found = Path(folder) / f"{ranks}.json"
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command = [sys.executable, *launch, __file__, str(found), str(rounds)]
+            given = [str(found), json.dumps(axes), str(options.rounds or ROUNDS)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, env=environment, check=True)
+            subprocess.run([sys.executable, *launch, __file__, *given], env=environment, check=True)
             rows += json.loads(found.read_text())
-    one = {(row["name"], row["dtype"]): row["ms"] for row in rows if row["ranks"] == 1}
     for row in rows:
-        row["speedup"] = one[row["name"], row["dtype"]] / row["ms"]
-    off = [row for row in rows if row["payload_kib"] != row["expected_kib"]]
-    notes = [f"Payloads as the formulas have them: {'every one' if not off else f'not those of {off}'}."]
-    title = f"Forward + backward, B={B}, T={T}, half of the tokens scored, H={H}, V={V}, one thread a rank, gloo"
-    harness.show(rows, COLUMNS, notes, title, console)
-    harness.write(rows, COLUMNS, notes, out / "scaling", title)
+        row |= {"pass": "forward + backward", "package": "fastpref", "version": machine.package_version("fastpref")}
+        row["gate"] = "within"
+        if row["payload_kib"] != row["expected_kib"]:
+            row |= {"gate": "failed", "problem": f"gives {row['payload_kib']} KiB, not {row['expected_kib']}"}
+    return rows
+
+
+def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Allocator, axes) of a preset."""
+    if device == "cpu":
+        for dtype in DTYPES if preset != "smoke" else ("fp32",):
+            yield "default", {**BASE, "dtype": dtype, **({"T": 16, "V": 1031, "H": 32} if preset == "smoke" else {})}
 
 
 if __name__ == "__main__":
-    typer.run(work if "RANK" in os.environ else main)
+    work(*sys.argv[1:])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import peers
+from benchmarks import machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,4 +15,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.update(peers.provenance())
+    machine_info.update(machine.provenance("cpu"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shapes", default="default", help="smoke, default, full or axes, as of fastpref bench")

@@ -1,17 +1,16 @@
 """What we are measured against, and how each is called. The one file that names a peer.
 
-A function imports its peer when it is called, so that one which is not installed is a row that says so.
+A function imports its peer when it is called, so that one which is not installed is a row that says so. A file of your
+own with entries in the lists `LOGPROBS` and `LINEAR` joins them: `fastpref bench --peer-file FILE`.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
+import importlib.util
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,69 +18,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "quack-kernels")
-
-
-def provenance() -> dict[str, str]:
-    """What a figure depends on: commit, processor, threads, allocator and the version of every package."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "commit": described.stdout.strip() or "unknown",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-# Log-probs of logits (B, T, V) and labels (B, T), aligned: (B, T), or their sum where a peer is at its best so.
-Function = Callable[[Tensor, Tensor], Tensor]
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`load` imports and returns the function; ImportError makes it a row that says what is missing."""
+    """One row of a subject.
+
+    Attributes:
+        name: the row's.
+        load: imports and returns the function; what it raises is the row, with the reason.
+        package: what its version is looked up under.
+        answers: what the function returns: "logps" of every position, or of the scored ones in order, "sum" of them, or
+            the DPO "loss" of the two halves of a batch, β = 0.1, without a reference.
+        in_place: overwrites the logits.
+        compiles: is compiled for the shapes that it is called with.
+        devices: where it runs.
+    """
 
     name: str
-    load: Callable[[], Function]
-    in_place: bool = False  # overwrites the logits
-    compiles: bool = False  # is compiled for the shape it is first called with
+    load: Callable[[], Callable[..., Tensor]]
+    package: str = "torch"
+    answers: str = "logps"
+    in_place: bool = False
+    compiles: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is held to our own limits, and fails the run beyond them."""
+        return self.package == "fastpref"
+
+
+# From logits (B, T, V) and labels (B, T), aligned, −100 where nothing is scored. What is returned there does not count:
+# its upstream gradient is 0.
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
 
 
-def _compiled() -> Function:
+def _compiled() -> Callable[..., Tensor]:
     return torch.compile(eager)
 
 
-def _trl() -> Function:
+def _trl() -> Callable[..., Tensor]:
     from trl.trainer.utils import selective_log_softmax
 
-    return selective_log_softmax
+    return lambda logits, labels: selective_log_softmax(logits, labels.clamp(min=0))
 
 
-def _liger() -> Function:
+def _liger() -> Callable[..., Tensor]:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     # Without a reduction its backward is a pass of its own, so the sum is its best.
     return lambda logits, labels: -liger_cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")  # type: ignore[operator]
 
 
-def _quack(in_place: bool) -> Function:
+def _fla() -> Callable[..., Tensor]:
+    from fla.modules.fused_cross_entropy import cross_entropy_loss  # type: ignore[import-not-found]
+
+    return lambda logits, labels: -cross_entropy_loss(logits.flatten(0, -2), labels.flatten())[0].view_as(labels)
+
+
+def _quack(in_place: bool) -> Callable[..., Tensor]:
     from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
 
     def logprobs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -93,84 +97,136 @@ def _quack(in_place: bool) -> Function:
     return logprobs
 
 
-PYTORCH = (
+GPU = ("cuda",)
+LOGPROBS = [
     Entry("log_softmax + gather", lambda: eager),
     Entry("F.cross_entropy", lambda: _cross_entropy),
-    Entry("torch.compile", _compiled, compiles=True),
-)
-TRL = Entry("TRL selective_log_softmax", _trl)
-CPU = (*PYTORCH, TRL)
-GPU = (
-    *PYTORCH,
-    TRL,
-    Entry("Liger cross_entropy", _liger, in_place=True),
-    Entry("quack cross_entropy", lambda: _quack(False)),
-    Entry("quack cross_entropy, in place", lambda: _quack(True), in_place=True),
-)
+    Entry("torch.compile of eager", _compiled, compiles=True),
+    Entry("TRL selective_log_softmax", _trl, "trl"),
+    Entry("Liger cross_entropy", _liger, "liger-kernel", "sum", in_place=True, devices=GPU),
+    Entry("flash-linear-attention cross_entropy", _fla, "fla-core", devices=GPU),
+    Entry("quack cross_entropy", lambda: _quack(False), "quack-kernels", devices=GPU),
+    Entry("quack cross_entropy, in place", lambda: _quack(True), "quack-kernels", in_place=True, devices=GPU),
+]
 
 
-# From hidden (B, T, H), weight (V, H) and labels (B, T), aligned: log-probs of the scored rows, in order; or, a scalar,
-# the DPO loss of the two halves, β = 0.1, without a reference.
-LinearFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class LinearEntry:
-    """`load` imports and returns the function; ImportError makes it a row that says what is missing."""
-
-    name: str
-    load: Callable[[], LinearFunction]
-    compiles: bool = False  # is compiled for the shape it is first called with
+# From hidden (B, T, H), weight (V, H) and labels (B, T), aligned.
 
 
 def linear_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Logits of every position, as a model's head gives them, widened before the log-sum."""
     logps = (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return logps[labels != -100]
+    return logps[labels != IGNORED]
 
 
 def _linear_compacted(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    scored = labels != -100
+    scored = labels != IGNORED
     return (hidden[scored] @ weight.T).float().log_softmax(-1).gather(-1, labels[scored][:, None])[:, 0]
 
 
-def _linear_trl() -> LinearFunction:
+def _linear_trl() -> Callable[..., Tensor]:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        scored = labels != -100
+        scored = labels != IGNORED
         arguments = (hidden[scored], weight, None, labels[scored], 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
         return ChunkedLogProbFunction.apply(*arguments)[0]  # type: ignore[index]
 
     return logprobs
 
 
-def _linear_pytorch() -> LinearFunction:
+def _linear_pytorch() -> Callable[..., Tensor]:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError("this torch has no linear_cross_entropy")
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        scored = labels != -100
+        scored = labels != IGNORED
         return -F.linear_cross_entropy(hidden[scored], weight, labels[scored], reduction="none")
 
     return logprobs
 
 
-def _linear_liger() -> LinearFunction:
+def _linear_liger() -> Callable[..., Tensor]:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)
     return lambda hidden, weight, labels: loss(weight, hidden, labels)[0]
 
 
-LINEAR = (
-    LinearEntry("eager", lambda: linear_eager),
-    LinearEntry("eager, scored rows", lambda: _linear_compacted),
-    LinearEntry("TRL chunked log-probs, scored rows", _linear_trl),
-    LinearEntry("F.linear_cross_entropy, scored rows", _linear_pytorch),
-    LinearEntry("Liger linear DPO loss", _linear_liger, compiles=True),
-)
+def _linear_cce(filter_eps: float | str | None) -> Callable[..., Tensor]:
+    from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        scored = labels != IGNORED
+        losses = linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=filter_eps)
+        return -losses[scored]
+
+    return logprobs
+
+
+def _linear_fla() -> Callable[..., Tensor]:
+    from fla.modules.fused_linear_cross_entropy import (  # type: ignore[import-not-found]
+        fused_linear_cross_entropy_loss,
+    )
+
+    def total(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -fused_linear_cross_entropy_loss(hidden.flatten(0, 1), labels.flatten(), weight, reduction="sum")
+
+    return total
+
+
+def _linear_quack() -> Callable[..., Tensor]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy  # type: ignore[import-not-found]
+
+    def total(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), reduction="sum")
+
+    return total
+
+
+LINEAR = [
+    Entry("eager", lambda: linear_eager),
+    Entry("eager, scored rows", lambda: _linear_compacted),
+    Entry("TRL chunked log-probs, scored rows", _linear_trl, "trl"),
+    Entry("F.linear_cross_entropy, scored rows", _linear_pytorch),
+    Entry("Liger linear DPO loss", _linear_liger, "liger-kernel", "loss", compiles=True),
+    Entry("CCE", lambda: _linear_cce("high"), "cut-cross-entropy", devices=GPU),
+    Entry("CCE, exact", lambda: _linear_cce(None), "cut-cross-entropy", devices=GPU),
+    Entry("flash-linear-attention linear CE", _linear_fla, "fla-core", "sum", devices=GPU),
+    Entry("quack linear CE", _linear_quack, "quack-kernels", "sum", devices=GPU),
+]
+
+
+# The parts of a step that work on small tensors.
+
+
+def trl_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The form that TRL's PPO trainer had inline, to 1.12: zeros beyond the end, every column, no hole stepped over."""
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    last: Tensor | float = 0.0
+    reverse = []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        following = values[:, t + 1] if t < rewards.shape[1] - 1 else 0.0
+        last = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * last
+        reverse.append(last)
+    advantages = torch.stack(reverse[::-1], 1)
+    return advantages, advantages + values
+
+
+def joined(file: Path | None) -> dict[str, list[Entry]]:
+    """The peers of every subject, with those of a file: a Python module whose LOGPROBS or LINEAR hold entries."""
+    found = {"logprobs": list(LOGPROBS), "linear": list(LINEAR)}
+    if file is None:
+        return found
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for subject, entries in found.items():
+        entries += getattr(module, subject.upper(), [])
+    return found
 
 
 def dpo_trainer(
@@ -184,7 +240,7 @@ def dpo_trainer(
     from fastpref.integrations.trl import FastDPOTrainer
 
     arguments = DPOConfig(
-        output_dir=folder, use_cpu=True, gradient_checkpointing=False, logging_steps=1, report_to="none",
+        output_dir=folder, gradient_checkpointing=False, logging_steps=1, report_to="none",
         save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", **settings,
     )  # fmt: skip
     return (FastDPOTrainer if fast else DPOTrainer)(

@@ -1,19 +1,24 @@
 """Writes the tables that documents hold between two comments, from where their rows are stated.
 
-Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests; that
-of `scaling.md` from what was measured.
+Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests; those
+of figures, in the README and `scaling.md`, from what was measured.
 
 python docs/tables.py
 """
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
+
+from benchmarks import suite
+from benchmarks.report import data, tables
 from fastpref.losses import RLHF, TABLE, Entry, Loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,38 +77,46 @@ def compatibility() -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def scaling() -> str:
-    """What one rank and two take for each form of a step, as it was measured."""
-    heading = ("", "dtype", "ms, one rank", "two", "KiB given to all-reduces", "on the wire", "MiB, one rank", "two")
-    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "scaling.csv").read_text().splitlines()))
-    for one in (row for row in rows if row["ranks"] == "1"):
-        (two,) = (row for row in rows if row["ranks"] == "2" and all(row[k] == one[k] for k in ("name", "dtype")))
-        fields = [(row, "ms") for row in (one, two)] + [(two, "payload_kib"), (two, "wire_kib")]
-        fields += [(row, "peak_mib") for row in (one, two)]
-        cells = [one["name"], one["dtype"], *(f"{float(row[field]):.0f}" for row, field in fields)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def measured(make: Callable[[Any], str], device: str = "cpu") -> Callable[[], str]:
+    """A table of the figures of the machine with most of them; a sentence where there is none."""
+
+    def text() -> str:
+        found = [machine for machine in data.machines(suite.RESULTS) if machine.device == device]
+        if not found:
+            return "Not measured yet.\n"
+        return make(max(found, key=lambda machine: len(machine.rows)))
+
+    return text
 
 
-# What is made of which table, and the table's name in the comments around it.
-FILES = {
-    ROOT / "README.md": ("losses", names),
-    ROOT / "docs" / "losses.md": ("losses", formulas),
-    ROOT / "docs" / "compatibility.md": ("compatibility", compatibility),
-    ROOT / "docs" / "scaling.md": ("scaling", scaling),
+# The tables of every document, by the name in the comments around each.
+FILES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {
+        "losses": names,
+        "logprobs": measured(tables.readme_logprobs),
+        "linear": measured(tables.readme_linear),
+        "trainers": measured(tables.readme_trainers),
+        "gae": measured(tables.gae),
+    },
+    ROOT / "docs" / "index.md": {"memory": measured(tables.memory)},
+    ROOT / "docs" / "losses.md": {"losses": formulas},
+    ROOT / "docs" / "kernels" / "gae.md": {"gae": measured(tables.gae)},
+    ROOT / "docs" / "compatibility.md": {"compatibility": compatibility},
+    ROOT / "docs" / "scaling.md": {"scaling": measured(tables.scaling)},
 }
 
 
 def updated(path: Path) -> str:
-    """A file's text with its table as it is now."""
-    name, make = FILES[path]
-    begin, end = f"<!-- {name}: made by docs/tables.py -->", f"<!-- end of {name} -->"
+    """A file's text with its tables as they are now."""
     text = path.read_text()
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    if len(re.findall(pattern, text, re.DOTALL)) != 1:
-        raise ValueError(f"{path} must hold one table, between {begin!r} and {end!r}")
-    return re.sub(pattern, lambda _: f"{begin}\n\n{make()}\n{end}", text, flags=re.DOTALL)
+    for name, make in FILES[path].items():
+        begin, end = f"<!-- {name}: made by docs/tables.py -->", f"<!-- end of {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        if len(re.findall(pattern, text, re.DOTALL)) != 1:
+            raise ValueError(f"{path} must hold one table, between {begin!r} and {end!r}")
+        made = f"{begin}\n\n{make()}\n{end}"
+        text = re.sub(pattern, lambda _, made=made: made, text, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""A process that measures one point after another, so that whatever a peer does to it is a row and not the end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.harness import Options
+from benchmarks.store import Rows
+
+# So many entries may end their process, or so often one may, before a point is given up.
+ATTEMPTS = 4
+PATIENCE = 20  # seconds
+Measure = Callable[[dict[str, Any], str, Options, Callable[..., None]], Rows]
+
+
+class PointError(RuntimeError):
+    """A point that cannot be measured at all; says why."""
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables of processes started within it: PyTorch's allocator reads its own once, at the start."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked: it ends this process with what it waits for
+    warnings.simplefilter("ignore")  # peers warn
+    while True:
+        try:
+            measure, axes, device, options = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("rows", measure(axes, device, options, lambda *said: pipe.send(said))))
+        except Exception:
+            if device == "cuda" and not _device_works():
+                os._exit(1)
+            pipe.send(("failed", traceback.format_exc()))
+
+
+def _device_works() -> bool:
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+class Worker:
+    """Starts its process when it is first needed, and again after one was ended."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.variables = variables
+        self._process: Any = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._process is None:
+            return
+        self._pipe.close()  # it then has nothing more to do
+        if kind is None:
+            self._process.join(PATIENCE)
+        self._process.terminate()
+        self._process.join()
+        self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # Not a daemon: a subject may start processes of its own.
+        self._process = context.Process(target=_serve, args=(theirs,))
+        with environment(self.variables):
+            self._process.start()
+        theirs.close()
+
+    def _ending(self) -> str:
+        """How the process ended, of which nothing is left then."""
+        process, self._process = self._process, None
+        self._pipe.close()
+        process.join()
+        code = process.exitcode
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+
+    def rows(
+        self, measure: Measure, axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]
+    ) -> Rows:
+        """A point's rows. An entry that ends the process is left out of the next attempt, with that as its problem.
+
+        Raises:
+            PointError: what failed is no entry, or entry after entry ended the process.
+        """
+        for _ in range(ATTEMPTS):
+            if self._process is None:
+                self._start()
+            on = ""
+            try:
+                self._pipe.send((measure, axes, device, options))
+                while True:
+                    kind, *content = self._pipe.recv()
+                    if kind == "rows":
+                        return content[0]
+                    if kind == "failed":
+                        print(content[0], file=sys.stderr)
+                        raise PointError(content[0].strip().splitlines()[-1])
+                    if kind == "on":
+                        (on,) = content
+                    say(kind, *content)
+            except (EOFError, ConnectionError):
+                ended = f"ended its process ({self._ending()})"
+                if not on:
+                    raise PointError(f"the process {ended}") from None
+                options = replace(options, without={**options.without, on: ended})
+        raise PointError(f"entries kept ending the process: {', '.join(options.without)}")

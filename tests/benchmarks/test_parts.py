@@ -1,0 +1,230 @@
+"""The suite's parts, on rows made here: what is kept, what is right, how growth is fitted, and what is said of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks import bench_logprobs, harness, machine, peers, report, store, suite
+from benchmarks.report import data, growth, plots, targets
+from benchmarks.worker import PointError, Worker
+
+BASE = {"subject": "logprobs", "name": "fastpref", "package": "fastpref", "device": "cpu", "allocator": "default"}
+
+
+class TestStore:
+    def test_rows_survive_their_file(self, tmp_path: Path) -> None:
+        rows = [{**BASE, "dtype": "fp32", "V": 5, "masked": 0.0, "ms": 1.25, "state": "a", "problem": 'a, "b"\nc'}]
+        store.write(tmp_path / "a.csv", rows)
+        assert store.read(tmp_path / "a.csv") == rows
+        assert store.key(store.read(tmp_path / "a.csv")[0]) == store.key(rows[0])
+
+    def test_a_column_that_is_not_known_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="milliseconds"):
+            store.write(tmp_path / "a.csv", [{**BASE, "milliseconds": 1.0}])
+        assert not (tmp_path / "a.csv").exists()
+
+    def test_a_point_takes_the_place_of_itself(self, tmp_path: Path) -> None:
+        results = store.Results(tmp_path / "a.csv")
+        for V in (1, 2, 3):
+            results.replace(store.key({**BASE, "V": V}), [{**BASE, "V": V, "ms": float(V), "state": "old"}])
+        results.replace(store.key({**BASE, "V": 2}), [{**BASE, "V": 2, "ms": 9.0, "state": "new"}])
+        assert [row["ms"] for row in store.Results(tmp_path / "a.csv").rows] == [1.0, 9.0, 3.0]
+
+    def test_what_is_held(self, tmp_path: Path) -> None:
+        results = store.Results(tmp_path / "a.csv")
+        point = store.key(BASE)
+        results.replace(point, [{**BASE, "name": name, "state": "s"} for name in ("fastpref", "eager")])
+        assert results.holds(point, "s", ["eager"])
+        assert not results.holds(point, "other", ["eager"])
+        assert not results.holds(point, "s", ["eager", "TRL"])
+        assert not results.holds(store.key({**BASE, "V": 1}), "s", ["eager"])
+
+
+class TestState:
+    @pytest.fixture(autouse=True)
+    def forgetful(self) -> Any:
+        for function in (machine._code, machine.state):
+            function.cache_clear()
+        yield
+        for function in (machine._code, machine.state):
+            function.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [
+            ("kernels/fastpref_kernels/cpu/rows.h", True),
+            ("fastpref/logprobs.py", True),
+            ("benchmarks/peers.py", True),
+            ("fastpref/cli/demo/run.py", False),
+            ("benchmarks/report/page.py", False),
+            ("docs/index.md", False),
+        ],
+    )
+    def test_is_of_what_a_measurement_runs(
+        self, name: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "ROOT", tmp_path)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+        before = machine.state("cpu")
+        machine._code.cache_clear()
+        machine.state.cache_clear()
+        path.write_text("2")
+        assert (machine.state("cpu") != before) is changes
+
+    def test_is_of_the_versions(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = machine.state("cpu")
+        machine.state.cache_clear()
+        monkeypatch.setattr(machine, "version", lambda package: "0.0.1")
+        assert machine.state("cpu") != before
+
+
+class TestGate:
+    OURS = peers.Entry("fastpref", lambda: None, "fastpref")  # type: ignore[arg-type,return-value]
+    PEER = peers.Entry("peer", lambda: None)  # type: ignore[arg-type,return-value]
+
+    def test_within(self) -> None:
+        assert harness.judged(self.OURS, [(0.9, 1.0), (0.0, 1.0)]) == "within"
+
+    def test_a_peer_beyond_is_marked(self) -> None:
+        assert harness.judged(self.PEER, [(0.1, 1.0), (9.0, 1.0)]) == "beyond"
+
+    @pytest.mark.parametrize(
+        ("entry", "off"), [(OURS, 1.1), (PEER, 11.0), (PEER, float("nan")), (OURS, float("nan")), (PEER, float("inf"))]
+    )
+    def test_wrong_is_an_error_with_both_figures(self, entry: peers.Entry, off: float) -> None:
+        with pytest.raises(ValueError, match=r"off by .* \(allowed 1.0e\+00\)"):
+            harness.judged(entry, [(off, 1.0)])
+
+    def test_ours_that_is_wrong_fails_the_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By what float32 statistics lose and not by what bf16 eager does, which would let it pass."""
+        axes = {**bench_logprobs.BASE, "dtype": "bf16", "B": 2, "T": 4, "V": 129}
+        rounded = peers.Entry("fastpref", lambda: lambda z, y: peers.eager(z, y).bfloat16(), "fastpref")
+        monkeypatch.setattr(bench_logprobs, "OURS", (rounded,))
+        rows = bench_logprobs.measure(axes, "cpu", harness.Options(rounds=2, peers=()), lambda *_: None)
+        assert [row["gate"] for row in rows if row["package"] == "fastpref"] == ["failed"]
+
+
+class TestShapes:
+    def test_axes_are_multiplied(self) -> None:
+        found = suite.points("logprobs", "cpu", "V=3,5 dtype=bf16 masked=0,0.5 allocator=THP")
+        assert [(dict(p.axes)["V"], dict(p.axes)["masked"]) for p in found] == [(3, 0.0), (3, 0.5), (5, 0.0), (5, 0.5)]
+        assert {(p.allocator, dict(p.axes)["dtype"], dict(p.axes)["B"]) for p in found} == {("THP", "bf16", 8)}
+
+    @pytest.mark.parametrize("text", ["fast", "V", "V=", "W=3"])
+    def test_what_is_no_shape(self, text: str) -> None:
+        with pytest.raises(ValueError, match="smoke, default, full, or axes"):
+            suite.points("logprobs", "cpu", text)
+
+    def test_an_axis_of_another_subject(self) -> None:
+        with pytest.raises(ValueError, match=r"logprobs has the axes .*, not H"):
+            suite.points("logprobs", "cpu", "H=3")
+        assert suite.having("H=3 V=5") == ["linear", "trainers", "scaling"]
+
+    @pytest.mark.parametrize("preset", suite.PRESETS)
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("subject", suite.MODULES)
+    def test_presets_name_each_point_once(self, subject: str, device: str, preset: str) -> None:
+        found = [store.key(point.row) for point in suite.points(subject, device, preset)]
+        assert len(set(found)) == len(found)
+
+    def test_default_holds_the_vocabularies_and_the_masks(self) -> None:
+        axes = [dict(point.axes) for point in suite.points("logprobs", "cpu", "default")]
+        assert {32000, 50304, 128256, 151936, 262144} <= {a["V"] for a in axes}
+        assert {0.0, 0.5} == {a["masked"] for a in axes}
+        assert {"flat", "peaked"} == {a["logits"] for a in axes}
+
+    @pytest.mark.parametrize("subject", ["logprobs", "linear"])
+    def test_sweeps_span_two_decades(self, subject: str) -> None:
+        for sweep, size in (("V", lambda a: a["V"]), ("N", lambda a: a["B"] * a["T"])):
+            sizes = [
+                size(dict(p.axes))
+                for p in suite.points(subject, "cpu", "default")
+                if dict(p.axes).get("sweep") == sweep
+            ]
+            assert max(sizes) >= 97 * min(sizes)
+
+
+def _measure_that_fails(*_: Any) -> Any:
+    raise ZeroDivisionError("planted")
+
+
+def _measure_that_ends(*_: Any) -> Any:
+    import os
+
+    os._exit(5)
+
+
+class TestWorker:
+    @pytest.mark.parametrize(
+        ("measure", "why"), [(_measure_that_fails, "planted"), (_measure_that_ends, "ended its process")]
+    )
+    def test_what_fails_outside_of_an_entry_is_said(self, measure: Any, why: str) -> None:
+        with Worker({}) as worker, pytest.raises(PointError, match=why):
+            worker.rows(measure, {}, "cpu", harness.Options(), lambda *_: None)
+
+
+def _machine(folder: Path, rows: store.Rows) -> data.Machine:
+    store.write(folder / "m.csv", [{**BASE, "machine": "m", "pass": "forward + backward", **row} for row in rows])
+    return data.Machine(folder / "m.csv")
+
+
+class TestGrowth:
+    @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+    def test_a_power_is_found(self, power: float) -> None:
+        rows = [{"V": V, "ms": 3.0 * V**power} for V in (10, 50, 200, 1000)]
+        found = growth.exponent(rows, "V", "ms")
+        assert found is not None
+        assert found[0] == pytest.approx(power)
+
+    def test_what_is_too_small_does_not_count(self) -> None:
+        rows = [{"V": V, "ms": 0.001 * V} for V in (10, 100, 1000, 2000, 4000)]
+        found = growth.exponent(rows, "V", "ms")
+        assert found is not None
+        assert found[1] == 3
+        assert growth.exponent(rows[:4], "V", "ms") is None
+
+    @pytest.mark.parametrize(("power", "faster"), [(1.0, False), (1.5, True)])
+    def test_faster_than_its_formula_is_seen(self, power: float, faster: bool, tmp_path: Path) -> None:
+        rows = [{"V": V, "sweep": "V", "ms": 1.0 * V**power, "peak_mib": 2.0} for V in (10, 100, 1000)]
+        (fit,) = growth.fits(_machine(tmp_path, rows))
+        assert fit.faster(fit.time, fit.law.time) is faster
+        assert not fit.faster(fit.memory, fit.law.memory)
+
+
+class TestReport:
+    def test_targets_met_and_missed(self, tmp_path: Path) -> None:
+        axes = {**bench_logprobs.BASE, "gate": "within"}
+        rows = [
+            {**axes, "name": "fastpref", "ms": 10.0, "peak_mib": 1.0},
+            {**axes, "name": "fastpref, in place", "ms": 9.0, "peak_mib": 20.0},
+            {**axes, "name": "slow", "package": "torch", "ms": 900.0},
+            {**axes, "name": "fast", "package": "torch", "ms": 45.0},
+        ]
+        found = targets.targets(_machine(tmp_path, rows), "logprobs")
+        assert [(t.value, t.met) for t in found] == [(4.5, True), (1.0, True), (5.0, False), (20.0, False)]
+        assert "fast)" in found[0].what
+        assert str(found[3]).endswith("20 MiB (aimed at ≤ 16 MiB): missed")
+
+    def test_styles_differ_without_colour(self) -> None:
+        names = [("a", True), ("b", True), ("c", True), *((str(i), False) for i in range(9))]
+        marks = [(style["marker"], style["linestyle"]) for style in plots.styles(names).values()]
+        assert len(set(marks)) == len(marks)
+        assert all(one != other for (one, _), (other, _) in itertools.pairwise(marks))
+
+    def test_page_is_of_the_results(self) -> None:
+        text = (report.DOCS / "benchmarks.md").read_text()
+        assert text == report.text(suite.RESULTS), "run fastpref bench --report"
+
+    def test_pictures_are_of_the_results(self) -> None:
+        wanted = report.pictures(suite.RESULTS)
+        assert wanted
+        assert set(wanted) == set(report.PICTURES.glob("*.png"))
+        for path, digest in wanted.items():
+            assert Image.open(path).text["Description"] == digest, f"{path.name}: run fastpref bench --report"

@@ -1,0 +1,155 @@
+"""The whole suite on its smallest shapes: every subject has figures, and what is broken is a row and not the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import store, suite
+from benchmarks.report import data, plots, summary
+from tests.benchmarks.conftest import ROOT, SMALLEST, Smoke, bench, run
+
+pytestmark = pytest.mark.slow
+
+
+def test_it_passes_though_peers_are_broken(smoke: Smoke) -> None:
+    assert smoke.status == 0, smoke.said
+
+
+@pytest.mark.parametrize("subject", suite.MODULES)
+def test_every_row_of_ours_is_right_and_timed(smoke: Smoke, subject: str) -> None:
+    rows = [row for row in smoke.rows if row["subject"] == subject and row["package"] == "fastpref"]
+    assert rows
+    for row in rows:
+        assert row["gate"] == "within", row
+        assert 0 < row["ms_min"] <= row["ms_q1"] <= row["ms"] <= row["ms_q3"], row
+        assert row["rounds"] >= 2
+        assert row["commit"] != ""
+        assert row["threads"].isdigit()
+        assert math.isfinite(row["peak_mib"])
+        assert subject == "scaling" or math.isfinite(row["error"])
+
+
+@pytest.mark.parametrize(
+    ("subject", "name", "why"),
+    [
+        ("logprobs", "planted, raises", "no kernel image"),
+        ("logprobs", "planted, wrong", "off by 1.0e+00"),
+        ("logprobs", "planted, wrong gradient", "wrong, and not timed"),
+        ("logprobs", "planted, NaN", "nan"),
+        ("linear", "planted, ends its process", "ended its process (status 3)"),
+        ("linear", "planted, cannot be loaded", "no kernel image"),
+    ],
+)
+def test_a_broken_peer_is_a_failed_row(smoke: Smoke, subject: str, name: str, why: str) -> None:
+    (row,) = [row for row in smoke.rows if row["subject"] == subject and row["name"] == name]
+    assert row["gate"] == "failed"
+    assert why in row["problem"]
+    assert "ms" not in row
+    assert name in smoke.said.split("minutes", 1)[1], "what failed is said at the end"
+
+
+@pytest.mark.parametrize("subject", ["logprobs", "linear"])
+def test_a_peer_of_the_users_own_is_measured(smoke: Smoke, subject: str) -> None:
+    (row,) = [row for row in smoke.rows if row["subject"] == subject and row["name"] == "planted, right"]
+    assert row["gate"] == "within"
+    assert row["over_ours"] > 0
+    assert row["of_floor"] > 0
+
+
+def test_peers_that_cannot_run_here_say_so(smoke: Smoke) -> None:
+    absent = {row["name"]: row["problem"] for row in smoke.rows if row["gate"] == "absent"}
+    assert absent["CCE"] == "runs on cuda only"
+    assert not any(row["gate"] == "failed" for row in smoke.rows if not row["name"].startswith("planted"))
+
+
+def test_what_was_measured_is_kept(smoke: Smoke, tmp_path: Path) -> None:
+    for path in smoke.folder.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    again = run(tmp_path, *SMALLEST)
+    assert again.status == 0
+    assert again.rows == smoke.rows
+    shapes = len({store.key(row) for row in smoke.rows})
+    assert f"{shapes} of them as they were measured before" in again.said
+
+
+def test_ctrl_c_loses_nothing_measured(tmp_path: Path) -> None:
+    arguments = ("losses", "--device", "cpu", "--out", str(tmp_path), "--shapes", "smoke")
+    process = subprocess.Popen(bench(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*.csv")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "goes on from there" in said
+    (path,) = tmp_path.glob("*.csv")
+    before = store.read(path)
+    assert before
+    again = run(tmp_path, "losses", "--shapes", "smoke")
+    assert again.status == 0
+    assert again.rows[: len(before)] == before
+    assert len(again.rows) > len(before)
+
+
+def test_the_report_draws_it(smoke: Smoke, tmp_path: Path) -> None:
+    (machine,) = data.machines(smoke.folder)
+    for path in plots.draw(machine, tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert {path.stem.rsplit("-", 1)[1] for path in tmp_path.iterdir()} == {"roofline", "trainers"}
+
+
+def test_gpu_script_sums_up(smoke: Smoke, tmp_path: Path) -> None:
+    """Its rehearsal on a CPU: the suite is there already, so that its part has only to find that."""
+    for path in smoke.folder.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    script = ["bash", "benchmarks/gpu.sh", "--device", "cpu", "--shapes", "smoke", "--out", str(tmp_path)]
+    command = [*script, "--only", "doctor,bench,sanitizer"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "summary.md").read_text()
+    assert "| bench | passed |" in text
+    assert "linear_dpo_loss" in text
+    assert text.strip() in done.stdout
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_gpu_script_says_what_it_wants(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--out DIR" in done.stderr
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--oyt", "x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "unknown option --oyt" in done.stderr
+
+
+def test_summary_of_parts_that_ended_early(smoke: Smoke, tmp_path: Path) -> None:
+    (tmp_path / "statuses.txt").write_text("check 124 60\ntests 1 30\n")
+    (tmp_path / "check.json").write_text("{")
+    (tmp_path / "tests.txt").write_text("...\n2 failed, 3 passed in 2 s\n")
+    text = summary.summary(tmp_path)
+    assert "| check | out of time | 60 s |" in text
+    assert "| tests | **failed** (status 1) | 30 s | 2 failed, 3 passed in 2 s |" in text
+
+
+def test_pytest_benchmark_runs_the_same_rows() -> None:
+    arguments = ["-m", "pytest", "benchmarks", "--benchmark-only", "--shapes", "smoke", "-q", "-k", "losses or quack"]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "test_step[losses-gae-fp32-4-32-fastpref]" in done.stdout
+    assert "runs on cuda only" in done.stdout
