@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
             f"loss on {group} × {args.tp} ranks: {losses[0]:.6f} at first, {losses[-1]:.6f} after {len(losses)} steps"
         )
     if dist.is_initialized():
+        dist.barrier()  # a rank that leaves while another still waits for it takes the other's connection along
         dist.destroy_process_group()
     return losses
 

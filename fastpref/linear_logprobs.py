@@ -214,10 +214,10 @@ def linear_token_logprobs(
         labels: (B, T) or (T,), int64 or int32.
         bias: None, or (V,), hidden's dtype.
         mode: how a backward gets its probabilities. "save" keeps the forward's exponentials, scored × V numbers in
-            hidden's dtype, and takes 6·N·V·H multiply-adds for N scored rows in all; "recompute" multiplies again,
+            hidden's dtype, and takes 6·N·V·H flop for N scored rows in all; "recompute" multiplies again,
             8·N·V·H, and its memory does not grow with N·V; "auto" is "save" where positions × V numbers are within
             `SAVE_BUDGET`, 1 GiB, and the dtype has the range (fp16 has not), and says which at debug level. An
-            entropy's gradient always recomputes. 6 and 8 count a multiply-add as two.
+            entropy's gradient always recomputes. A multiply-add is two flop.
         chunk_rows: the rows of a tile of logits. None: 1024 on a CPU, 4096 on a GPU. A tile holds 4096 columns.
         filter_eps: None: exact. Otherwise a row's gradient leaves out every 4096 columns whose softmax mass is below
             it, unless they hold the label: their products are not made. The statistic "dropped_mass" says what it cost.

@@ -1,8 +1,8 @@
 """Log-probs from hidden states and the LM head, for every device: products of a library, row passes of ours.
 
 The scored rows are gathered first. Then, for a chunk of rows, the vocabulary is gone over a tile of columns at a time:
-a product writes the tile's logits in float32, and a fold adds them to each row's sums while they are in the cache. No
-logit is ever rounded below float32, and no more of them exist at a time than a tile.
+a product writes the tile's logits in float32, and a fold adds them to each row's sums, on a CPU while they are in the
+cache. No logit is ever rounded below float32, and no more of them exist at a time than a tile.
 
 With e_j = exp(z_j - a), s = Σ_{j≠y} e_j and S = s + e_y:
 

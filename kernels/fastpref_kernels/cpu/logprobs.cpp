@@ -2,7 +2,8 @@
 //
 // Forward, where no statistic is asked for, is anchored at the label: logp = -log1p(sum over j != y of exp(z_j - z_y)).
 // The sum needs no maximum, so a row is read once, and a log-prob near 0 keeps its digits. A row whose other logits lie
-// far above the label's, and every row with statistics, is anchored at its maximum instead, a chunk at a time.
+// far above the label's, and every row with statistics other than lse, is anchored at its maximum instead, a chunk at a
+// time.
 //
 // A row is always the work of one thread and summed in one order: its bits depend on nothing but itself.
 #include "lanes.h"
