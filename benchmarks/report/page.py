@@ -18,7 +18,7 @@ fails when this page and they differ.
 **How it is measured.** Every answer, of ours and of every peer, is held against float64 before it is timed. Allowed is
 twice what eager PyTorch loses in the dtype and 4 ulp; ours must lose no more than float32 statistics do, also in bf16,
 or the run fails. A peer beyond the first is marked so and timed, one that is ten times beyond, or NaN, is not. All rows
-of a shape are timed in turn, every round in an order of its own, after two rounds that do not count; a row's time is
+of a shape are timed in turn, every round in an order of its own, after one that does not count; a row's time is
 the median of its rounds, with quartiles. On a GPU times are those of events on the device, and inputs that its cache
 could hold take turns. A floor is a row as well: the copy of the logits, or the bare products, of the same run. Memory
 is the most that a step has beyond what was there before it and beyond the gradients that it leaves. Error is the
