@@ -175,7 +175,11 @@ class Problem:
 
     def settle(self) -> None:
         self.answer, self.limit = cache(self._answer), cache(self._limit)
-        self.leaves.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        for leaves in self.turns:
+            leaves.clear()
 
     def cases(self, entry: Entry, function: Callable[..., Tensor]) -> dict[str, Case]:
         turns = cycle(self.turns)
@@ -270,11 +274,9 @@ def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if preset == "full":
             yield "default", {**base, **WIDE}
             yield "THP", base
-    if device == "cpu":
-        yield "THP", {**BASE, "V": 32000}
     small = {**BASE, "T": 16, "V": 32000, "H": 256}  # 32 scored rows
     yield "default", {**small, "logits": "peaked"}
     for V in (2688, 8192, *VOCABULARIES):
         yield "default", {**small, "V": V, "sweep": "V"}
     for T in (8, 32, 128, 512, 800):
-        yield "default", {**small, "T": T, "V": 8192, "sweep": "N"}
+        yield "default", {**small, "T": T, "V": 4096, "sweep": "N"}

@@ -138,6 +138,9 @@ class Problem:
         limits = self.own_limits if entry.ours else self.limits
         return {"error": errors[0], "error_gradient": errors[1]}, list(zip(errors, limits, strict=True))
 
+    def clear(self) -> None:
+        """None is kept."""
+
     def settle(self) -> None:
         del self.truth
 
@@ -235,8 +238,8 @@ def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "THP", base
             yield "default", {**base, "masked": 0.5}
             yield "default", {**base, "logits": "peaked"}
-        T = 16 if device == "cpu" else 256
-        for V in (2688, 8192, *VOCABULARIES):
+        T = 8 if device == "cpu" else 256
+        for V in (2688, 8192, *VOCABULARIES) if dtype == dtypes[0] else VOCABULARIES:
             yield "default", {**base, "T": T, "V": V, "sweep": "V"}
     for T in (2, 8, 32, 128, 200) if device == "cpu" else (8, 32, 128, 512, 1024):
         yield "default", {**BASE, "dtype": dtypes[0], "T": T, "V": 32000, "sweep": "N"}

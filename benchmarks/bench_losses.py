@@ -81,6 +81,10 @@ class LossProblem:
         row = {"error": value, "error_gradient": max(gradients)}
         return row, list(zip((value, *gradients), self.limits, strict=True))
 
+    def clear(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
     def settle(self) -> None:
         self.truth = []
 
@@ -124,6 +128,9 @@ class GAEProblem:
     def check(self, entry: Entry, function: Callable[..., Any]) -> tuple[Row, list[tuple[float, float]]]:
         errors = self._errors(function)
         return {"error": max(errors)}, list(zip(errors, self.limits, strict=True))
+
+    def clear(self) -> None:
+        """None is made."""
 
     def settle(self) -> None:
         self.truth = []
@@ -244,9 +251,9 @@ def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for loss in TABLE:
         yield "default", {**BASE, "loss": loss.name}
     for T in (40, 128, 400, 1280, 4096):
-        yield "default", {**gae, "B": 256, "T": T, "sweep": "T"}
+        yield "default", {**gae, "B": 1024, "T": T, "sweep": "T"}
     for name in ("ranking_loss", "plackett_luce_loss"):
         for K in (2, 4, 8, 16, 32, 64):  # the most answers of one prompt
-            yield "default", {**BASE, "loss": name, "B": 256, "K": K, "sweep": "K"}
+            yield "default", {**BASE, "loss": name, "B": 1024, "K": K, "sweep": "K"}
     for K in (2, 8, 32, 96, 200):
         yield "default", {**BASE, "loss": GROUPS, "B": 2, "T": 8, "V": 4096, "H": 128, "K": K, "sweep": "K"}

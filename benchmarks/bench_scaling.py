@@ -27,7 +27,7 @@ from benchmarks.harness import DTYPES, Options
 from benchmarks.peers import Entry
 from benchmarks.store import Row, Rows
 
-BASE = {"dtype": "fp32", "B": 4, "T": 256, "V": 32001, "H": 512, "masked": 0.5}  # no even number of columns
+BASE = {"dtype": "fp32", "B": 4, "T": 128, "V": 32001, "H": 512, "masked": 0.5}  # no even number of columns
 AXES = tuple(BASE)
 ROUNDS = 5
 RANKS = (1, 2)

@@ -196,7 +196,7 @@ def _row(entry: Entry, found: dict[str, list[Row]], problems: dict[str, str]) ->
     return row
 
 
-BASE = {"dtype": "fp32", "B": PAIRS, "V": 32768, "H": 256, "steps": 6}
+BASE = {"dtype": "fp32", "B": PAIRS, "V": 32768, "H": 256, "steps": 5}
 AXES = tuple(BASE)
 
 

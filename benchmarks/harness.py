@@ -43,7 +43,7 @@ class Options:
     """
 
     rounds: int | None = None
-    seconds: float = 6.0
+    seconds: float = 4.0
     peers: tuple[str, ...] | None = None
     peer_file: Path | None = None
     without: dict[str, str] = field(default_factory=dict)
@@ -167,8 +167,12 @@ class Problem(Protocol):
         """MiB of gradients that a step leaves, which are no overhead."""
         ...
 
+    def clear(self) -> None:
+        """Drop the gradients that a step has left."""
+        ...
+
     def settle(self) -> None:
-        """Drop the answers and whatever a check has left."""
+        """Drop the answers, and whatever a check has left."""
         ...
 
 
@@ -267,8 +271,10 @@ def _memory(problem: Problem, entry: peers.Entry, case: Case, device: str, secon
     """What a step has at most, and what of it stays as gradients."""
     if case.before:
         case.before()
-    gradient = problem.made(entry)
+    gradient, peaks = problem.made(entry), []
     # Of two readings the lesser, unless they take long: what was freed and not given back makes one too high.
-    peaks = [peak_bytes(case.run, device) for _ in range(2 if seconds < 0.5 else 1)]
+    for _ in range(2 if seconds < 0.2 else 1):
+        problem.clear()
+        peaks.append(peak_bytes(case.run, device))
     found = [peak for peak in peaks if peak is not None]
     return {"gradient_mib": gradient, "peak_mib": min(found) / MIB - gradient} if found else {}

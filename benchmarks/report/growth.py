@@ -46,7 +46,7 @@ LAWS = (
     ) for sweep, of, memory in (("V", "V", by["V"]), ("N", "scored", by["N"]))),
     Law("losses", "fastpref", "T", "T", 1, 1, "gae"),
     Law("losses", "fastpref", "K", "K", 2, 2, "ranking_loss"),
-    Law("losses", "fastpref", "K", "K", 1, 1, "plackett_luce_loss"),
+    Law("losses", "fastpref", "K", "K", 2, 2, "plackett_luce_loss"),  # a sum over ranks of sums over those below
     Law("losses", "fastpref", "K", "K", 1, 1, "linear_preference_loss"),
 )  # fmt: skip
 

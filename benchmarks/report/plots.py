@@ -16,7 +16,13 @@ from benchmarks.report.targets import base, longest
 from benchmarks.store import Rows
 
 # Ours are black and filled, peers differ by marker, dash and lightness: in grey none is another.
-OURS = [("o", "-", "black"), ("s", "--", "black"), ("D", ":", "black")]
+OURS = [
+    ("o", "-", "black"),
+    ("s", "--", "black"),
+    ("D", ":", "black"),
+    ("P", "-.", "black"),
+    ("X", (0, (1, 3)), "black"),
+]
 PEERS = [
     ("v", "-", "#7a3b00"), ("^", "--", "#b35900"), ("x", ":", "#8c8c8c"), ("+", "-.", "#5c7aa8"), ("*", "-", "#a05c8c"),
     ("<", "--", "#6f9e6f"), (">", ":", "#b0a000"), ("p", "-.", "#4c4c4c"), ("h", "-", "#9c9c9c"),
@@ -136,7 +142,7 @@ def trainers(machine: Machine) -> Figure:
                 bar = axes.bar(
                     number + (place - 1.5) * 0.2, height, 0.18, label=row["name"] if number == 0 else None, **drawn
                 )
-                axes.bar_label(bar, [f"{height:.2g}" if scale < 1 else f"{height:.0f}"], fontsize=6)
+                axes.bar_label(bar, [f"{height:.2f}" if scale < 1 else f"{height:.0f}"], fontsize=6)
         axes.set_xticks(range(len(runs)), [f"V={V}\n{dtype}" for V, dtype in runs])
         axes.set_ylabel(heading)
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -213,8 +213,8 @@ class TestReport:
         assert str(found[3]).endswith("20 MiB (aimed at ≤ 16 MiB): missed")
 
     def test_styles_differ_without_colour(self) -> None:
-        names = [("a", True), ("b", True), ("c", True), *((str(i), False) for i in range(9))]
-        marks = [(style["marker"], style["linestyle"]) for style in plots.styles(names).values()]
+        names = [*((letter, True) for letter in "abcde"), *((str(i), False) for i in range(9))]
+        marks = [(style["marker"], str(style["linestyle"])) for style in plots.styles(names).values()]
         assert len(set(marks)) == len(marks)
         assert all(one != other for (one, _), (other, _) in itertools.pairwise(marks))
 

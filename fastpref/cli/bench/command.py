@@ -38,7 +38,7 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="benchmarks/results")] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds over all rows of a shape.", show_default="what takes 6 s, and 5")
+        int | None, typer.Option(min=1, help="Rounds over all rows of a shape.", show_default="what takes 4 s, and 5")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what this code has measured here.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Only list the shapes.")] = False,

@@ -32,7 +32,8 @@ class Screen:
             TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=points)
-        self._name, self._start, self._kept = "", time.monotonic(), 0
+        self._start = self._begun = time.monotonic()
+        self._name, self._kept = "", 0
         self._failed: list[tuple[bool, str]] = []
 
     def __enter__(self) -> Screen:
@@ -44,7 +45,7 @@ class Screen:
 
     def point(self, point: Any, number: int, kept: bool) -> None:
         """A shape begins, or is there already."""
-        self._name, self._kept = str(point), self._kept + kept
+        self._name, self._kept, self._begun = str(point), self._kept + kept, time.monotonic()
         self._progress.update(self._task, description=self._name)
 
     def said(self, kind: str, value: Any) -> None:
@@ -56,7 +57,7 @@ class Screen:
         """A shape is known: its table, and below it what has no figures."""
         self._progress.advance(self._task)
         used = [column for column in COLUMNS if any(column[1] in row for row in rows if "ms" in row)]
-        table = Table(title=str(point), title_justify="left")
+        table = Table(title=f"{point}, in {time.monotonic() - self._begun:.0f} s", title_justify="left")
         for heading, field, _ in used:
             table.add_column(heading, justify="left" if field in ("name", "pass", "gate") else "right", no_wrap=True)
         for row in rows:
