@@ -120,7 +120,7 @@ SCALING = """Ranks are processes of one thread on this machine, over loopback. W
 """
 
 GROWTH = """Exponents of time and memory beyond gradients over each sweep, by least squares on logarithms, of the points
-above 1 ms and 1 MiB; a fit more than 0.1 above its formula is marked. Small sizes are mostly the price of a call, which
+above 1 ms and 4 MiB; a fit more than 0.1 above its formula is marked. Small sizes are mostly the price of a call, which
 makes an exponent less.
 """
 

@@ -192,7 +192,7 @@ class TestGrowth:
 
     @pytest.mark.parametrize(("power", "faster"), [(1.0, False), (1.5, True)])
     def test_faster_than_its_formula_is_seen(self, power: float, faster: bool, tmp_path: Path) -> None:
-        rows = [{"V": V, "sweep": "V", "ms": 1.0 * V**power, "peak_mib": 2.0} for V in (10, 100, 1000)]
+        rows = [{"V": V, "sweep": "V", "ms": 1.0 * V**power, "peak_mib": 8.0} for V in (10, 100, 1000)]
         (fit,) = growth.fits(_machine(tmp_path, rows))
         assert fit.faster(fit.time, fit.law.time) is faster
         assert not fit.faster(fit.memory, fit.law.memory)
