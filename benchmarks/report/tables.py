@@ -24,7 +24,11 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def cell(row: Row | None, field: str | Callable[[Row], float], form: str) -> str:
     """A figure, or nothing where it was not measured."""
     try:
-        return "" if row is None else form.format(field(row) if callable(field) else row[field])
+        value = None if row is None else field(row) if callable(field) else row[field]
+        if isinstance(value, float) and ".3g}" in form:
+            value = float(f"{value:.3g}")  # three digits, and then no exponent
+            form = form.replace(".3g}", "g}")
+        return "" if value is None else form.format(value)
     except KeyError:
         return ""
 
@@ -128,13 +132,17 @@ def gae(machine: Machine) -> str:
     return losses(machine, ("gae", "gae with holes")) + "\n" + aims(machine, "losses")
 
 
+FEW = 4
+
+
 def aims(machine: Machine, subject: str) -> str:
-    """What was aimed at, in one paragraph: those met as a count, those missed by name."""
+    """How many of the figures aimed at are met, and those that are not by name, where they are few."""
     found = targets(machine, subject)
-    missed = [target for target in found if not target.met]
-    lines = [f"{len(found) - len(missed)} of {len(found)} figures aimed at are met."]
-    lines += [f"Missed: {'; '.join(str(t).removesuffix(': missed') for t in missed)}."] if missed else []
-    return " ".join(lines) + "\n"
+    missed = [str(target).removesuffix(": missed") for target in found if not target.met]
+    text = f"{len(found) - len(missed)} of {len(found)} figures aimed at are met"
+    if len(missed) > FEW:
+        return f"{text}; the report has each beside its aim.\n"
+    return f"{text}. Missed: {'; '.join(missed)}.\n" if missed else f"{text}.\n"
 
 
 def aimed(machine: Machine) -> str:
