@@ -76,7 +76,7 @@ def test_what_was_measured_is_kept(smoke: Smoke, tmp_path: Path) -> None:
         shutil.copy(path, tmp_path)
     again = run(tmp_path, *SMALLEST)
     assert again.status == 0
-    assert again.rows == smoke.rows
+    assert repr(again.rows) == repr(smoke.rows), "of one a NaN is a part"
     shapes = len({store.key(row) for row in smoke.rows})
     assert f"{shapes} of them as they were measured before" in again.said
 
