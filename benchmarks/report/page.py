@@ -32,7 +32,7 @@ features operands are read once and gradients written once, 6·N·V·H flop. Who
 fastpref bench --list                                      # every shape, and none measured
 fastpref bench logprobs --shapes "V=32000 dtype=bf16"      # one subject, shapes of your own
 fastpref bench linear --peers eager,TRL --shapes full      # some of the peers
-fastpref bench --peer-file mine.py                         # and one of yours
+fastpref bench --peer-file examples/benchmark_peer.py      # and one of yours
 ```
 """
 

@@ -111,6 +111,16 @@ class TestGate:
         assert [row["gate"] for row in rows if row["package"] == "fastpref"] == ["failed"]
 
 
+@pytest.mark.parametrize("subject", ["logprobs", "linear"])
+def test_the_example_of_a_peer_is_right(subject: str) -> None:
+    file = machine.ROOT / "examples" / "benchmark_peer.py"
+    (entry,) = [e for e in peers.joined(file)[subject] if e.name not in {e.name for e in peers.joined(None)[subject]}]
+    options = harness.Options(rounds=2, peers=(entry.name,), peer_file=file)
+    ((_, axes),) = suite.MODULES[subject].points("smoke", "cpu")
+    rows = suite.MODULES[subject].measure(axes, "cpu", options, lambda *_: None)
+    assert [row["gate"] for row in rows if row["name"] == entry.name] == ["within"]
+
+
 class TestShapes:
     def test_axes_are_multiplied(self) -> None:
         found = suite.points("logprobs", "cpu", "V=3,5 dtype=bf16 masked=0,0.5 allocator=THP")
