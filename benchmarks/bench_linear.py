@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fastpref
 from benchmarks import harness, peers
-from benchmarks.bench_logprobs import BOTH, VOCABULARIES, ulps
-from benchmarks.harness import DTYPES, MIB, Case, Floor, Options
+from benchmarks.bench_logprobs import BOTH, VOCABULARIES
+from benchmarks.harness import DTYPES, MIB, Case, Floor, Options, furthest, turns, ulps
 from benchmarks.peers import IGNORED, Entry
 from benchmarks.store import Row, Rows
 from fastpref_kernels import ops
@@ -29,7 +29,6 @@ CHUNK_ROWS = 1024  # our default on a CPU: up to so many positions a gradient is
 # A log-prob of ours may be off by this, where the labels are far from the top by as much as here.
 GATE = {"fp32": 1e-5, "bf16": 1e-4}
 SIX, EIGHT = "bare products, 6NVH", "bare products, 8NVH"
-ROTATED = 256 * MIB
 
 
 def _ours(mode: str) -> Callable[..., Tensor]:
@@ -64,8 +63,7 @@ class Leaves:
         weight = torch.empty(V, H, device=device).normal_(0, 3 / H**0.5, generator=generator)
         self.labels = torch.randint(V, (B, T), generator=generator, device=device)
         if axes["logits"] == "peaked":
-            direction = F.normalize(weight[self.labels], dim=-1)
-            hidden += direction * (3 * math.log(V) / 3)
+            hidden += math.log(V) * F.normalize(weight[self.labels], dim=-1)  # rows of the head are 3 long
         self.labels[:, : int(axes["masked"] * T)] = IGNORED
         self.hidden = hidden.to(dtype).requires_grad_()
         self.weight = weight.to(dtype).requires_grad_()
@@ -91,8 +89,7 @@ def dpo_of(logps: Tensor, sequences: int) -> Tensor:
 def relative(found: Tensor | None, truth: Tensor) -> float:
     """The largest error, relative to the largest value."""
     assert found is not None
-    worst = max((f.double() - t).abs().max().item() for f, t in zip(found.split(4096), truth.split(4096), strict=True))
-    return worst / truth.abs().max().item()
+    return furthest(found, truth) / truth.abs().max().item()
 
 
 class Problem:
@@ -101,8 +98,7 @@ class Problem:
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         self.axes, self.device = axes, device
         size = axes["V"] * axes["H"] * DTYPES[axes["dtype"]].itemsize
-        copies = math.ceil(ROTATED / size) if device == "cuda" and size < ROTATED else 1
-        self.turns = [Leaves(axes, device, seed) for seed in range(copies)]
+        self.turns = [Leaves(axes, device, seed) for seed in range(turns(size, device))]
         self.leaves = self.turns[0]
         self.scored = self.leaves.labels != IGNORED
         self.count = int(self.scored.sum())
@@ -147,24 +143,22 @@ class Problem:
         reduce = {"logps": lambda x: x, "sum": Tensor.sum, "loss": lambda x: dpo_of(x, self.axes["B"])}[kind]
         _, d_hidden, d_weight = self._errors(lambda *given: reduce(peers.linear_eager(*given)), kind)
         logps = peers.linear_eager(self.leaves.hidden.detach(), self.leaves.weight.detach(), self.leaves.labels)
-        off = (logps.double() - self.answer("logps")[0]).abs().max().item()
+        truth, *_ = self.answer("logps")
+        off = furthest(logps, truth)
         slack = 4 * torch.finfo(DTYPES[self.axes["dtype"]]).eps
         if kind == "loss":
-            sums = self.answer("logps")[0].view(self.axes["B"], -1).sum(-1).abs().max().item()
+            sums = truth.view(self.axes["B"], -1).sum(-1).abs().max().item()
             slack += 2 * BETA * torch.finfo(torch.float32).eps * sums
         gradients = (2 * d_hidden + slack, 2 * d_weight + slack)
         moves = {"logps": 1.0, "sum": float(self.count), "loss": 2 * BETA * self.count / self.axes["B"]}[kind]
-        theirs, ours = (
-            moves * (2 * off + ulps(self.answer("logps")[0], torch.float32)),
-            moves * GATE[self.axes["dtype"]],
-        )
+        theirs, ours = moves * (2 * off + ulps(truth, torch.float32)), moves * GATE[self.axes["dtype"]]
         return (theirs, *gradients), (ours, *gradients)
 
     def _errors(self, function: Callable[..., Tensor], kind: str) -> tuple[float, float, float]:
         out = self.leaves.step(function, self.upstream)
         value, d_hidden, d_weight = self.answer(kind)
-        off = (out.double() - value).abs().max().item()
-        return off, relative(self.leaves.hidden.grad, d_hidden), relative(self.leaves.weight.grad, d_weight)
+        hidden, weight = self.leaves.hidden.grad, self.leaves.weight.grad
+        return furthest(out, value), relative(hidden, d_hidden), relative(weight, d_weight)
 
     def check(self, entry: Entry, function: Callable[..., Tensor]) -> tuple[Row, list[tuple[float, float]]]:
         limits = self.limit(entry.answers)[entry.ours]
@@ -182,8 +176,8 @@ class Problem:
             leaves.clear()
 
     def cases(self, entry: Entry, function: Callable[..., Tensor]) -> dict[str, Case]:
-        turns = cycle(self.turns)
-        return {BOTH: Case(lambda: next(turns).step(function, self.upstream))}
+        leaves = cycle(self.turns)
+        return {BOTH: Case(lambda: next(leaves).step(function, self.upstream))}
 
     def floors(self) -> dict[str, Floor]:
         """The library's products on the scored rows and nothing else: once or twice the logits', and both gradients'.
@@ -241,11 +235,11 @@ problem = Problem
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
     """The rows of one shape."""
-    problem = Problem(axes, device)
-    rows = harness.measured(problem, entries(options, axes), device, options, say)
-    buffers = {entry.name: problem.buffer(entry) for entry in entries(options, axes)}
+    made, given = Problem(axes, device), entries(options, axes)
+    rows = harness.measured(made, given, device, options, say)
+    buffers = {entry.name: made.buffer(entry) for entry in given}
     for row in rows:
-        row["scored"] = problem.count
+        row["scored"] = made.count
         if "peak_mib" in row:
             row["buffer_mib"] = buffers[row["name"]]
     return rows

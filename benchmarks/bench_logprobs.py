@@ -15,17 +15,14 @@ from torch import Tensor
 
 import fastpref
 from benchmarks import harness, peers
-from benchmarks.harness import DTYPES, MIB, Case, Floor, Options
+from benchmarks.harness import DTYPES, MIB, Case, Floor, Options, furthest, turns, ulps
 from benchmarks.peers import IGNORED, Entry
 from benchmarks.store import Row, Rows
-from fastpref.cli.check.allowance import ulp
 
 BOTH, FORWARD = "forward + backward", "forward"
 READ_COPY, READ, COPY = "read + copy into kept memory", "read", "copy into kept memory"
 # Exponential, subtraction and sum of a logit; and those of its gradient, with a product.
 FLOPS = {FORWARD: 3, BOTH: 6}
-# Inputs take turns until so many bytes lie between two uses of one: several times a GPU's last cache.
-ROTATED = 256 * MIB
 
 
 def _ours(in_place: bool) -> Callable[..., Tensor]:
@@ -72,28 +69,16 @@ def inputs(axes: dict[str, Any], device: str, seed: int = 0) -> tuple[Tensor, Te
     return logits, labels
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    """The largest absolute difference, a sequence at a time where there is a vocabulary."""
-    if found.dim() > 2:
-        return max(error(f, t) for f, t in zip(found, truth, strict=True))
-    return (found.double() - truth).abs().max().item()
-
-
-def ulps(truth: Tensor, dtype: torch.dtype) -> float:
-    """Four spacings of `dtype` at the largest magnitude."""
-    return 4 * ulp(dtype, truth.abs().max().item())
-
-
 class Problem:
     """One shape: inputs, the float64 answer, and how far from it a row may be."""
 
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         self.axes, self.device = axes, device
         size = math.prod(axes[name] for name in "BTV") * DTYPES[axes["dtype"]].itemsize
-        copies = math.ceil(ROTATED / size) if device == "cuda" and size < ROTATED else 1
-        self.inputs = [inputs(axes, device, seed) for seed in range(copies)]
+        self.inputs = [inputs(axes, device, seed) for seed in range(turns(size, device))]
         self.logits, self.labels = self.inputs[0]
         self.scored = self.labels != IGNORED
+        self.count = int(self.scored.sum())
         logps, gradients = [], []
         for z, y, counts in zip(self.logits, self.labels, self.scored, strict=True):  # float64 is wide
             leaf = z.double().requires_grad_()
@@ -107,11 +92,9 @@ class Problem:
 
     def _limits(self, eager: Callable[..., Tensor]) -> tuple[float, ...]:
         found = self._errors(Entry("", lambda: eager), eager)
-        dtypes = (torch.promote_types(eager(self.logits[:1, :1], self.labels[:1, :1]).dtype, self.logits.dtype),)
-        return tuple(
-            2 * off + ulps(truth, dtype)
-            for off, truth, dtype in zip(found, self.truth, (*dtypes, self.logits.dtype), strict=True)
-        )
+        of_logps = eager(self.logits[:1, :1], self.labels[:1, :1]).dtype
+        spacings = ulps(self.truth[0], of_logps), ulps(self.truth[1], self.logits.dtype)
+        return tuple(2 * off + spacing for off, spacing in zip(found, spacings, strict=True))
 
     def _errors(self, entry: Entry, function: Callable[..., Tensor]) -> tuple[float, float]:
         """The largest errors of log-probs, per token where only their sum is given, and of their gradient."""
@@ -119,10 +102,10 @@ class Problem:
         logps = self._step(function, self.logits.clone() if entry.in_place else self.logits, self.labels, received)
         truth, gradient = self.truth
         if entry.answers == "sum":
-            off = error(logps, truth.sum()) / int(self.scored.sum())
+            off = furthest(logps, truth.sum()) / self.count
         else:
-            off = error(logps * self.scored, truth)
-        return off, error(received[0], gradient)
+            off = furthest(logps.masked_fill(~self.scored, 0), truth)
+        return off, furthest(received[0], gradient)
 
     def _step(
         self, function: Callable[..., Tensor], logits: Tensor, labels: Tensor, received: list[Tensor] | None = None
@@ -173,7 +156,7 @@ class Problem:
             kept[:, :first].zero_()
             kept[:, first:].copy_(logits[:, first:])
 
-        scored, all_rows = (n * logits.shape[-1] * logits.itemsize / 1e9 for n in (self._count(), self.labels.numel()))
+        scored, all_rows = (n * logits.shape[-1] * logits.itemsize / 1e9 for n in (self.count, self.labels.numel()))
         read = lambda: words[:, first:].sum()  # noqa: E731
         found = {
             READ_COPY: Floor(Case(lambda: (read(), copy())), 2 * scored + all_rows),
@@ -183,16 +166,13 @@ class Problem:
             found[READ] = Floor(Case(read), scored)
         return found
 
-    def _count(self) -> int:
-        return self.axes["B"] * (self.axes["T"] - int(self.axes["masked"] * self.axes["T"]))
-
     def work(self, name: str, which: str) -> tuple[float, float, str]:
         """Scored logits are read once a pass, and their whole gradient is written once."""
         row = self.logits.shape[-1]
         written = self.labels.numel() if which == BOTH else 0
-        reads = {FORWARD: 1, BOTH: 2}[which] * self._count()
+        reads = {FORWARD: 1, BOTH: 2}[which] * self.count
         gbytes = (reads + written) * row * self.logits.itemsize / 1e9
-        return gbytes, FLOPS[which] * self._count() * row / 1e9, READ_COPY if which == BOTH else READ
+        return gbytes, FLOPS[which] * self.count * row / 1e9, READ_COPY if which == BOTH else READ
 
     def made(self, entry: Entry) -> float:
         return 0.0 if entry.in_place else self.logits.nbytes / MIB
@@ -208,9 +188,9 @@ problem = Problem
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
     """The rows of one shape."""
-    rows = harness.measured(Problem(axes, device), entries(options, axes), device, options, say)
-    scored = axes["B"] * (axes["T"] - int(axes["masked"] * axes["T"]))
-    return [{**row, "scored": scored} for row in rows]
+    made = Problem(axes, device)
+    rows = harness.measured(made, entries(options, axes), device, options, say)
+    return [{**row, "scored": made.count} for row in rows]
 
 
 BASE = {"dtype": "fp32", "B": 8, "T": 128, "V": 50304, "masked": 0.0, "logits": "flat"}

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import fastpref
 from benchmarks import harness, peers
-from benchmarks.bench_logprobs import ulps
-from benchmarks.harness import MIB, Case, Floor, Options
+from benchmarks.harness import MIB, Case, Floor, Options, furthest, ulps
 from benchmarks.peers import Entry
 from benchmarks.store import Row, Rows
 from fastpref.cli.check.allowance import ulp
+from fastpref.cli.check.evaluate import cast, move
 from fastpref.losses import TABLE, Loss
 
 STEP, FORWARD = "forward + backward", "forward"
@@ -47,8 +47,9 @@ class LossProblem:
             generator = torch.Generator().manual_seed(0)
             ranks = torch.rand(axes["B"], axes["K"], generator=generator).argsort(-1)
             tensors, options = (torch.randn(axes["B"], axes["K"], generator=generator, dtype=torch.float64), ranks), {}
-        self.options = {**self.loss.options, **{name: self._cast(value, device) for name, value in options.items()}}
-        self.leaves = _leaves([self._cast(tensor, device) for tensor in tensors])
+        self.options = {**self.loss.options, **move(cast(options, torch.float32), device)}
+        given = {str(place): tensor for place, tensor in enumerate(tensors)}
+        self.leaves = _leaves(list(move(cast(given, torch.float32), device).values()))
         self._answer(self.loss.reference)
 
     def _answer(self, definition: Callable[..., Any]) -> None:
@@ -56,15 +57,9 @@ class LossProblem:
         self.truth = self._step(definition, _leaves(wide))
         eager = self._step(definition, self.leaves)
         self.limits = [
-            2 * (found.double() - truth).abs().max().item() + ulps(truth, torch.float32)
+            2 * furthest(found, truth) + ulps(truth, torch.float32)
             for found, truth in zip(eager, self.truth, strict=True)
         ]
-
-    @staticmethod
-    def _cast(value: Any, device: str) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return (value.float() if value.is_floating_point() else value).to(device)
 
     def _step(self, function: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
         """The loss, and the gradient of every floating-point argument."""
@@ -77,7 +72,7 @@ class LossProblem:
 
     def check(self, entry: Entry, function: Callable[..., Any]) -> tuple[Row, list[tuple[float, float]]]:
         pairs = zip(self._step(function, self.leaves), self.truth, strict=True)
-        value, *gradients = [(found.double() - truth).abs().max().item() for found, truth in pairs]
+        value, *gradients = [furthest(found, truth) for found, truth in pairs]
         row = {"error": value, "error_gradient": max(gradients)}
         return row, list(zip((value, *gradients), self.limits, strict=True))
 

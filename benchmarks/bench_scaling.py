@@ -22,7 +22,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 import fastpref
-from benchmarks import harness, machine
+from benchmarks import harness, machine, peers
 from benchmarks.harness import DTYPES, Options
 from benchmarks.peers import Entry
 from benchmarks.store import Row, Rows
@@ -148,11 +148,7 @@ def _measured(form: str, axes: Row, rounds: int) -> Row:
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
     """Ours, and nobody's beside it."""
-
-    def unused() -> Callable[..., Any]:
-        raise TypeError("a rank is a process, not a function")
-
-    return [Entry(form, unused, "fastpref") for form in FORMS]
+    return [peers.process(form, "fastpref") for form in FORMS]
 
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:

@@ -130,12 +130,7 @@ def _train(name: str, axes: Row, device: str, parent: Connection) -> None:
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
     """TRL's trainer, which is always run, and ours."""
-
-    def unused() -> Callable[..., Any]:
-        raise TypeError("a trainer is a process, not a function")
-
-    ours = [Entry(name, unused, "fastpref") for name in (PATCHED, LEAN, FAST)]
-    return [Entry(TRL, unused, "trl"), *ours]
+    return [peers.process(TRL, "trl"), *(peers.process(name, "fastpref") for name in (PATCHED, LEAN, FAST))]
 
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from pytest_benchmark.stats import Stats
+from torch import Tensor
 
 import fastpref
 from benchmarks import machine, peers
 from benchmarks.store import Row, Rows
 from fastpref.cli import memory
+from fastpref.cli.check.allowance import ulp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOCATORS = {"default": {}, "THP": {"THP_MEM_ALLOC_ENABLE": "1"}}
@@ -27,7 +29,27 @@ WRONG = 10
 # A call shorter than this is timed several times over.
 SHORTEST = 1e-3
 
+# A GPU's inputs take turns until so many bytes lie between two uses of one: several times its last cache.
+ROTATED = 256 * MIB
+PART = 2**24  # numbers
+
 Say = Callable[..., None]
+
+
+def turns(nbytes: int, device: str) -> int:
+    """How many copies of inputs of so many bytes take turns, so that no cache holds one until its next."""
+    return max(1, math.ceil(ROTATED / nbytes)) if device == "cuda" else 1
+
+
+def furthest(found: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference, a part at a time because float64 is wide; NaN if any is."""
+    parts = zip(found.flatten().split(PART), truth.flatten().split(PART), strict=True)
+    return torch.stack([(f.double() - t).abs().max() for f, t in parts]).max().item()
+
+
+def ulps(truth: Tensor, dtype: torch.dtype) -> float:
+    """Four spacings of `dtype` at the largest magnitude."""
+    return 4 * ulp(dtype, truth.abs().max().item())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ own with entries in the lists `LOGPROBS` and `LINEAR` joins them: `fastpref benc
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,6 +48,15 @@ class Entry:
     def ours(self) -> bool:
         """Whether it is held to our own limits, and fails the run beyond them."""
         return self.package == "fastpref"
+
+
+def process(name: str, package: str) -> Entry:
+    """A row that is measured in a process of its own, by its name; there is no function to load."""
+
+    def load() -> Callable[..., Tensor]:
+        raise TypeError(f"{name} is a process, not a function")
+
+    return Entry(name, load, package)
 
 
 # From logits (B, T, V) and labels (B, T), aligned, −100 where nothing is scored. What is returned there does not count:
@@ -219,13 +228,9 @@ def joined(file: Path | None) -> dict[str, list[Entry]]:
     found = {"logprobs": list(LOGPROBS), "linear": list(LINEAR)}
     if file is None:
         return found
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    given = runpy.run_path(str(file))
     for subject, entries in found.items():
-        entries += getattr(module, subject.upper(), [])
+        entries += given.get(subject.upper(), [])
     return found
 
 

@@ -12,47 +12,38 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref.losses import TABLE
+from fastpref._results import STATISTICS
+from fastpref.cli.check.evaluate import cast, evaluate, move
+from fastpref.cli.check.loss_cases import loss_cases
 
-STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 B, T, V, H = 2, 4, 37, 16  # no block is full
 
 
 def main(device: str = "cuda") -> None:
-    """Log-probs in three dtypes with and without statistics, both modes from hidden states, every loss, and GAE."""
+    """Log-probs in three dtypes with and without statistics, both modes from hidden states, and every loss."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(V, (B, T), generator=generator).to(device)
+    labels = torch.randint(V, (B, T), generator=generator)
     labels[0, :2] = -100
 
-    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+    def drawn(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+        return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
-    def backward(result: Any) -> None:
-        fields = [result] if isinstance(result, Tensor) else list(result)
-        sum(field.float().sum() for field in fields if field.requires_grad).backward()  # type: ignore[union-attr]
+    def run(function: Any, leaves: dict[str, Tensor], dtype: torch.dtype, **constants: Any) -> None:
+        evaluate(function, move(cast(leaves, dtype), device), move(cast(constants, dtype), device))
 
+    head = drawn(hidden=(B, T, H), weight=(V, H))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for stats in ((), STATS):
-            backward(fastpref.token_logprobs(leaf(B, T, V, dtype=dtype), labels, stats=stats))
-            backward(fastpref.sequence_logprobs(leaf(B, T, V, dtype=dtype), labels, stats=stats, softcap=5.0))
+        for stats in ((), STATISTICS):
+            logits = drawn(logits=(B, T, V))
+            run(fastpref.token_logprobs, logits, dtype, labels=labels, stats=stats)
+            run(fastpref.sequence_logprobs, logits, dtype, labels=labels, stats=stats, softcap=5.0)
             for mode in ("save", "recompute") if dtype != torch.float16 else ("recompute",):
-                hidden, weight, bias = leaf(B, T, H, dtype=dtype), leaf(V, H, dtype=dtype), leaf(V, dtype=dtype)
-                backward(fastpref.linear_token_logprobs(hidden, weight, labels, bias, mode=mode, stats=stats))
-        out = fastpref.linear_dpo_loss(leaf(B, T, H, dtype=dtype), leaf(V, H, dtype=dtype), labels, reference_free=True)
-        out.loss.backward()
-    for loss in TABLE:
-        tensors, options = loss.example(generator, 3)
-        given = [t.float().to(device).requires_grad_() if t.is_floating_point() else t.to(device) for t in tensors]
-        placed = {
-            name: (value.float() if value.is_floating_point() else value).to(device)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in options.items()
-        }
-        result = loss.function(*given, **loss.options, **placed)
-        (result if isinstance(result, Tensor) else result.loss).backward()
-    rewards, values = torch.randn(2, B, T, generator=generator).to(device)
-    fastpref.gae(rewards, values, labels != -100)
+                biased = {**head, **drawn(bias=(V,))}
+                run(fastpref.linear_token_logprobs, biased, dtype, labels=labels, mode=mode, stats=stats)
+        run(fastpref.linear_dpo_loss, head, dtype, labels=labels, reference_free=True)
+    for case in loss_cases():
+        leaves, constants = case.draw(generator)
+        run(case.function, leaves, torch.float32, **constants)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

@@ -46,7 +46,7 @@ class Point:
 class Watch(Protocol):
     """Whoever shows how far a run is."""
 
-    def point(self, point: Point, number: int, kept: bool) -> None:
+    def point(self, point: Point, kept: bool) -> None:
         """A point begins, or is there already."""
         ...
 
@@ -109,22 +109,20 @@ def run(
     """Measure every point that `results` does not hold, each in its file as soon as it is known; yields after each."""
     for allocator in ALLOCATORS:
         with Worker(ALLOCATORS[allocator]) as worker:
-            for number, point in enumerate(wanted):
+            for point in wanted:
                 if point.allocator == allocator:
-                    _measure(point, number, worker, results, options, watch, fresh)
+                    _measure(point, worker, results, options, watch, fresh)
                     yield
 
 
-def _measure(
-    point: Point, number: int, worker: Worker, results: store.Results, options: Options, watch: Watch, fresh: bool
-) -> None:
+def _measure(point: Point, worker: Worker, results: store.Results, options: Options, watch: Watch, fresh: bool) -> None:
     key, known = store.key(point.row), machine.provenance(point.device)
     names = [entry.name for entry in options.chosen(MODULES[point.subject].entries(options, dict(point.axes)))]
     if not fresh and results.holds(key, known["state"], names):
-        watch.point(point, number, True)
+        watch.point(point, True)
         watch.rows(point, [row for row in results.rows if store.key(row) == key])
         return
-    watch.point(point, number, False)
+    watch.point(point, False)
     try:
         rows = worker.rows(MODULES[point.subject].measure, dict(point.axes), point.device, options, watch.said)
     except PointError as error:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import runpy
 from pathlib import Path
-from typing import Any
 
 from benchmarks import machine
 from benchmarks.report import data, page, plots
@@ -51,9 +50,5 @@ def write(results: Path) -> None:
 
 def tables_of_documents() -> dict[Path, str]:
     """What every document with generated tables is to hold, by `docs/tables.py`."""
-    spec = importlib.util.spec_from_file_location("tables", DOCS / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {path: module.updated(path) for path in module.FILES}
+    module = runpy.run_path(str(DOCS / "tables.py"))
+    return {path: module["updated"](path) for path in module["FILES"]}

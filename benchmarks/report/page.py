@@ -85,10 +85,10 @@ def _machine(machine: Machine) -> str:
     for subject, title, axes in (
         ("logprobs", "From logits", bench_logprobs.AXES), ("linear", "From hidden states", bench_linear.AXES),
     ):  # fmt: skip
-        shapes = _shapes(machine, subject, axes)
-        if shapes:
+        found = shapes(machine, subject, axes)
+        if found:
             text += [f"### {title}\n", _picture(machine, subject, f"{title}: time and memory against V and N")]
-            for name, rows in shapes.items():
+            for name, rows in found.items():
                 text += [f"**{name}**\n", tables.full(rows)]
     if machine.timed(subject="losses"):
         text += ["### Losses\n", LOSSES, tables.losses(machine)]
@@ -125,7 +125,7 @@ makes an exponent less.
 """
 
 
-def _shapes(machine: Machine, subject: str, axes: tuple[str, ...]) -> dict[str, Rows]:
+def shapes(machine: Machine, subject: str, axes: tuple[str, ...]) -> dict[str, Rows]:
     """Rows by shape and allocator, those of sweeps left to the pictures."""
     found: dict[str, Rows] = {}
     for row in machine.timed(subject=subject, sweep=None):

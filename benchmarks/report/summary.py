@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_linear, bench_logprobs
-from benchmarks.report import data, plots, tables
+from benchmarks.report import data, page, plots, tables
 
 ENDED = {0: "passed", 77: "not here", 124: "out of time", 130: "out of time", 137: "out of time"}
 
@@ -54,11 +54,8 @@ def summary(folder: Path) -> str:
     for machine in data.machines(folder):
         text.append(f"## {machine.name}\n")
         for subject, axes in (("logprobs", bench_logprobs.AXES), ("linear", bench_linear.AXES)):
-            shapes: dict[str, Any] = {}
-            for row in machine.timed(subject=subject, sweep=None):
-                shapes.setdefault(" ".join(f"{axis}={row[axis]}" for axis in axes), []).append(row)
-            for name, rows in shapes.items():
-                text += [f"**{subject}, {name}**\n", tables.full(rows)]
+            for name, rows in page.shapes(machine, subject, axes).items():
+                text += [f"**{subject}: {name}**\n", tables.full(rows)]
         text += [tables.losses(machine), tables.absent(machine)]
     return "\n".join(part for part in text if part)
 

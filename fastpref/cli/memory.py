@@ -29,11 +29,15 @@ def _counted(device: torch.device) -> bool:
 
 def held(device: torch.device) -> int:
     """Bytes that are in use: allocated on an accelerator, resident in this process."""
+    gc.collect()
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    return resident_bytes()
+    # What was freed is given back first: used again, it would not be counted.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return _status("VmRSS")
 
 
 def restarted(device: torch.device) -> Callable[[], int]:
@@ -46,27 +50,8 @@ def restarted(device: torch.device) -> Callable[[], int]:
             return torch.cuda.max_memory_allocated(device)
 
         return peak
-    restart_peak()
-    return peak_resident
-
-
-def resident_bytes() -> int:
-    """Bytes that are resident, after what was freed is given back: used again, it would not be counted."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    return _status("VmRSS")
-
-
-def restart_peak() -> None:
-    """Let the high-water mark start again from what is resident."""
     (PROCESS / "clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """The most bytes that were resident since."""
-    return _status("VmHWM")
+    return lambda: _status("VmHWM")
 
 
 def _status(field: str) -> int:

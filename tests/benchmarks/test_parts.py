@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import bench_logprobs, harness, machine, peers, report, store, suite
 from benchmarks.report import data, growth, plots, targets
 from benchmarks.worker import PointError, Worker
+from fastpref.cli.bench import command, watch
 
 BASE = {"subject": "logprobs", "name": "fastpref", "package": "fastpref", "device": "cpu", "allocator": "default"}
 
@@ -119,6 +122,35 @@ def test_the_example_of_a_peer_is_right(subject: str) -> None:
     ((_, axes),) = suite.MODULES[subject].points("smoke", "cpu")
     rows = suite.MODULES[subject].measure(axes, "cpu", options, lambda *_: None)
     assert [row["gate"] for row in rows if row["name"] == entry.name] == ["within"]
+
+
+def test_a_nan_is_furthest_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "PART", 3)
+    truth = torch.zeros(2, 5, dtype=torch.float64)
+    assert harness.furthest(truth.float() + 0.5, truth) == 0.5
+    for place in range(10):
+        found = truth.float()
+        found.view(-1)[place] = torch.nan
+        assert math.isnan(harness.furthest(found, truth))
+
+
+def test_what_a_peer_gives_for_an_ignored_label_does_not_count() -> None:
+    axes = {**bench_logprobs.BASE, "B": 2, "T": 4, "V": 129, "masked": 0.5}
+    entry = peers.Entry("peer", lambda: lambda z, y: torch.where(y == -100, torch.nan, peers.eager(z, y)))
+    _, limits = bench_logprobs.Problem(axes, "cpu").check(entry, entry.load())
+    assert harness.judged(entry, limits) == "within"
+
+
+def test_the_command_names_the_subjects() -> None:
+    assert tuple(suite.MODULES) == command.SUBJECTS
+
+
+def test_a_problem_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = watch.Screen(1)
+    (point, *_) = suite.points("logprobs", "cpu", "smoke")
+    screen.rows(point, [{"name": "peer", "package": "torch", "gate": "failed", "problem": "OSError [/no] such [file]"}])
+    assert screen.summarise(Path("x.csv")) == 0
+    assert capsys.readouterr().out.count("peer: OSError [/no] such [file]") == 2
 
 
 class TestShapes:

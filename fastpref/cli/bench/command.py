@@ -104,11 +104,12 @@ def _parts(text: str | None) -> tuple[str, ...] | None:
 def _run(suite: Any, wanted: list[Any], results: Any, options: Any, fresh: bool) -> int:
     from fastpref.cli.bench.watch import Screen
 
-    with Screen(len(wanted)) as screen:
-        try:
+    screen = Screen(len(wanted))
+    try:
+        with screen:
             for _ in suite.run(wanted, results, options, screen, fresh):
                 pass
-        except KeyboardInterrupt:
-            screen.interrupted(results.path)
-            return INTERRUPTED
+    except KeyboardInterrupt:
+        screen.interrupted(results.path)
+        return INTERRUPTED
     return screen.summarise(results.path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -43,7 +44,7 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def point(self, point: Any, number: int, kept: bool) -> None:
+    def point(self, point: Any, kept: bool) -> None:
         """A shape begins, or is there already."""
         self._name, self._kept, self._begun = str(point), self._kept + kept, time.monotonic()
         self._progress.update(self._task, description=self._name)
@@ -67,21 +68,20 @@ class Screen:
             self.console.print(table)
         absent = [f"{row['name']} ({row['problem']})" for row in rows if row["gate"] == "absent"]
         if absent:
-            self.console.print(f"[dim]not here: {', '.join(absent)}", highlight=False)
+            self.console.print(f"[dim]not here: {escape(', '.join(absent))}", highlight=False)
         for row in rows:
             if row["gate"] == "failed":
-                self.console.print(f"[red]failed[/]: {row['name']}: {row['problem']}", highlight=False)
-                self._failed.append((row["package"] == "fastpref", f"{point}: {row['name']}: {row['problem']}"))
+                line = escape(f"{row['name']}: {row['problem']}")
+                self.console.print(f"[red]failed[/]: {line}", highlight=False)
+                self._failed.append((row["package"] == "fastpref", f"{point}: {line}"))
 
     def interrupted(self, path: Path) -> None:
         """Ctrl-C."""
-        self._progress.stop()
         done = int(self._progress.tasks[0].completed)
         self.console.print(f"Ended; {done} shapes are in {path}. The same command goes on from there.")
 
     def summarise(self, path: Path) -> int:
         """What failed and where the rows are; returns 1 if a row of ours did."""
-        self._progress.stop()
         task = self._progress.tasks[0]
         seconds = time.monotonic() - self._start
         self.console.print(

@@ -37,3 +37,16 @@ def evaluate(
         GRADIENT + name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
     }
     return {name: value.detach().cpu() for name, value in {**outputs, **gradients}.items()}
+
+
+def cast(named: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments with what is floating point in `dtype`."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in named.items()
+    }
+
+
+def move(named: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Arguments with what is a tensor on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}

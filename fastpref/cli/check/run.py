@@ -9,11 +9,10 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastpref.cli.check.allowance import judge
 from fastpref.cli.check.case import Case
-from fastpref.cli.check.evaluate import GRADIENT, SEED, evaluate
+from fastpref.cli.check.evaluate import GRADIENT, SEED, cast, evaluate, move
 from fastpref.cli.check.linear_cases import linear_cases
 from fastpref.cli.check.logprobs_cases import logprobs_cases
 from fastpref.cli.check.loss_cases import loss_cases
@@ -68,10 +67,10 @@ def run(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
         with case.within():
             with _one_thread():
                 leaves, constants = case.draw(torch.Generator().manual_seed(SEED))
-                leaves, constants = _cast(leaves, dtype), _cast(constants, dtype)
-                exact = _cast(leaves, torch.float64), _cast(constants, torch.float64)
+                leaves, constants = cast(leaves, dtype), cast(constants, dtype)
+                exact = cast(leaves, torch.float64), cast(constants, torch.float64)
                 truth, summed = evaluate(case.definition, *exact, case.layout), case.summed(*exact)
-                here = _move(leaves, device), _move(constants, device)
+                here = move(leaves, device), move(constants, device)
                 eager = evaluate(case.definition, *here, case.layout)
             ours, again = (evaluate(case.function, *here, case.layout) for _ in range(2))
         if ours.keys() != truth.keys():
@@ -103,14 +102,3 @@ def _one_thread() -> Iterator[None]:
 def name_of(dtype: torch.dtype) -> str:
     """Its name without the module's."""
     return str(dtype).removeprefix("torch.")
-
-
-def _cast(named: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in named.items()
-    }
-
-
-def _move(named: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}
