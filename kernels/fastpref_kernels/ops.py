@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastpref_kernels import cpu, eager, gae, linear
 from fastpref_kernels.cpu import linear as cpu_linear
+from fastpref_kernels.triton import launches
 
 NAMESPACE = "fastpref"
 UNSCORED = linear.UNSCORED
@@ -276,7 +277,8 @@ def _register() -> None:
             _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
             _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
             folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
-            _implement_linear(key, linear.library_backend(*folds, _launcher("product", "product_fold")))
+            fused = _launcher("product", "product_fold")
+            _implement_linear(key, linear.library_backend(*folds, fused, lambda: launches.TILE))
             for name, module in LOSSES.items():
                 _LIBRARY.impl(name, _launcher(module, name), key)
     for name, fake in {

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastpref_kernels import cpu, ops
-from fastpref_kernels.triton import logprobs, loss, preference, reward
+from fastpref_kernels.triton import launches, logprobs, preference, reward
 
 LOGPROB_FUNCTIONS = ("logprobs", "write_gradient")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,9 +55,10 @@ def travelling(launcher: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
-    for launches in ("FORWARD_LAUNCH", "STATISTICS_LAUNCH", "BACKWARD_LAUNCH"):
-        monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
-    monkeypatch.setattr(loss, "TILE", 64)
+    for kernel in launches.ROWS:
+        monkeypatch.setitem(launches.ROWS, kernel, launches.Launch(32, 1))
+    for kernel in launches.SMALL.keys() - {"order", "gae"}:
+        monkeypatch.setitem(launches.SMALL, kernel, launches.SMALL[kernel]._replace(block=64))
     kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_FUNCTIONS})
     kernels.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
     monkeypatch.setattr(cpu, "native", lambda: kernels)
