@@ -1,4 +1,4 @@
-"""Puts the Triton launchers where a CPU's operators are, so that the public functions run them on CPU tensors.
+"""Runs the public functions on CPU tensors by the Triton launchers, with small blocks.
 
 Under the interpreter they take the CPU tensors themselves; on a machine with a GPU, copies that travel there and back.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastpref_kernels import cpu, ops
-from fastpref_kernels.triton import logprobs, loss, preference, reward
+from benchmarks.triton_on_cpu import launchers_on_cpu
+from fastpref_kernels.triton import logprobs, loss
 
-LOGPROB_FUNCTIONS = ("logprobs", "write_gradient")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -53,22 +51,10 @@ def travelling(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+def launchers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
     for launches in ("FORWARD_LAUNCH", "STATISTICS_LAUNCH", "BACKWARD_LAUNCH"):
         monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
     monkeypatch.setattr(loss, "TILE", 64)
-    kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_FUNCTIONS})
-    kernels.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
-    monkeypatch.setattr(cpu, "native", lambda: kernels)
-    monkeypatch.setattr(ops, "fuses_losses", lambda device: True)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def loss_operators() -> Iterator[None]:
-    library = torch.library.Library("fastpref", "IMPL")
-    modules = {"preference": preference, "reward": reward}
-    for name in ops.LOSSES:
-        library.impl(name, travelling(getattr(modules[ops.LOSSES[name]], name)), "CPU")
-    yield
-    library._destroy()
+    with launchers_on_cpu(travelling):
+        yield
