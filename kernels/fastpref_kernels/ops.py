@@ -259,6 +259,17 @@ def _implement_linear(key: str, backend: linear.Backend) -> None:
     _LIBRARY.impl("scaled_gradient", functools.partial(linear.scaled_gradient, backend), key)
 
 
+def _implement_triton(key: str) -> None:
+    """Register the Triton launchers."""
+    _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
+    _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
+    folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
+    fused = _launcher("product", "product_fold")
+    _implement_linear(key, linear.library_backend(*folds, fused, lambda: launches.TILE))
+    for name, module in LOSSES.items():
+        _LIBRARY.impl(name, _launcher(module, name), key)
+
+
 def _register() -> None:
     # They gather the scored rows, whose number only the host can make room for: no CUDA graph can hold them.
     uncapturable = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
@@ -274,13 +285,7 @@ def _register() -> None:
     _LIBRARY.impl("linear_settle", linear.settle_shard, "CompositeExplicitAutograd")
     if _HAS_TRITON:
         for key in TRITON_KEYS:
-            _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
-            _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
-            folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
-            fused = _launcher("product", "product_fold")
-            _implement_linear(key, linear.library_backend(*folds, fused, lambda: launches.TILE))
-            for name, module in LOSSES.items():
-                _LIBRARY.impl(name, _launcher(module, name), key)
+            _implement_triton(key)
     for name, fake in {
         "logprobs": _logprobs_fake,
         "logprobs_backward": _logprobs_backward_fake,
