@@ -126,9 +126,9 @@ def summary(rows: list[Row]) -> str:
 
     for key, found in groupby(sorted((row for row in rows if row["status"] == "ok"), key=shape), shape):
         variants = sorted(found, key=lambda row: float(row["us"]))
-        best = [f"{row['config'] or 'is'} {said(row)}" for row in variants[:BEST]]
-        now = [f"now {row['config']} {said(row)}" for row in variants[BEST:] if row["current"] == "1"]
-        lines.append(f"{' '.join(part for part in key if part not in ('', '0'))}: {' | '.join([*best, *now])}")
+        shown = [*variants[:BEST], *(row for row in variants[BEST:] if row["current"] == "1")]
+        figures = [f"{row['config']}{' (now)' * (row['current'] == '1')} {said(row)}".strip() for row in shown]
+        lines.append(f"{' '.join(part for part in key if part not in ('', '0'))}: {' | '.join(figures)}")
     lines += [
         f"FAILED {row['group']} {row['kernel']} {row['dtype']} {row['R']}x{row['V']} {row['config']}: {row['status']}"
         for row in rows if row["status"] != "ok"
