@@ -1,0 +1,115 @@
+"""Judge every Triton kernel and every operator on its own, within a minute: one PASS, FAIL or SKIP line each.
+
+    python benchmarks/gpu_smoke.py [--device cuda|cpu] [--seconds 60] [--only GLOB]
+
+Main loops are entered, outputs are filled with NaN beforehand, and answers are compared with float64 by the rule of
+`fastpref check`. Nothing stops it but its deadline: a case that raises, hangs, or ends or breaks its process is a FAIL
+line, and the cases left go on in a new process. `--device cpu` rehearses all of it under Triton's interpreter.
+The exit status is 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # The worker's process gets this path too.
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks.smoke.worker import Answer, LostError, Worker  # noqa: E402 - found by the path above
+
+# A case is given this long: a kernel that waits forever would take all that is left otherwise.
+CASE_SECONDS = {"cuda": 20.0, "cpu": 120.0}
+# So many processes may be lost one after another at their start before the rest is given up.
+ATTEMPTS = 2
+
+
+def smoke(
+    device: str, seconds: float, only: str = "*", *, start: Callable[[str], Worker] = Worker,
+    clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] = print,
+) -> Counter[str]:  # fmt: skip
+    """Judge the cases that match `only` until the deadline, and count what was said of them by status.
+
+    Args:
+        device: "cuda" or "cpu".
+        seconds: after which no case is begun.
+        only: a glob of the cases' names.
+        start: starts a process for a device.
+        clock: seconds.
+        say: takes each line.
+    """
+    began = clock()
+    counts: Counter[str] = Counter()
+    left: list[str] | None = None
+    worker, lost = None, 0
+
+    def tell(answer: Answer) -> None:
+        counts[answer.status] += 1
+        say(f"{answer.status} {answer.name} {answer.text}")
+
+    try:
+        while left is None or (left and clock() - began < seconds):
+            if worker is None:
+                try:
+                    worker, lost = start(device), 0
+                except LostError as error:
+                    lost += 1
+                    say(f"the process could not start: {error}")
+                    if lost == ATTEMPTS:
+                        counts["FAIL"] += left is None
+                        break
+                    continue
+                if left is None:
+                    left = [name for name in worker.names if fnmatch(name, only)]
+                    say(f"{len(left)} cases on {worker.description}")
+                continue
+            name = left.pop(0)
+            try:
+                answer = worker.judge(name, CASE_SECONDS[device])
+            except LostError as error:
+                answer = Answer(name, "FAIL", str(error), broken=True)
+            tell(answer)
+            if answer.broken:
+                worker.stop()
+                worker = None
+                if left:
+                    say("the device's process is lost: the cases left go on in another")
+    finally:
+        if worker is not None:
+            worker.stop()
+        counts["not reached"] = len(left or ())
+        say(
+            f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped, "
+            f"{counts['not reached']} not reached in {clock() - began:.0f} s"
+        )
+    return counts
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, help="default: 60, or 600 on a CPU")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="cases by their names, such as 'fold*'")
+    arguments = parser.parse_args()
+    # Triton and cuBLAS read these when they are loaded, which only the worker's process does.
+    os.environ["TRITON_INTERPRET"] = "1" if arguments.device == "cpu" else "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seconds = arguments.seconds or (60.0 if arguments.device == "cuda" else 600.0)
+    try:
+        counts = smoke(arguments.device, seconds, arguments.only, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        return 130
+    return 1 if counts["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
