@@ -28,8 +28,6 @@ from benchmarks.smoke.worker import Answer, LostError, Worker  # noqa: E402 - fo
 
 # A case is given this long: a kernel that waits forever would take all that is left otherwise.
 CASE_SECONDS = {"cuda": 20.0, "cpu": 120.0}
-# So many processes may be lost one after another at their start before the rest is given up.
-ATTEMPTS = 2
 
 
 def smoke(
@@ -48,49 +46,47 @@ def smoke(
     """
     began = clock()
     counts: Counter[str] = Counter()
-    left: list[str] | None = None
-    worker, lost = None, 0
-
-    def tell(answer: Answer) -> None:
-        counts[answer.status] += 1
-        say(f"{answer.status} {answer.name} {answer.text}")
-
+    left: list[str] = []
+    worker: Worker | None = None
     try:
-        while left is None or (left and clock() - began < seconds):
+        worker = _started(start, device, say)
+        left = [name for name in worker.names if fnmatch(name, only)]
+        say(f"{len(left)} cases on {worker.description}")
+        while left and clock() - began < seconds:
             if worker is None:
-                try:
-                    worker, lost = start(device), 0
-                except LostError as error:
-                    lost += 1
-                    say(f"the process could not start: {error}")
-                    if lost == ATTEMPTS:
-                        counts["FAIL"] += left is None
-                        break
-                    continue
-                if left is None:
-                    left = [name for name in worker.names if fnmatch(name, only)]
-                    say(f"{len(left)} cases on {worker.description}")
+                say("its process is lost: the cases left go on in another")
+                worker = _started(start, device, say)
                 continue
             name = left.pop(0)
             try:
                 answer = worker.judge(name, CASE_SECONDS[device])
             except LostError as error:
                 answer = Answer(name, "FAIL", str(error), broken=True)
-            tell(answer)
+            counts[answer.status] += 1
+            say(f"{answer.status} {answer.name} {answer.text}")
             if answer.broken:
                 worker.stop()
                 worker = None
-                if left:
-                    say("the device's process is lost: the cases left go on in another")
+    except LostError as error:
+        counts["FAIL"] += 1
+        say(f"FAIL start {error}")
     finally:
         if worker is not None:
             worker.stop()
-        counts["not reached"] = len(left or ())
         say(
-            f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped, "
-            f"{counts['not reached']} not reached in {clock() - began:.0f} s"
+            f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped, {len(left)} not reached "
+            f"in {clock() - began:.0f} s"
         )
     return counts
+
+
+def _started(start: Callable[[str], Worker], device: str, say: Callable[[str], None]) -> Worker:
+    """Start a process, once more if it is lost at its start."""
+    try:
+        return start(device)
+    except LostError as error:
+        say(f"its process could not start: {error}")
+        return start(device)
 
 
 def main() -> int:

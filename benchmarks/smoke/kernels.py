@@ -17,15 +17,15 @@ from fastpref_kernels import linear
 from fastpref_kernels.triton import linear as tiles
 from fastpref_kernels.triton import product
 
-ROWS, FEATURES = 5, 80
-# Columns of two whole tiles and of a narrow one, whose blocks are 256 columns.
-TILE, VOCABULARY = 1024 + 16, 2 * (1024 + 16) + 37
+# Two whole tiles and a narrow one, in blocks of 256 columns at the most.
+TILE = 1024 + 16
+ROWS, VOCABULARY = 5, 2 * TILE + 37
+# Of a product: several blocks of rows, of columns and of terms, and the last of each is not whole.
+PRODUCT_ROWS, PRODUCT_VOCABULARY, TERMS = 70, 2 * 256 + 125, 3 * 64 + 7
 TRANSFORMS = {"plain": (1.0, 1.0, None), "capped": (0.6, 1.3, 4.0)}
 EVERY_STATISTIC = 31
-TERMS = 3 * 16 + 7  # of a product whose blocks of 16 or 32 do not divide it
 LAUNCHES = {
-    "small": product.Launch(block_m=16, block_n=32, block_k=16, group_m=2, stages=2, warps=4, width=16),
-    "middle": product.Launch(block_m=64, block_n=64, block_k=32, group_m=2, stages=3, warps=4, width=64),
+    "narrow": product.Launch(block_m=32, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=32),
     "wide": product.Launch(block_m=128, block_n=256, block_k=64, group_m=8, stages=3, warps=8, width=64),
 }
 Transform = tuple[float, float, float | None]
@@ -101,31 +101,30 @@ def kernels_cases() -> Iterator[SmokeCase]:
                     summed=_summed_product,
                 )
                 for dtype in (torch.bfloat16, torch.float32, torch.float16):
-                    first = (name, told, peak, dtype) == ("middle", "plain", 0.0, torch.float32)
+                    first = (name, told, peak, dtype) == ("narrow", "plain", 0.0, torch.float32)
                     reason = "the interpreter cannot multiply bfloat16" if dtype == torch.bfloat16 else None
                     yield SmokeCase(call=call, dtype=dtype, tier=0 if first else 2, not_interpreted=reason)
-
-
-def _targets(vocabulary: int) -> Tensor:
-    """Return labels in the first block, in the middle of a tile, at both sides of a tile's end, and last."""
-    return torch.tensor([0, TILE // 2, TILE - 1, TILE, vocabulary - 1])
 
 
 def _draw_products(biased: bool, upstream: bool, peak: float, generator: torch.Generator) -> Arguments:
     products = 3 * normal(generator, ROWS, VOCABULARY)
     products[:, [3, TILE + 700]] += torch.tensor([peak, 2 * peak], dtype=products.dtype)
     bias = normal(generator, VOCABULARY) if biased else None
-    constants = {"products": products, "bias": bias, "targets": _targets(VOCABULARY)}
+    # In the first block, in the middle of a tile, at both sides of a tile's end, and last.
+    targets = torch.tensor([0, TILE // 2, TILE - 1, TILE, VOCABULARY - 1])
+    constants: dict[str, Any] = {"products": products, "bias": bias, "targets": targets}
     if upstream:
         constants["grad"], constants["grad_entropy"] = normal(generator, 2, ROWS)
     return {}, constants
 
 
 def _draw_operands(peak: float, generator: torch.Generator) -> Arguments:
-    hidden, weight = normal(generator, ROWS, TERMS), 3 / TERMS**0.5 * normal(generator, VOCABULARY, TERMS)
-    bias = normal(generator, VOCABULARY)
-    bias[TILE + 700] += peak
-    return {}, {"hidden": hidden, "weight": weight, "bias": bias, "targets": _targets(VOCABULARY)}
+    hidden = normal(generator, PRODUCT_ROWS, TERMS)
+    weight = 3 / TERMS**0.5 * normal(generator, PRODUCT_VOCABULARY, TERMS)
+    bias = normal(generator, PRODUCT_VOCABULARY)
+    bias[300] += peak
+    targets = torch.linspace(0, PRODUCT_VOCABULARY - 1, PRODUCT_ROWS).long()
+    return {}, {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
 
 
 def _transformed(products: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
@@ -148,10 +147,10 @@ def _folded(
     """Fold products (R, V) tile by tile."""
     state = _state(_transformed(products, bias, transform), targets)
     store = torch.empty_like(products)
-    count = (VOCABULARY + tile - 1) // tile
-    anchors, masses = torch.empty(2, count, ROWS, dtype=torch.float64, device=products.device)
-    for i, begin in enumerate(range(0, VOCABULARY, tile)):
-        columns = slice(begin, min(begin + tile, VOCABULARY))
+    begins = range(0, products.shape[1], tile)
+    anchors, masses = torch.empty(2, len(begins), len(products), dtype=torch.float64, device=products.device)
+    for i, begin in enumerate(begins):
+        columns = slice(begin, begin + tile)
         fold(
             products[:, columns].clone(), None if bias is None else bias[columns], targets, begin, *transform,
             EVERY_STATISTIC, state, anchors[i], masses[i], store[:, columns],
@@ -198,7 +197,7 @@ def _gradient(
     norm = torch.stack([anchor[:, 0], inverse[:, 0], log_p.gather(1, targets[:, None])[:, 0], entropy])
     out = torch.empty_like(products)
     for begin in range(0, VOCABULARY, TILE):
-        columns = slice(begin, min(begin + TILE, VOCABULARY))
+        columns = slice(begin, begin + TILE)
         fold_backward(
             products[:, columns].clone(), None if bias is None else bias[columns], targets, begin, *transform,
             norm.to(products.dtype), grad, grad_entropy if with_entropy else None, out[:, columns],
@@ -211,14 +210,16 @@ def _product_folded(
 ) -> Sums:
     """Multiply and fold in one kernel."""
     z = _transformed(hidden.float() @ weight.float().T, bias.float(), transform)
-    state, store = _state(z, targets), hidden.new_empty(ROWS, VOCABULARY, dtype=torch.float32)
+    state, store = _state(z, targets), hidden.new_empty(z.shape, dtype=torch.float32)
     with mock.patch.object(product, "launch", return_value=launch):
         done = product.product_fold(hidden, weight, bias, targets, *transform, EVERY_STATISTIC, state, store)
     assert done is not None
     return _sums(state, *done, store, torch.float32)
 
 
-def _multiplied_and_folded(transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Sums:
+def _multiplied_and_folded(
+    columns: int, transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
+) -> Sums:
     """Multiply and fold as eager PyTorch does, in tiles of as many columns as the kernel's blocks have."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return _folded(linear.fold, transform, hidden.to(wide) @ weight.to(wide).T, bias.to(wide), targets, columns)
@@ -228,4 +229,4 @@ def _summed_product(leaves: dict[str, Tensor], constants: dict[str, Any]) -> dic
     """Return what the products' terms amount to without their signs."""
     products = constants["hidden"].abs() @ constants["weight"].abs().T + constants["bias"].abs()
     largest = products.max().item()
-    return {"total": products.sum(1).max().item(), **dict.fromkeys(Sums._fields[:3] + Sums._fields[4:], largest)}
+    return {"total": products.sum(1).max().item(), **{name: largest for name in Sums._fields if name != "total"}}

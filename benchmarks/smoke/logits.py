@@ -16,7 +16,7 @@ from fastpref.cli.check.logprobs_cases import far_above_the_label, logprobs_case
 # Three blocks of 4096 logits and a last one, with rows that start at multiples of 16 bytes and with others.
 EVEN, ODD = 3 * 4096 + 48, 3 * 4096 + 37
 NARROW = (torch.bfloat16, torch.float32)
-SEVERAL = (torch.float32,)
+SINGLE = (torch.float32,)
 
 
 def logits_cases(device: str) -> Iterator[SmokeCase]:
@@ -24,12 +24,13 @@ def logits_cases(device: str) -> Iterator[SmokeCase]:
     rows, many = ((2, 4), (4, 5)) if device == "cpu" else ((4, 65), (8, 513))
 
     def cases(
-        name: str, *, dtypes: tuple[torch.dtype, ...] = SEVERAL, tier: int = 1, vocabulary: int = ODD, **options: Any
-    ) -> Iterator[SmokeCase]:
+        name: str, *, dtypes: tuple[torch.dtype, ...] = SINGLE, tier: int = 1, vocabulary: int = ODD,
+        not_interpreted: str | None = None, **options: Any,
+    ) -> Iterator[SmokeCase]:  # fmt: skip
         call: Case = logprobs_case(name, options.pop("rows", rows), vocabulary, **options)
         for dtype in dtypes:
             if dtype in call.dtypes:
-                yield SmokeCase(call=call, dtype=dtype, tier=tier)
+                yield SmokeCase(call=call, dtype=dtype, tier=tier, not_interpreted=not_interpreted)
 
     yield from cases("token_logprobs/even", vocabulary=EVEN, dtypes=NARROW, tier=0)
     yield from cases("token_logprobs/even", vocabulary=EVEN, dtypes=(torch.float16, torch.float64))
@@ -68,10 +69,10 @@ def logits_cases(device: str) -> Iterator[SmokeCase]:
         dtypes=DTYPES,
     )  # fmt: skip
     # More tokens and more sequences than are summed at a time.
-    yield from cases("sequence_logprobs/long", rows=(1, 1100), vocabulary=37, tier=2)
-    every_token = torch.arange(1101)
-    yield from cases("sequence_logprobs/many-sequences", rows=(1100,), vocabulary=37, cu_seqlens=every_token,
-                     shift=False, tier=2)  # fmt: skip
+    long: dict[str, Any] = {"vocabulary": 37, "tier": 2, "not_interpreted": "a minute for its 1100 programs"}
+    yield from cases("sequence_logprobs/long", rows=(1, 1100), **long)
+    bounds = torch.arange(1101)
+    yield from cases("sequence_logprobs/many-sequences", rows=(1100,), cu_seqlens=bounds, shift=False, **long)
 
 
 def _padded(leaf: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def losses_cases(device: str) -> Iterator[SmokeCase]:
             yield SmokeCase(call=call, dtype=dtype, tier=2)
         for name in loss.takes:
             for options in OPTIONS.get(name, []):
-                yield SmokeCase(call=_with(loss_case(loss, "mean", FEW), **options), dtype=torch.float32, tier=2)
+                # A power of far log-ratios: in float32 it is the exponential that is judged, and not the loss.
+                dtype = torch.float64 if options.get("f_divergence") == "alpha" else torch.float32
+                yield SmokeCase(call=_with(loss_case(loss, "mean", FEW), **options), dtype=dtype, tier=2)
     sigmoid = loss_case(next(loss for loss in losses.TABLE if loss.name == "dpo_loss:sigmoid"), "mean", PAIRS)
     for how in ("token", "sequence"):
         yield SmokeCase(call=_with(sigmoid, sft_weight=0.7, sft_reduction=how), dtype=torch.float32, tier=2)

@@ -38,7 +38,7 @@ def serve(pipe: Connection, device: str) -> None:
     warnings.simplefilter("ignore")  # numpy's and the deterministic mode's, about what the cases are meant to hold
     # Every `torch.empty` holds NaN, so that an element that no kernel writes is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     route: AbstractContextManager[None] = nullcontext()
     if device == "cpu":
         torch.set_num_threads(1)
