@@ -1,6 +1,6 @@
 """Judge every Triton kernel and every operator on its own, within a minute: one PASS, FAIL or SKIP line each.
 
-    python benchmarks/gpu_smoke.py [--device cuda|cpu] [--seconds 60] [--only GLOB]
+    python benchmarks/gpu_smoke.py [--device cuda|cpu] [--seconds 60] [--only GLOB ...]
 
 Main loops are entered, outputs are filled with NaN beforehand, and answers are compared with float64 by the rule of
 `fastpref check`. Nothing stops it but its deadline: a case that raises, hangs, or ends or breaks its process is a FAIL
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -27,19 +27,19 @@ if __name__ == "__main__":
 from benchmarks.smoke.worker import Answer, LostError, Worker  # noqa: E402 - found by the path above
 
 # A case is given this long: a kernel that waits forever would take all that is left otherwise.
-CASE_SECONDS = {"cuda": 20.0, "cpu": 120.0}
+CASE_SECONDS = {"cuda": 30.0, "cpu": 120.0}
 
 
 def smoke(
-    device: str, seconds: float, only: str = "*", *, start: Callable[[str], Worker] = Worker,
+    device: str, seconds: float, only: Sequence[str] = ("*",), *, start: Callable[[str], Worker] = Worker,
     clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] = print,
 ) -> Counter[str]:  # fmt: skip
-    """Judge the cases that match `only` until the deadline, and count what was said of them by status.
+    """Judge the cases that match any of `only` until the deadline, and count what was said of them by status.
 
     Args:
         device: "cuda" or "cpu".
         seconds: after which no case is begun.
-        only: a glob of the cases' names.
+        only: globs of the cases' names.
         start: starts a process for a device.
         clock: seconds.
         say: takes each line.
@@ -50,7 +50,7 @@ def smoke(
     worker: Worker | None = None
     try:
         worker = _started(start, device, say)
-        left = [name for name in worker.names if fnmatch(name, only)]
+        left = [name for name in worker.names if any(fnmatch(name, glob) for glob in only)]
         say(f"{len(left)} cases on {worker.description}")
         while left and clock() - began < seconds:
             if worker is None:
@@ -94,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, help="default: 60, or 600 on a CPU")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="cases by their names, such as 'fold*'")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="cases by name, such as 'fold*'")
     arguments = parser.parse_args()
     # Triton and cuBLAS read these when they are loaded, which only the worker's process does.
     os.environ["TRITON_INTERPRET"] = "1" if arguments.device == "cpu" else "0"

@@ -21,7 +21,7 @@ SINGLE = (torch.float32,)
 
 def logits_cases(device: str) -> Iterator[SmokeCase]:
     """Yield the cases; a GPU is given more rows than the interpreter."""
-    rows, many = ((2, 4), (4, 5)) if device == "cpu" else ((4, 65), (8, 513))
+    rows, many = ((2, 4), (4, 5)) if device == "cpu" else ((2, 33), (4, 257))
 
     def cases(
         name: str, *, dtypes: tuple[torch.dtype, ...] = SINGLE, tier: int = 1, vocabulary: int = ODD,
@@ -57,6 +57,7 @@ def logits_cases(device: str) -> Iterator[SmokeCase]:
     yield from cases("token_logprobs/less-than-a-block", vocabulary=37, dtypes=DTYPES, tier=2)
 
     yield from cases("sequence_logprobs/sum", dtypes=NARROW, tier=0)
+    yield from cases("sequence_logprobs/many-rows", rows=many, dtypes=(torch.bfloat16,))
     yield from cases("sequence_logprobs/mean", reduction="mean", inplace_backward=True, dtypes=DTYPES)
     yield from cases("sequence_logprobs/weighted", ld_alpha=0.3, dtypes=NARROW)
     tokens = rows[0] * rows[1]

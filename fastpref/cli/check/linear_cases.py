@@ -145,9 +145,10 @@ def _summed(definition: Callable[..., Any], leaves: dict[str, Tensor], constants
         return {}
     # As logits are hidden states under a head that changes nothing, so their gradient is that of such hidden states.
     logits = hidden @ weight.T + leaves.get("bias", 0.0)
-    identity = torch.eye(weight.shape[0], dtype=torch.float64)
+    identity = torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
     found = evaluate(definition, {"hidden": logits}, {"weight": identity, **constants})
-    d_logits, rows = found[GRADIENT + "hidden"].flatten(0, -2).abs(), hidden.flatten(0, -2).abs()
+    d_logits = found[GRADIENT + "hidden"].flatten(0, -2).abs().to(weight.device)
+    rows = hidden.flatten(0, -2).abs()
     sums = {"hidden": d_logits @ weight.abs(), "weight": d_logits.T @ rows, "bias": d_logits.sum(0)}
     summed = {GRADIENT + name: value.max().item() for name, value in sums.items()}
     if "loss" in found:
