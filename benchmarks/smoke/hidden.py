@@ -59,19 +59,23 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
         fused: dict[str, Any] = {"dtypes": EVERY[:3], "change": _fused, "not_interpreted": reason}
         yield from cases(f"{token}-fused-product", mode=mode, **fused)
 
-    pairs: dict[str, Any] = {"references": True, "beta": BETA}
+    # Four pairs, of which a chunk holds two or three.
+    of_pairs, chunk = (8, 3 if device == "cpu" else 33), 9 if device == "cpu" else 99
+    pairs: dict[str, Any] = {"rows": of_pairs, "references": True, "beta": BETA}
     yield from cases("linear_dpo_loss/one-chunk", **pairs, dtypes=EVERY, tier=0)
-    yield from cases("linear_dpo_loss/several-chunks", **pairs, chunk_rows=rows[1], stats=STATISTICS)
+    yield from cases("linear_dpo_loss/several-chunks", **pairs, chunk_rows=chunk, stats=STATISTICS)
     yield from cases(
-        "linear_dpo_loss/transformed", **pairs, chunk_rows=rows[1], biased=False, average_logps=True, loss_type="ipo",
+        "linear_dpo_loss/transformed", **pairs, chunk_rows=chunk, biased=False, average_logps=True, loss_type="ipo",
         **TRANSFORM,
     )  # fmt: skip
-    yield from cases("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=rows[1], label_smoothing=0.1)
+    yield from cases("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=chunk, label_smoothing=0.1)
     yield from cases("linear_dpo_loss/none", **pairs, reduction="none")
-    yield from cases("linear_preference_loss/pairs", group_size=2, loss_fn=in_order, chunk_rows=rows[1])
+    groups: dict[str, Any] = {"rows": of_pairs, "group_size": 2, "loss_fn": in_order}
+    yield from cases("linear_preference_loss/one-chunk", **groups)
+    yield from cases("linear_preference_loss/several-chunks", **groups, chunk_rows=chunk)
 
     yield from cases("linear_token_logprobs/one-rank", ranked=True, stats=STATISTICS)
-    yield from cases("linear_dpo_loss/one-rank", ranked=True, **pairs)
+    yield from cases("linear_dpo_loss/one-rank", ranked=True, **pairs, chunk_rows=chunk)
 
 
 def _fused(call: Case) -> Case:
