@@ -18,14 +18,14 @@ from fastpref.cli.check.case import TRANSFORM, Arguments, Case, boundaries
 from fastpref.cli.check.linear_cases import BETA, in_order, linear_case
 from fastpref.reference.linear_logprobs import linear_logits
 from fastpref_kernels.linear import COLUMNS
-from fastpref_kernels.triton import product
+from fastpref_kernels.triton import launches
 
 # A whole tile and a narrow one; three whole tiles and a narrow one.
 TWO_TILES, FOUR_TILES = COLUMNS + 37, 3 * COLUMNS + 37
 FILTER = 1e-6
 NARROW = (torch.bfloat16, torch.float32)
 EVERY = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-LAUNCH = product.Launch(block_m=64, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=64)
+LAUNCH = launches.ProductLaunch(block_m=64, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=64)
 
 
 def hidden_cases(device: str) -> Iterator[SmokeCase]:
@@ -82,7 +82,7 @@ def _fused(call: Case) -> Case:
     """Return the call on the kernel that folds its own product, which no shape takes by itself."""
 
     def within() -> AbstractContextManager[Any]:
-        return mock.patch.object(product, "launch", return_value=LAUNCH)
+        return mock.patch.object(launches, "product_launch", return_value=LAUNCH)
 
     return replace(call, within=within)
 

@@ -14,8 +14,8 @@ from benchmarks.smoke.case import SmokeCase
 from fastpref.cli.check.case import Arguments, Case, normal
 from fastpref.reference.logprobs import transform_logits
 from fastpref_kernels import linear
+from fastpref_kernels.triton import launches, product
 from fastpref_kernels.triton import linear as tiles
-from fastpref_kernels.triton import product
 
 # Two whole tiles and a narrow one, in blocks of 256 columns at the most.
 TILE = 1024 + 16
@@ -25,8 +25,8 @@ PRODUCT_ROWS, PRODUCT_VOCABULARY, TERMS = 70, 2 * 256 + 125, 3 * 64 + 7
 TRANSFORMS = {"plain": (1.0, 1.0, None), "capped": (0.6, 1.3, 4.0)}
 EVERY_STATISTIC = 31
 LAUNCHES = {
-    "narrow": product.Launch(block_m=32, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=32),
-    "wide": product.Launch(block_m=128, block_n=256, block_k=64, group_m=8, stages=3, warps=8, width=64),
+    "narrow": launches.ProductLaunch(block_m=32, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=32),
+    "wide": launches.ProductLaunch(block_m=128, block_n=256, block_k=64, group_m=8, stages=3, warps=8, width=64),
 }
 Transform = tuple[float, float, float | None]
 
@@ -206,12 +206,12 @@ def _gradient(
 
 
 def _product_folded(
-    launch: product.Launch, transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
+    launch: launches.ProductLaunch, transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
 ) -> Sums:
     """Multiply and fold in one kernel."""
     z = _transformed(hidden.float() @ weight.float().T, bias.float(), transform)
     state, store = _state(z, targets), hidden.new_empty(z.shape, dtype=torch.float32)
-    with mock.patch.object(product, "launch", return_value=launch):
+    with mock.patch.object(launches, "product_launch", return_value=launch):
         done = product.product_fold(hidden, weight, bias, targets, *transform, EVERY_STATISTIC, state, store)
     assert done is not None
     return _sums(state, *done, store, torch.float32)
