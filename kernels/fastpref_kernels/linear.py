@@ -598,13 +598,15 @@ def accumulate_gradients(
 def gradients(
     backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,
-    shares: Tensor, needed: list[bool], dtypes: list[torch.dtype], *scoring: Any,
+    shares: Tensor, needed: list[bool], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype,
+    *scoring: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastpref::linear_logprobs_backward`."""
+    dtypes = (hidden_dtype, weight_dtype, bias_dtype)
     wide, chunk_rows = widened(hidden.dtype), scoring[-2]
     # Rows of one chunk need no sums between chunks, and so no float32 weight gradient but a tile's.
     once = labels.numel() <= (chunk_rows or backend.tile().rows) and not backend.whole
-    kinds = (wide, dtypes[1] if once else wide, wide)
+    kinds = (wide, weight_dtype if once else wide, wide)
     totals: list[Tensor | None] = [
         backend.empty(tensor.shape, kind, tensor.device) if want and tensor is not None else None
         for tensor, want, kind in zip((hidden, weight, bias), needed, kinds, strict=True)

@@ -104,14 +104,15 @@ def linear_case(
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
-    """A process group of this process alone, which what is split over ranks asks for."""
+def _one_rank(device: torch.device) -> Iterator[None]:
+    """Run in a process group of this process alone, for what is split over ranks: here one, on a CPU and `device`."""
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    # A CUDA build of torch has NCCL, which cannot start where no GPU is.
+    others = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
     store: Any = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    dist.init_process_group(f"cpu:gloo{others}", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
