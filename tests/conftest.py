@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,21 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(2, usable_cores() // len(specs))))
     # A thread that waits actively keeps a core from the other workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_finish() -> None:
+    """Take what the imports made out of the garbage collector's sight: a collection then takes a tenth of the time."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Undo it, so that the interpreter frees everything as it exits."""
+    gc.unfreeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests first: near the end no worker then waits for one that has just begun."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

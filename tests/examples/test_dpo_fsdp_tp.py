@@ -15,6 +15,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "dpo_fsdp_tp.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dpo_fsdp_tp")]
+
+
 def losses(*launcher: str, tp: int = 1) -> tuple[float, float]:
     """The first loss and the last, as the script prints them."""
     command = [sys.executable, *launcher, str(EXAMPLE), "--steps", "6", f"--tp={tp}"]
