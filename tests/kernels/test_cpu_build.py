@@ -28,11 +28,11 @@ print(f"{logps.item():.6f} {logits.grad[0, 0, 1].item():.6f}")
 """
 RIGHT = "-2.197225 1.333333\n"
 HOLD = """
-import fcntl, sys, time
+import fcntl, sys
 handle = open(sys.argv[1], "w")
 fcntl.flock(handle, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(60)
+sys.stdin.read()  # until it is killed
 """
 FAKE_COMPILER = """#!/bin/sh
 echo "$@" >> "{log}"
@@ -77,7 +77,7 @@ def test_processes_that_come_at_once_build_once(cache: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "lock").touch()  # left by a process that was killed
     processes = [use() for _ in range(3)]
-    results = [process.communicate(timeout=240) for process in processes]
+    results = [process.communicate(timeout=600) for process in processes]
     assert [out for out, _ in results] == [RIGHT] * 3
     said = [line for _, err in results for line in err.splitlines()]
     assert len(said) == 1
@@ -85,7 +85,7 @@ def test_processes_that_come_at_once_build_once(cache: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [f"{build.NAME}.so", "lock"]
     # And one that comes later finds it, says nothing, and needs no compiler.
     (cache / "bin").mkdir()
-    assert use(PATH=str(cache / "bin"), CXX="").communicate(timeout=60) == (RIGHT, "")
+    assert use(PATH=str(cache / "bin"), CXX="").communicate(timeout=600) == (RIGHT, "")
 
 
 def test_threads_that_come_at_once_build_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,18 +110,19 @@ def test_threads_that_come_at_once_build_once(cache: Path, monkeypatch: pytest.M
 def test_a_build_that_dies_lets_the_next_one_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = cache / build.key()
     folder.mkdir(parents=True)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    holder.stdout.readline()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     monkeypatch.setattr(build, "_build", lambda target: target.write_bytes(b"a library"))
     waiting = threading.Thread(target=build.library, daemon=True)
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive()
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
-    waiting.join(10)
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        waiting.start()
+        waiting.join(0.3)  # the time in which a thread that ignores the lock would build
+        assert waiting.is_alive()
+        holder.kill()
+    waiting.join(600)
     assert not waiting.is_alive()
 
 
@@ -195,7 +196,7 @@ class TestFallback:
     def test_without_a_compiler(self, cache: Path, tmp_path: Path) -> None:
         empty = tmp_path / "bin"
         empty.mkdir()
-        out, err = use(PATH=str(empty), CXX="").communicate(timeout=60)
+        out, err = use(PATH=str(empty), CXX="").communicate(timeout=600)
         assert out == RIGHT
         assert err.count("RuntimeWarning") == 1
         assert "no C++ compiler" in err

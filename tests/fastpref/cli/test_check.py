@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -62,27 +61,27 @@ def as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[dict[str, Any], set[str], float]:
-    """All of it once: what it printed, the operators that were called, and the seconds it took."""
-    start = time.perf_counter()
+def whole() -> tuple[dict[str, Any], set[str]]:
+    """Run all of it once; return what it printed and the operators that were called."""
     with Called() as called:
         result = check("--json")
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout), called.names, time.perf_counter() - start
+    return json.loads(result.stdout), called.names
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("check")
 class TestEverything:
-    def test_all_is_right_on_this_machine_in_good_time(self, whole: Any) -> None:
-        found, _, seconds = whole
+    def test_all_is_right_on_this_machine(self, whole: Any) -> None:
+        found, _ = whole
         assert found["ok"]
         assert all(case["ok"] and case["fault"] is None for case in found["cases"])
-        assert seconds < 60
         assert found["versions"]["torch"] == torch.__version__
         assert list(found["devices"]) == ["cpu"]
         assert found["seconds"] > 0
 
     def test_reaches_every_operator_that_has_a_kernel_on_a_cpu(self, whole: Any) -> None:
-        _, called, _ = whole
+        _, called = whole
 
         def has_kernel(name: str) -> bool:
             keys = ("CPU", "CompositeExplicitAutograd")
@@ -93,7 +92,7 @@ class TestEverything:
         assert set(operators()) - called == {loss.operator for loss in losses.TABLE}
 
     def test_judges_every_loss_in_every_dtype_with_value_and_gradients(self, whole: Any) -> None:
-        found, _, _ = whole
+        found, _ = whole
         for entry in losses.TABLE:
             for reduction in ("mean", "none"):
                 of_case = [case for case in found["cases"] if case["case"] == f"{entry.name}/{reduction}"]
@@ -106,7 +105,7 @@ class TestEverything:
             assert {case["dtype"] for case in found["cases"] if case["case"].split("/")[0] == entry.name} == DTYPE_NAMES
 
     def test_numbers_are_within_the_allowance(self, whole: Any) -> None:
-        found, _, _ = whole
+        found, _ = whole
         numbers = [case for case in found["cases"] if case["error"] is not None]
         assert len(numbers) > 1500
         assert all(0 <= case["error"] <= case["allowance"] for case in numbers)
