@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_logprobs, harness, machine, peers, report, store, suite
-from benchmarks.report import data, growth, plots, targets
+from benchmarks import bench_logprobs, harness, machine, peers, store, suite
+from benchmarks.report import data, documents, growth, plots, targets
 from benchmarks.worker import PointError, Worker
 from fastpref.cli.bench import command, watch
 
@@ -261,12 +261,12 @@ class TestReport:
         assert all(one != other for (one, _), (other, _) in itertools.pairwise(marks))
 
     def test_page_is_of_the_results(self) -> None:
-        text = (report.DOCS / "benchmarks.md").read_text()
-        assert text == report.text(suite.RESULTS), "run fastpref bench --report"
+        text = (documents.DOCS / "benchmarks.md").read_text()
+        assert text == documents.text(suite.RESULTS), "run fastpref bench --report"
 
     def test_pictures_are_of_the_results(self) -> None:
-        wanted = report.pictures(suite.RESULTS)
+        wanted = documents.pictures(suite.RESULTS)
         assert wanted
-        assert set(wanted) == set(report.PICTURES.glob("*.png"))
+        assert set(wanted) == set(documents.PICTURES.glob("*.png"))
         for path, digest in wanted.items():
             assert Image.open(path).text["Description"] == digest, f"{path.name}: run fastpref bench --report"
