@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,14 +48,12 @@ class Part:
         share: the seconds that it has of a run of 540, and its weight in any other.
         command: from the settings, what is run.
         prints: the file of the output folder that its output goes to.
-        environment: variables that it needs.
     """
 
     name: str
     share: float
     command: Callable[[Settings], list[str]]
     prints: str = LOG
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _script(name: str, *arguments: str) -> list[str]:
@@ -74,8 +72,8 @@ def _sweep(settings: Settings) -> list[str]:
 def _tests(settings: Settings) -> list[str]:
     lines = ["-p", "benchmarks.pytest_lines", "--lines", str(settings.out / "tests.txt")]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *lines]
-    if settings.rehearsal:  # Triton's interpreter takes minutes for all of them
-        return [*command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
+    if settings.rehearsal:  # some of them under Triton's interpreter, which takes minutes for all
+        return ["env", "TRITON_INTERPRET=1", *command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
     if find_spec("xdist") is not None:
         command += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
     return [*command, "tests/gpu", "tests/triton/launched"]

@@ -96,13 +96,13 @@ def watchman() -> Iterator[Callable[[str], None]]:
 class Process:
     """A part that runs."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], prints: Path) -> None:
+    def __init__(self, command: Sequence[str], prints: Path) -> None:
         self._shown = prints.open("rb")
         self._shown.seek(0, os.SEEK_END)
         with prints.open("ab") as file:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
         self.group = self._process.pid
 
@@ -140,7 +140,7 @@ def run_part(part: Part, settings: Settings, allowed: float, log: Log, watch: Ca
         if part.prints != LOG:
             prints.write_bytes(b"")
         # A part that is told its seconds ends by itself, which takes a while too.
-        process = Process(part.command(settings.lasting(allowed - 2 * grace)), part.environment, prints)
+        process = Process(part.command(settings.lasting(allowed - 2 * grace)), prints)
     except OSError as error:
         log.write(f"== {part.name}: failed (not started: {error}) in 0 s")
         return

@@ -28,11 +28,12 @@ Said = Sequence[str]  # what a part printed into log.txt
 
 
 def lines(path: Path) -> list[str]:
-    """Return the lines of a file, and none of one that is not there."""
+    """Return the complete lines of a file, and none of one that is not there."""
     try:
-        return path.read_text(errors="replace").splitlines()
+        text = path.read_text(errors="replace")
     except OSError:
         return []
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
 def table(path: Path) -> list[dict[str, str]]:

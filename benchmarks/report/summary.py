@@ -65,9 +65,9 @@ def failures(folder: Path, parts: dict[str, State]) -> list[str]:
     text = []
     for name, state in parts.items():
         found = evidence.FAILURES[name](folder, state.said) if name in evidence.FAILURES else []
-        if not found and state.state.startswith("failed"):
+        if not found and state.bad:
             said = [line for line in state.said or evidence.lines(folder / f"{name}.txt") if line.strip()]
-            found = [Failure("", said[-1] if said else "it printed nothing")]
+            found = [Failure(state.state, f"it printed last: {said[-1]}" if said else "it printed nothing")]
         groups: dict[str, list[Failure]] = {}
         for failure in found:
             # Cases that differ in numbers only are of one kind.
