@@ -47,7 +47,11 @@ def driver() -> str:
 def main(device: str) -> int:
     """Print the line."""
     gpu = torch.cuda.is_available()
-    parts = [f"{len(os.sched_getaffinity(0))} cores", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    parts = [
+        f"{len(os.sched_getaffinity(0))} cores",
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+    ]
     if gpu:
         parts = [torch.cuda.get_device_name(), f"driver {driver()}", *parts]
     parts += [*installed(), *(tool for tool in ("ncu", "compute-sanitizer") if shutil.which(tool))]

@@ -1,7 +1,7 @@
 """Read hardware counters of the kernels on logits and of the fold: python benchmarks/gpu_profile.py cuda|cpu [NAME]...
 
 Without names it runs itself under Nsight Compute once for each of `KERNELS`, and prints the counters as CSV; the exit
-status is 77 where `ncu` is not on PATH. With names it only makes the calls. On a CPU it makes all of them, on tiny shapes.
+status is 77 where `ncu` is not on PATH. With names it only makes the calls. On a CPU it makes all, on tiny shapes.
 """
 
 from __future__ import annotations

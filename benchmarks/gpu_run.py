@@ -24,6 +24,7 @@ from benchmarks.report import summary
 ROOT = Path(__file__).resolve().parents[1]
 ENDING = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
+MACHINE = [sys.executable, str(ROOT / "benchmarks" / "gpu_machine.py")]
 NO_GPU = 3
 RESERVE = 4.0  # seconds for the summary
 GRACE = 5.0  # seconds from the interrupt of a part to its kill
@@ -97,13 +98,14 @@ class Process:
     """A part that runs."""
 
     def __init__(self, command: Sequence[str], prints: Path) -> None:
-        self._shown = prints.open("rb")
-        self._shown.seek(0, os.SEEK_END)
         with prints.open("ab") as file:
+            printed = file.tell()
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
+        self._shown = prints.open("rb")
+        self._shown.seek(printed)
         self.group = self._process.pid
 
     def ended(self, seconds: float) -> bool:
@@ -152,7 +154,7 @@ def run_part(part: Part, settings: Settings, allowed: float, log: Log, watch: Ca
     finally:
         if state:
             process.signal(signal.SIGINT)
-            process.ended(grace - 0.1 if state == "out of time" else min(grace, 2.0))
+            process.ended(grace - 0.1 if state == "out of time" else min(grace, 1.0))
         status = process.kill()
         watch("")
         log.write(f"== {part.name}: {state or describe(status)} in {time.monotonic() - start:.1f} s")
@@ -167,11 +169,11 @@ def describe(status: int) -> str:
 
 def probe(settings: Settings, log: Log, seconds: float) -> bool:
     """Log what the machine is, from a process of its own because a broken driver may hang; return whether to go on."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_machine.py"), settings.device]
+    command = [*MACHINE, settings.device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        log.write(f"== machine: not known; {command[1]} was ended after {seconds:.0f} s")
+        log.write(f"== machine: not known; {MACHINE[-1]} was ended after {seconds:.0f} s")
         return True
     said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [f"status {done.returncode}"]
     log.write(f"== machine: {said[-1]}")

@@ -85,7 +85,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Write in the process that gathers the reports; watch the device in those that run tests for it."""
+    path: Path | None = config.getoption("--lines")
     if hasattr(config, "workerinput"):
         config.pluginmanager.register(Device())
-    elif config.getoption("--lines"):
-        config.pluginmanager.register(Lines(config.getoption("--lines")))
+    elif path is not None:
+        config.pluginmanager.register(Lines(path))

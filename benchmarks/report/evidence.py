@@ -37,20 +37,13 @@ def lines(path: Path) -> list[str]:
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file without those that are torn."""
-    rows = csv.DictReader(line for line in lines(path) if "\0" not in line)
-    return [row for row in rows if None not in row and None not in row.values()]
+    """Return the rows of a CSV file."""
+    return list(csv.DictReader(f"{line}\n" for line in lines(path)))
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines without those that are torn."""
-    found = []
-    for line in lines(path):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """Return the objects of a file of JSON lines."""
+    return [json.loads(line) for line in lines(path)]
 
 
 def first_line(text: str) -> str:
@@ -103,8 +96,9 @@ def bench(folder: Path) -> list[store.Row]:
     """Return the rows of every machine that `fastpref bench` has measured."""
     rows = []
     for path in sorted(folder.glob("*.csv")):
-        if path.name != SWEEP and "subject" in (lines(path) or [""])[0].split(","):
-            rows += store.read(path)
+        found = lines(path)
+        if found and "subject" in found[0].split(","):
+            rows += store.parse(f"{line}\n" for line in found)
     return rows
 
 
@@ -134,7 +128,7 @@ def _check_counts(folder: Path, said: Said) -> Counter[str]:
 
 
 def _profile_rows(folder: Path) -> list[dict[str, str]]:
-    """Return the counters of each launch; before the names of the columns and between kernels `ncu` prints other lines."""
+    """Return the counters of each launch from among the other lines that `ncu` prints."""
     found: list[dict[str, str]] = []
     names: list[str] = []
     for row in csv.reader(line for line in lines(folder / "profile.txt") if line.startswith('"')):
@@ -146,7 +140,7 @@ def _profile_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _profile_counts(folder: Path, said: Said) -> Counter[str]:
-    return Counter(launches=len(_profile_rows(folder)))
+    return +Counter(launches=len(_profile_rows(folder)))
 
 
 def _sanitizer(said: Said) -> list[tuple[str, str]]:
@@ -183,9 +177,14 @@ COUNTS: dict[str, Callable[[Path, Said], Counter[str]]] = {
 }  # fmt: skip
 
 
+def known(text: str | None) -> bool:
+    """Return whether a cell holds a number."""
+    return text not in (None, "", "nan")
+
+
 def shape(row: dict[str, Any]) -> str:
     """Return what a row of the sweep or of the bench is a measurement of."""
-    axes = (name for name in ("B", "T", "R", "C", "V", "H", "masked", "logits") if row.get(name) not in (None, ""))
+    axes = (name for name in ("B", "T", "R", "C", "V", "H", "masked", "logits") if row.get(name) not in (None, "", "0"))
     words = [str(row[name]) for name in ("kernel", "dtype") if row.get(name)]
     return " ".join([*words, *(f"{name}={row[name]}" for name in axes)])
 
@@ -199,15 +198,17 @@ def _sweep_figures(folder: Path) -> list[str]:
     """Return the fastest configuration of each kernel and shape, beside the one that is in use."""
     groups: dict[str, list[dict[str, str]]] = {}
     for row in table(folder / SWEEP):
-        if row.get("status") == "ok" and row.get("us"):
+        if row.get("status") == "ok" and known(row.get("us")):
             groups.setdefault(shape(row), []).append(row)
     text = []
     for name, rows in list(groups.items())[:BESTS]:
         best = min(rows, key=lambda row: float(row["us"]))
-        used = next((row for row in rows if row.get("current") in ("1", "yes", "True")), None)
-        rate = f", {float(best['of_copy']):.0%} of copy" if best.get("of_copy") else ""
+        used = next((row for row in rows if row.get("current") == "1"), None)
+        rates = [
+            f", {float(best[f'of_{of}']):.0%} of {of}" for of in ("copy", "product") if known(best.get(f"of_{of}"))
+        ]
         beside = f"; in use {used['config']} {float(used['us']):.4g}" if used and used is not best else ""
-        text.append(f"- sweep {name}: {best.get('config', '')} {float(best['us']):.4g} µs{rate}{beside}")
+        text.append(f"- sweep {name}: {best.get('config', '')} {float(best['us']):.4g} µs{''.join(rates)}{beside}")
     return text
 
 

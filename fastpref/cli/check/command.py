@@ -32,10 +32,17 @@ def check(
     verbose: Annotated[bool, typer.Option("--verbose", help="Every value and gradient, on a line of its own.")] = False,
     jsonl: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, writable=True, help="A file that gets a JSON line for each result as it is known."),
+        typer.Option(
+            dir_okay=False, writable=True, help="A file that gets a JSON line for each result once it is known."
+        ),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Run the cases in this many processes; one that a case ends is a result.", show_default="this one")
+        int,
+        typer.Option(
+            min=0,
+            help="Run the cases in this many processes; one that a case ends is a result.",
+            show_default="this one",
+        ),
     ] = 0,
 ) -> None:
     """Check every operator and every loss against float64, values and gradients, on this machine's devices.
