@@ -71,7 +71,7 @@ def _sweep(settings: Settings) -> list[str]:
 
 def _tests(settings: Settings) -> list[str]:
     lines = ["-p", "benchmarks.pytest_lines", "--lines", str(settings.out / "tests.txt")]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *lines]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-p", "no:cacheprovider", *lines]
     if settings.rehearsal:  # some of them under Triton's interpreter, which takes minutes for all
         return ["env", "TRITON_INTERPRET=1", *command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
     if find_spec("xdist") is not None:

@@ -2,7 +2,7 @@
 
 pytest -p benchmarks.pytest_lines --lines FILE
 
-Of pytest's own reports, tracebacks come at the end only, and a run that is killed has none.
+pytest itself prints tracebacks at the end only, so that a run that is killed has none. Their style is that of --tb.
 """
 
 from __future__ import annotations

@@ -177,11 +177,6 @@ COUNTS: dict[str, Callable[[Path, Said], Counter[str]]] = {
 }  # fmt: skip
 
 
-def known(text: str | None) -> bool:
-    """Return whether a cell holds a number."""
-    return text not in (None, "", "nan")
-
-
 def shape(row: dict[str, Any]) -> str:
     """Return what a row of the sweep or of the bench is a measurement of."""
     axes = (name for name in ("B", "T", "R", "C", "V", "H", "masked", "logits") if row.get(name) not in (None, "", "0"))
@@ -198,15 +193,14 @@ def _sweep_figures(folder: Path) -> list[str]:
     """Return the fastest configuration of each kernel and shape, beside the one that is in use."""
     groups: dict[str, list[dict[str, str]]] = {}
     for row in table(folder / SWEEP):
-        if row.get("status") == "ok" and known(row.get("us")):
+        if row.get("status") == "ok" and row.get("us"):
             groups.setdefault(shape(row), []).append(row)
     text = []
     for name, rows in list(groups.items())[:BESTS]:
         best = min(rows, key=lambda row: float(row["us"]))
         used = next((row for row in rows if row.get("current") == "1"), None)
-        rates = [
-            f", {float(best[f'of_{of}']):.0%} of {of}" for of in ("copy", "product") if known(best.get(f"of_{of}"))
-        ]
+        shares = {of: best.get(f"of_{of}") for of in ("copy", "product")}
+        rates = [f", {float(share):.0%} of {of}" for of, share in shares.items() if share not in (None, "", "nan")]
         beside = f"; in use {used['config']} {float(used['us']):.4g}" if used and used is not best else ""
         text.append(f"- sweep {name}: {best.get('config', '')} {float(best['us']):.4g} µs{''.join(rates)}{beside}")
     return text

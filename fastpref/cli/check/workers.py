@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -57,29 +56,26 @@ class _Worker:
         theirs.close()
 
     def give(self, job: Job) -> None:
-        """Start a job, in a new process if the last job ended that of this worker."""
-        self._job = job
-        case, device, dtype = job
-        try:
-            self.pipe.send((case.name, str(device), dtype))
-        except OSError:  # the process ended after its last answer, because its device had stopped working
-            self.end()
-            self._start()
-            self.pipe.send((case.name, str(device), dtype))
+        """Start a job."""
+        self._job = case, device, dtype = job
+        self.pipe.send((case.name, str(device), dtype))
 
     def results(self) -> list[Result]:
-        """Receive the results of the job at hand."""
+        """Receive the results of the job at hand, and start another process if this one is of no more use."""
         case, device, dtype = self._job
         fields: dict[str, Any] = {"case": case, "device": str(device), "dtype": name_of(dtype)}
         try:
-            return [Result(**fields, **found) for found in self.pipe.recv()]
+            found, works = self.pipe.recv()
+            results = [Result(**fields, **result) for result in found]
         except (EOFError, ConnectionError):
             self._process.join()
-            code = self._process.exitcode or 0
+            code, works = self._process.exitcode or 0, False
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            results = [Result(**fields, output="", fault=f"it ended its process ({how})")]
+        if not works:
             self.end()
             self._start()
-            return [Result(**fields, output="", fault=f"it ended its process ({how})")]
+        return results
 
     def end(self) -> None:
         """End the process."""
@@ -98,10 +94,10 @@ def _serve(pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         results = run(cases[name], torch.device(device), dtype)
+        # An error that stays with the device would be the result of every later case.
+        works = all(result.fault is None for result in results) or _works(torch.device(device))
         fields = ("output", "error", "allowance", "fault")
-        pipe.send([{field: getattr(result, field) for field in fields} for result in results])
-        if any(result.fault for result in results) and not _works(torch.device(device)):
-            os._exit(1)  # an error that stays with the device would be the result of every later case
+        pipe.send(([{field: getattr(result, field) for field in fields} for result in results], works))
 
 
 def _works(device: torch.device) -> bool:
