@@ -15,12 +15,14 @@ from torch import Tensor
 
 import fastpref
 from benchmarks import harness, peers
-from benchmarks.harness import DTYPES, MIB, Case, Floor, Options, furthest, turns, ulps
+from benchmarks.harness import DTYPES, MIB, PART, Case, Floor, Options, furthest, turns, ulps
 from benchmarks.peers import IGNORED, Entry
 from benchmarks.store import Row, Rows
 
 BOTH, FORWARD = "forward + backward", "forward"
 READ_COPY, READ, COPY = "read + copy into kept memory", "read", "copy into kept memory"
+# Bytes of float64 gradients that are kept for all checks of a shape; more are computed anew for each.
+KEPT = 2 * 2**30
 # Exponential, subtraction and sum of a logit; and those of its gradient, with a product.
 FLOPS = {FORWARD: 3, BOTH: 6}
 
@@ -79,33 +81,46 @@ class Problem:
         self.logits, self.labels = self.inputs[0]
         self.scored = self.labels != IGNORED
         self.count = int(self.scored.sum())
-        logps, gradients = [], []
-        for z, y, counts in zip(self.logits, self.labels, self.scored, strict=True):  # float64 is wide
-            leaf = z.double().requires_grad_()
-            values = fastpref.reference.token_logprobs(leaf, y, shift=False)
-            gradients += torch.autograd.grad(values.sum(), leaf)
-            logps.append(values.detach() * counts)
-        self.truth = torch.stack(logps), torch.stack(gradients)
+        self._kept = list(self._truth()) if self.logits.numel() * 8 <= KEPT else None
+        found = [(logps, ulps(gradient, self.logits.dtype)) for logps, gradient in self.truth()]
+        self.logps, self._spacing = torch.cat([logps for logps, _ in found]), max(spacing for _, spacing in found)
         widened = lambda z, y: fastpref.reference.token_logprobs(z, y, shift=False)  # noqa: E731
         # What eager loses in the dtype is a peer's measure; what float32 statistics lose is ours.
         self.limits, self.own_limits = (self._limits(eager) for eager in (peers.eager, widened))
 
+    @property
+    def _rows(self) -> int:
+        return max(1, PART // self.axes["V"])
+
+    def _truth(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = self.logits.flatten(0, 1).split(self._rows), self.labels.flatten().split(self._rows)
+        for z, y in zip(*rows, strict=True):
+            leaf = z.double().requires_grad_()
+            values = fastpref.reference.token_logprobs(leaf[None], y[None], shift=False)[0]
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+            yield values.detach() * (y != IGNORED), gradient
+
+    def truth(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield log-probs and their gradient in float64 of a few rows after another, which together may not fit."""
+        return self._truth() if self._kept is None else iter(self._kept)
+
     def _limits(self, eager: Callable[..., Tensor]) -> tuple[float, ...]:
         found = self._errors(Entry("", lambda: eager), eager)
         of_logps = eager(self.logits[:1, :1], self.labels[:1, :1]).dtype
-        spacings = ulps(self.truth[0], of_logps), ulps(self.truth[1], self.logits.dtype)
+        spacings = ulps(self.logps, of_logps), self._spacing
         return tuple(2 * off + spacing for off, spacing in zip(found, spacings, strict=True))
 
     def _errors(self, entry: Entry, function: Callable[..., Tensor]) -> tuple[float, float]:
         """The largest errors of log-probs, per token where only their sum is given, and of their gradient."""
         received: list[Tensor] = []
         logps = self._step(function, self.logits.clone() if entry.in_place else self.logits, self.labels, received)
-        truth, gradient = self.truth
         if entry.answers == "sum":
-            off = furthest(logps, truth.sum()) / self.count
+            off = furthest(logps, self.logps.sum()) / self.count
         else:
-            off = furthest(logps.masked_fill(~self.scored, 0), truth)
-        return off, furthest(received[0], gradient)
+            off = furthest(logps.masked_fill(~self.scored, 0).flatten(), self.logps)
+        found = received[0].flatten(0, 1).split(self._rows)
+        offs = [furthest(part, gradient) for part, (_, gradient) in zip(found, self.truth(), strict=True)]
+        return off, torch.tensor(offs).max().item()  # NaN if any is
 
     def _step(
         self, function: Callable[..., Tensor], logits: Tensor, labels: Tensor, received: list[Tensor] | None = None
@@ -125,7 +140,7 @@ class Problem:
         """None is kept."""
 
     def settle(self) -> None:
-        del self.truth
+        self._kept = None
 
     def cases(self, entry: Entry, function: Callable[..., Tensor]) -> dict[str, Case]:
         if entry.in_place:

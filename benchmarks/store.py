@@ -36,15 +36,20 @@ def key(row: Row) -> tuple[str, ...]:
     return tuple(str(row[axis]) if row.get(axis) not in (None, "") else "" for axis in POINT)
 
 
+def parse(lines: Iterable[str]) -> Rows:
+    """Return the rows of a file's lines; fields that a row has not are left out."""
+    return [
+        {name: FIELDS[name](text) for name, text in line.items() if text not in ("", None)}
+        for line in csv.DictReader(lines)
+    ]
+
+
 def read(path: Path) -> Rows:
-    """The rows of a file, and none of one that is not there; fields that a row has not are left out."""
+    """Return the rows of a file, and none of one that is not there."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [
-            {name: FIELDS[name](text) for name, text in line.items() if text not in ("", None)}
-            for line in csv.DictReader(file)
-        ]
+        return parse(file)
 
 
 def write(path: Path, rows: Rows) -> None:

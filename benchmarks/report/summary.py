@@ -1,75 +1,122 @@
-"""One page of what `benchmarks/gpu.sh` found: python -m benchmarks.report.summary DIR."""
+"""Sum up what lies in the output folder of `benchmarks/gpu.sh`: python -m benchmarks.report.summary DIR.
+
+The folder may be of a run that was killed: files may be absent, and the last line of each may be torn.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks import bench_linear, bench_logprobs
-from benchmarks.report import data, page, plots, tables
+from benchmarks.report import evidence
+from benchmarks.report.evidence import Failure
 
-ENDED = {0: "passed", 77: "not here", 124: "out of time", 130: "out of time", 137: "out of time"}
-
-
-def _parts(folder: Path) -> list[list[str]]:
-    lines = []
-    for line in (folder / "statuses.txt").read_text().splitlines():
-        name, status, seconds = line.split()
-        lines.append(
-            [name, ENDED.get(int(status), f"**failed** (status {status})"), f"{seconds} s", _detail(folder, name)]
-        )
-    return lines
+LOG = "log.txt"
+LONGEST = 60  # lines of the page
+GROUPS = 4  # failures of a part that are named
+WIDEST = 180  # characters of a reason
+BAD = ("failed", "out of time", "interrupted", "killed")
 
 
-def _detail(folder: Path, part: str) -> str:
-    """A part's own last word."""
-    if part == "tests" and (folder / "tests.txt").exists():
-        return next(iter((folder / "tests.txt").read_text().strip().splitlines()[-1:]), "")
-    if part == "check" and (found := _json(folder / "check.json")):
-        cases = found["cases"]
-        wrong = [case["case"] for case in cases if not case["ok"]]
-        return f"{len(cases) - len(wrong)} of {len(cases)} within what is allowed" + (
-            f"; not {', '.join(wrong)}" if wrong else ""
-        )
-    if part == "sanitizer" and (folder / "sanitizer.txt").exists():
-        lines = (folder / "sanitizer.txt").read_text().splitlines()
-        return "; ".join(
-            line.strip("= ") for line in lines if line.startswith("-- ") or "SUMMARY" in line or "not here" in line
-        )
-    return ""
+@dataclass
+class State:
+    """How a part went: the first word of `log.txt` about it, its seconds, and what it printed there."""
+
+    state: str = "not reached"
+    seconds: str = ""
+    said: tuple[str, ...] = ()
+
+    @property
+    def bad(self) -> bool:
+        """Whether the part did not end well."""
+        return self.state.startswith(BAD)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # its part was ended before it had written it
-        return None
+def states(folder: Path) -> dict[str, State]:
+    """Return the state of every part that was planned, from the lines of `log.txt` that begin with "== "."""
+    found: dict[str, State] = {}
+    running = ""
+    for line in evidence.lines(folder / LOG):
+        match = re.fullmatch(r"== (\w+): (.*)", line)
+        name, text = match.groups() if match else ("", "")
+        if name == "parts":
+            found |= {part: State() for part in text.split() if part not in found}
+        elif text.startswith("started"):
+            found[name], running = State("killed"), name
+        elif name == running and (ended := re.fullmatch(r"(.*) in ([\d.]+) s", text)):
+            found[name].state, found[name].seconds = ended.groups()
+            running = ""
+        elif running:
+            found[running].said += (line,)
+    return found
 
 
-def summary(folder: Path) -> str:
-    """The page."""
-    text = ["# What was found\n", tables.table(["part", "", "took", ""], _parts(folder))]
-    for machine in data.machines(folder):
-        text.append(f"## {machine.name}\n")
-        for subject, axes in (("logprobs", bench_logprobs.AXES), ("linear", bench_linear.AXES)):
-            for name, rows in page.shapes(machine, subject, axes).items():
-                text += [f"**{subject}: {name}**\n", tables.full(rows)]
-        text += [tables.losses(machine), tables.absent(machine)]
-    return "\n".join(part for part in text if part)
+def machine(folder: Path) -> str:
+    """Return the line of `log.txt` about the machine."""
+    said = [line for line in evidence.lines(folder / LOG) if line.startswith("== machine: ")]
+    return said[-1].removeprefix("== machine: ") if said else "The machine is not known."
 
 
-def main(folder: str) -> None:
-    """Write summary.md and at most two pictures, and show the page."""
-    out = Path(folder)
-    (out / "summary.md").write_text(summary(out))
-    (out / "statuses.txt").unlink()
-    for machine in data.machines(out):
-        for path in plots.draw(machine, out)[2:]:
-            path.unlink()
-    print((out / "summary.md").read_text())
+def failures(folder: Path, parts: dict[str, State]) -> list[str]:
+    """Return a line for each part and reason: how many cases failed for it, and the first of them."""
+    text = []
+    for name, state in parts.items():
+        found = evidence.FAILURES[name](folder, state.said) if name in evidence.FAILURES else []
+        if not found and state.bad:
+            said = [line for line in state.said or evidence.lines(folder / f"{name}.txt") if line.strip()]
+            found = [Failure(state.state, f"it printed last: {said[-1]}" if said else "it printed nothing")]
+        groups: dict[str, list[Failure]] = {}
+        for failure in found:
+            # Cases that differ in numbers only are of one kind.
+            groups.setdefault(re.sub(r"\d[\d.e+-]*", "#", failure.reason), []).append(failure)
+        ordered = sorted(groups.values(), key=len, reverse=True)
+        for group in ordered[:GROUPS]:
+            first = group[0]
+            times = f"{len(group)} × " if len(group) > 1 else ""
+            case = f"{first.case}: " if first.case else ""
+            text.append(f"- **{name}**: {times}{case}{first.reason[:WIDEST]}")
+        if rest := sum(map(len, ordered[GROUPS:])):
+            text.append(f"- **{name}**: {rest} more of {len(ordered) - GROUPS} other kinds")
+    return text
+
+
+def table(folder: Path, parts: dict[str, State]) -> list[str]:
+    """Return the lines of the table of parts."""
+    text = ["| part | state | seconds | counts |", "|---|---|---:|---|"]
+    for name, state in parts.items():
+        counts = evidence.COUNTS[name](folder, state.said) if name in evidence.COUNTS else Counter()
+        shown = ", ".join(f"{number} {what}" for what, number in counts.items())
+        text.append(f"| {name} | {state.state.replace('|', '/')} | {state.seconds} | {shown} |")
+    return text
+
+
+def page(folder: Path) -> str:
+    """Return the page: failures first, then the parts, then as many figures as there is room for."""
+    parts = states(folder)
+    wrong = failures(folder, parts)
+    text = ["# GPU run", "", machine(folder), ""]
+    text += ["## Failures", "", *(wrong or ["None."]), "", "## Parts", "", *table(folder, parts)]
+    figures = evidence.figures(folder)
+    room = LONGEST - len(text) - 3
+    if figures and room > 0:
+        text += ["", "## Figures", "", *figures[:room]]
+    return "\n".join(text[:LONGEST]) + "\n"
+
+
+def write(folder: Path) -> str:
+    """Write `summary.md` and return it."""
+    text = page(folder)
+    (folder / "summary.md").write_text(text)
+    return text
+
+
+def status(folder: Path) -> int:
+    """Return 1 if a part failed, ran out of time or was ended, 0 otherwise."""
+    return int(any(state.bad for state in states(folder).values()))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(write(Path(sys.argv[1])), end="")

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from benchmarks import bench_logprobs, harness, machine, peers, report, store, suite
-from benchmarks.report import data, growth, plots, targets
+from benchmarks import bench_logprobs, harness, machine, peers, store, suite
+from benchmarks.report import data, documents, growth, plots, targets
 from benchmarks.worker import PointError, Worker
+from fastpref import reference
 from fastpref.cli.bench import command, watch
 
 BASE = {"subject": "logprobs", "name": "fastpref", "package": "fastpref", "device": "cpu", "allocator": "default"}
@@ -141,6 +143,34 @@ def test_what_a_peer_gives_for_an_ignored_label_does_not_count() -> None:
     assert harness.judged(entry, limits) == "within"
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("answers", ["logps", "sum"])
+def test_float64_answers_of_a_few_rows_after_another_are_those_of_the_whole(
+    kept: bool, answers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {**bench_logprobs.BASE, "B": 2, "T": 5, "V": 129, "masked": 0.4}
+    monkeypatch.setattr(bench_logprobs, "PART", 3 * 129)  # rows of both sequences share a part, and the last is less
+    monkeypatch.setattr(bench_logprobs, "KEPT", 2**20 if kept else 0)
+    problem = bench_logprobs.Problem(axes, "cpu")
+    leaf = problem.logits.double().requires_grad_()
+    logps = reference.token_logprobs(leaf, problem.labels, shift=False)
+    (gradient,) = torch.autograd.grad(logps.sum(), leaf)
+    torch.testing.assert_close(torch.cat([part for part, _ in problem.truth()]), logps.detach().flatten())
+    parts = [part for _, part in problem.truth()]
+    assert [len(part) for part in parts] == [3, 3, 3, 1]
+    torch.testing.assert_close(torch.cat(parts), gradient.flatten(0, 1))
+
+    def off(logits: Tensor, labels: Tensor) -> Tensor:
+        found = reference.token_logprobs(logits, labels, shift=False)
+        moved = (found - logits[..., 0].detach() * 2 + logits[..., 0] * 2) * (labels != peers.IGNORED)
+        return moved.sum() if answers == "sum" else moved
+
+    entry = peers.Entry("peer", lambda: off, answers=answers)
+    row, _ = problem.check(entry, off)
+    assert row["error"] < 1e-5
+    assert row["error_gradient"] == pytest.approx(2, abs=1e-5), "the largest error of a gradient, of all parts"
+
+
 def test_the_command_names_the_subjects() -> None:
     assert tuple(suite.MODULES) == command.SUBJECTS
 
@@ -261,12 +291,12 @@ class TestReport:
         assert all(one != other for (one, _), (other, _) in itertools.pairwise(marks))
 
     def test_page_is_of_the_results(self) -> None:
-        text = (report.DOCS / "benchmarks.md").read_text()
-        assert text == report.text(suite.RESULTS), "run fastpref bench --report"
+        text = (documents.DOCS / "benchmarks.md").read_text()
+        assert text == documents.text(suite.RESULTS), "run fastpref bench --report"
 
     def test_pictures_are_of_the_results(self) -> None:
-        wanted = report.pictures(suite.RESULTS)
+        wanted = documents.pictures(suite.RESULTS)
         assert wanted
-        assert set(wanted) == set(report.PICTURES.glob("*.png"))
+        assert set(wanted) == set(documents.PICTURES.glob("*.png"))
         for path, digest in wanted.items():
             assert Image.open(path).text["Description"] == digest, f"{path.name}: run fastpref bench --report"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import store, suite
-from benchmarks.report import data, plots, summary
+from benchmarks.report import data, plots
 from tests.benchmarks.conftest import ROOT, SMALLEST, Smoke, run
 
 # One run is what most of these tests read.
@@ -98,42 +98,6 @@ def test_the_report_draws_it(smoke: Smoke, tmp_path: Path) -> None:
     for path in plots.draw(machine, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert {path.stem.rsplit("-", 1)[1] for path in tmp_path.iterdir()} == {"roofline", "trainers"}
-
-
-def test_gpu_script_sums_up(smoke: Smoke, tmp_path: Path) -> None:
-    """Its rehearsal on a CPU: the suite is there already, so that its part has only to find that."""
-    for path in smoke.folder.glob("*.csv"):
-        shutil.copy(path, tmp_path)
-    script = ["bash", "benchmarks/gpu.sh", "--device", "cpu", "--shapes", "smoke", "--out", str(tmp_path)]
-    command = [*script, "--only", "doctor,bench,sanitizer"]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "summary.md").read_text()
-    assert "| bench | passed |" in text
-    assert "linear_dpo_loss" in text
-    assert text.strip() in done.stdout
-    assert len(list(tmp_path.iterdir())) <= 8
-
-
-def test_gpu_script_says_what_it_wants(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--out DIR" in done.stderr
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--oyt", "x"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "unknown option --oyt" in done.stderr
-
-
-def test_summary_of_parts_that_ended_early(smoke: Smoke, tmp_path: Path) -> None:
-    (tmp_path / "statuses.txt").write_text("check 124 60\ntests 1 30\n")
-    (tmp_path / "check.json").write_text("{")
-    (tmp_path / "tests.txt").write_text("...\n2 failed, 3 passed in 2 s\n")
-    text = summary.summary(tmp_path)
-    assert "| check | out of time | 60 s |" in text
-    assert "| tests | **failed** (status 1) | 30 s | 2 failed, 3 passed in 2 s |" in text
 
 
 def test_pytest_benchmark_runs_the_same_rows() -> None:

@@ -56,7 +56,7 @@ def bench(
     try:
         suite = _suite()
         if report:
-            import_module("benchmarks.report").write(out or suite.RESULTS)
+            import_module("benchmarks.report.documents").write(out or suite.RESULTS)
             return
         unknown = [name for name in subjects or () if name not in suite.MODULES]
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,20 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Every value and gradient, on a line of its own.")] = False,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, writable=True, help="A file that gets a JSON line for each result once it is known."
+        ),
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Run the cases in this many processes; one that a case ends is a result.",
+            show_default="this one",
+        ),
+    ] = 0,
 ) -> None:
     """Check every operator and every loss against float64, values and gradients, on this machine's devices.
 
@@ -45,7 +60,7 @@ def check(
     if not cases:
         raise typer.BadParameter(f"no case is called {only!r}", param_hint="--only")
     jobs = [(case, where, kind) for case in cases for where in devices for kind in dtypes if kind in case.dtypes]
-    results = _run(jobs, devices, as_json, verbose)
+    results = _run(jobs, devices, as_json, verbose, jsonl, processes)
     if any(result.fault is not None for result in results):
         raise typer.Exit(1)
 
@@ -81,8 +96,9 @@ def _dtypes(names: list[str] | None) -> list[torch.dtype]:
 
 
 def _run(
-    jobs: list[tuple[Case, torch.device, torch.dtype]], devices: list[torch.device], as_json: bool, verbose: bool
-) -> list[Result]:
+    jobs: list[tuple[Case, torch.device, torch.dtype]], devices: list[torch.device], as_json: bool, verbose: bool,
+    jsonl: Path | None, processes: int,
+) -> list[Result]:  # fmt: skip
     import contextlib
     import json
     import time
@@ -90,7 +106,7 @@ def _run(
     from rich.console import Console
     from rich.live import Live
 
-    from fastpref.cli.check import report, run
+    from fastpref.cli.check import report, run, workers
 
     console = Console()
     rows = report.Rows(dict.fromkeys((case.row, str(where)) for case, where, _ in jobs))
@@ -102,11 +118,14 @@ def _run(
             report.name_of_device(where)
         shown = not as_json and console.is_terminal
         live = stack.enter_context(Live(rows.table(), console=console)) if shown else None
+        lines = None if jsonl is None else stack.enter_context(jsonl.open("w", encoding="utf-8"))
         start, results = time.perf_counter(), []
-        for case, where, kind in jobs:
-            found = run.run(case, where, kind)
+        for found in workers.in_processes(jobs, processes) if processes else (run.run(*job) for job in jobs):
             results += found
             rows.add(found)
+            if lines is not None:
+                lines.writelines(f"{json.dumps(report.record(x), ensure_ascii=False)}\n" for x in found)
+                lines.flush()
             if live is not None:
                 live.update(rows.table())
         seconds = time.perf_counter() - start

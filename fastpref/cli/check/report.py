@@ -88,19 +88,21 @@ def as_json(results: Sequence[Result], devices: Sequence[torch.device], seconds:
         "versions": versions(),
         "devices": {str(device): name_of_device(device) for device in devices},
         "seconds": round(seconds, 1),
-        "cases": [
-            {
-                "case": result.case.name,
-                "device": result.device,
-                "dtype": result.dtype,
-                "output": result.output or None,
-                "error": result.error,
-                "allowance": result.allowance,
-                "ok": result.fault is None,
-                "fault": result.fault,
-            }
-            for result in results
-        ],
+        "cases": [record(result) for result in results],
+    }
+
+
+def record(result: Result) -> dict[str, Any]:
+    """Return one result as JSON has it."""
+    return {
+        "case": result.case.name,
+        "device": result.device,
+        "dtype": result.dtype,
+        "output": result.output or None,
+        "error": result.error,
+        "allowance": result.allowance,
+        "ok": result.fault is None,
+        "fault": result.fault,
     }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from fastpref import cli, losses
+from fastpref.cli.check import workers
 from fastpref.cli.check.allowance import judge, ulp
 from fastpref.cli.check.case import DTYPES
 from fastpref.cli.check.linear_cases import linear_cases
 from fastpref.cli.check.logprobs_cases import logprobs_cases
 from fastpref.cli.check.loss_cases import loss_cases
-from fastpref.cli.check.run import run
+from fastpref.cli.check.run import Result, run
 from fastpref.cli.doctor.devices import operators
 
 DTYPE_NAMES = {"float16", "bfloat16", "float32", "float64"}
@@ -380,6 +384,65 @@ class TestOptions:
         (result,) = run(case, torch.device("meta"), torch.float32)
         assert result.device == "meta"
         assert "NotImplementedError" in (result.fault or "")
+
+
+def serve_and_end(pipe: Any, threads: int) -> None:
+    """What a worker does, but that one case ends its process and another breaks its device."""
+
+    def spoiled(case: Any, device: torch.device, dtype: torch.dtype) -> list[Result]:
+        if case.name == "kto_loss/none" and dtype == torch.float32:
+            os.kill(os.getpid(), signal.SIGKILL)
+        results = run(case, device, dtype)
+        if case.name == "kto_loss/none" and dtype == torch.float16:
+            workers._works = lambda device: False
+            return [replace(result, fault="an illegal memory access") for result in results]
+        return results
+
+    workers.run = spoiled
+    workers._serve(pipe, threads)
+
+
+class TestProcesses:
+    def test_give_the_same_results(self, tmp_path: Path) -> None:
+        def of(*arguments: str) -> list[tuple[Any, ...]]:
+            result = check("--only", "kto_loss", "--json", *arguments)
+            assert result.exit_code == 0, result.output
+            return sorted(tuple(map(str, case.values())) for case in json.loads(result.stdout)["cases"])
+
+        lines = tmp_path / "lines.jsonl"
+        assert of() == of("--processes", "2", "--jsonl", str(lines))
+        assert len(lines.read_text().splitlines()) == 4 * len(DTYPES) * 2
+
+    def test_a_case_that_ends_its_process_is_a_result_and_the_others_go_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(workers, "_serve", serve_and_end)
+        jobs = [(case, CPU, dtype) for case in loss_cases() if case.row == "kto_loss" for dtype in DTYPES]
+        found = list(workers.in_processes(jobs, 1))
+        faults = {(x[0].case.name, x[0].dtype): x[0].fault for x in found}
+        assert faults == {
+            **{(case.name, name): None for case, *_ in jobs for name in DTYPE_NAMES},
+            ("kto_loss/none", "float32"): "it ended its process (signal SIGKILL)",
+            ("kto_loss/none", "float16"): "an illegal memory access",
+        }  # fmt: skip
+        assert not multiprocessing.active_children()
+
+    def test_a_line_is_there_as_soon_as_its_case_is_judged(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines = tmp_path / "lines.jsonl"
+        seen: list[int] = []
+
+        def looks(result: Any, chosen: Tensor) -> Any:
+            seen.append(len(lines.read_text().splitlines()))
+            return result
+
+        planted(monkeypatch, of_dpo(looks))
+        result = check("--only", "planted", "--jsonl", str(lines), "--json", "--dtype", "float32")
+        records = [json.loads(line) for line in lines.read_text().splitlines()]
+        assert records == json.loads(result.stdout)["cases"]
+        of_case = len([record for record in records if record["case"] == "dpo_loss:planted/mean"])
+        assert seen == [0, 0, of_case, of_case], "two runs of each case"
 
 
 class TestTheRule:

@@ -1,0 +1,104 @@
+"""The parts of `benchmarks/gpu.sh`: what each of them runs, and where what it prints goes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+LOG = "log.txt"
+NOT_HERE = 77  # the exit status of a part that this machine has no tool for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command of a part depends on.
+
+    Attributes:
+        out: the folder of the results.
+        device: "cuda", or "cpu" for a rehearsal on tiny shapes.
+        shapes: of `fastpref bench`.
+        seconds: after which the part should end by itself, if it can.
+    """
+
+    out: Path
+    device: str
+    shapes: str
+    seconds: int = 1
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether there is no GPU to run on."""
+        return self.device == "cpu"
+
+    def lasting(self, seconds: float) -> Settings:
+        """Return the same for a part that may take so long."""
+        return replace(self, seconds=max(1, int(seconds)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        name: what `--only` calls it.
+        share: the seconds that it has of a run of 540, and its weight in any other.
+        command: from the settings, what is run.
+        prints: the file of the output folder that its output goes to.
+    """
+
+    name: str
+    share: float
+    command: Callable[[Settings], list[str]]
+    prints: str = LOG
+
+
+def _script(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, f"benchmarks/{name}.py", *arguments]
+
+
+def _smoke(settings: Settings) -> list[str]:
+    return _script("gpu_smoke", "--device", settings.device, "--seconds", str(settings.seconds))
+
+
+def _sweep(settings: Settings) -> list[str]:
+    seconds, out = str(settings.seconds), str(settings.out)
+    return _script("gpu_sweep", "--seconds", seconds, "--out", out, "--device", settings.device)
+
+
+def _tests(settings: Settings) -> list[str]:
+    lines = ["-p", "benchmarks.pytest_lines", "--lines", str(settings.out / "tests.txt")]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-p", "no:cacheprovider", *lines]
+    if settings.rehearsal:  # some of them under Triton's interpreter, which takes minutes for all
+        return ["env", "TRITON_INTERPRET=1", *command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
+    if find_spec("xdist") is not None:
+        command += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
+    return [*command, "tests/gpu", "tests/triton/launched"]
+
+
+def _bench(settings: Settings) -> list[str]:
+    shapes = "smoke" if settings.rehearsal else settings.shapes
+    options = ["--device", settings.device, "--shapes", shapes, "--out", str(settings.out)]
+    return [sys.executable, "-m", "fastpref", "bench", "logprobs", "linear", *options]
+
+
+def _check(settings: Settings) -> list[str]:
+    options = ["--device", settings.device, "--jsonl", str(settings.out / "check.jsonl")]
+    if settings.rehearsal:
+        options += ["--dtype", "bfloat16"]
+    return [sys.executable, "-m", "fastpref", "check", "--processes", str(len(os.sched_getaffinity(0))), *options]
+
+
+# What is known soonest comes first, and what may hang the device last.
+PARTS = (
+    Part("smoke", 50, _smoke, "smoke.txt"),
+    Part("sweep", 170, _sweep),
+    Part("tests", 100, _tests),
+    Part("bench", 90, _bench),
+    Part("check", 50, _check),
+    Part("profile", 30, lambda settings: _script("gpu_profile", settings.device), "profile.txt"),
+    Part("sanitizer", 40, lambda settings: _script("gpu_sanitizer", settings.device)),
+)
