@@ -5,35 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.smoke.worker import Answer
 from fastpref.cli.check.allowance import Verdict, judge
 from fastpref.cli.check.case import Case
 from fastpref.cli.check.evaluate import SEED, cast, evaluate, move
 
 LONGEST = 300  # characters of a fault
-
-
-class Outcome(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        name: the case.
-        status: PASS, FAIL or SKIP.
-        text: the error and the allowance, the fault, or the reason.
-        broken: whether the process can judge no other case, because its device does not work any more.
-    """
-
-    name: str
-    status: str
-    text: str
-    broken: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.status} {self.name} {self.text}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +45,19 @@ class SmokeCase:
             leaves, constants = self._arguments()
             evaluate(self.call.function, move(leaves, device), move(constants, device), self.call.layout)
 
-    def judge(self, device: str) -> Outcome:
+    def judge(self, device: str) -> Answer:
         """Judge every value and gradient; an exception is a fault too."""
         if self.not_interpreted and os.environ.get("TRITON_INTERPRET") == "1":
-            return Outcome(self.name, "SKIP", self.not_interpreted)
+            return Answer(self.name, "SKIP", self.not_interpreted)
         try:
             verdicts = dict(self._verdicts(device))
         except Exception as error:  # whatever a kernel, a compiler or a driver raises
-            return Outcome(self.name, "FAIL", _line(f"{type(error).__name__}: {error}"), not works(device))
+            return Answer(self.name, "FAIL", _line(f"{type(error).__name__}: {error}"), not works(device))
         for tensor, verdict in verdicts.items():
             if verdict.fault is not None:
-                return Outcome(self.name, "FAIL", _line(f"{tensor}: {verdict.fault}"), not works(device))
+                return Answer(self.name, "FAIL", _line(f"{tensor}: {verdict.fault}"), not works(device))
         worst = max(verdicts.values(), key=_share)
-        return Outcome(self.name, "PASS", f"error={worst.error or 0:.1e} allowed={worst.allowance or 0:.1e}")
+        return Answer(self.name, "PASS", f"error={worst.error or 0:.1e} allowed={worst.allowance or 0:.1e}")
 
     def _arguments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         leaves, constants = self.call.draw(torch.Generator().manual_seed(SEED))

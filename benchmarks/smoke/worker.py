@@ -14,7 +14,14 @@ START_SECONDS = 120.0
 
 
 class Answer(NamedTuple):
-    """What a process says of a case: the fields of `benchmarks.smoke.case.Outcome`."""
+    """What is said of a case.
+
+    Attributes:
+        name: the case.
+        status: PASS, FAIL or SKIP.
+        text: the error and the allowance, the fault, or the reason.
+        broken: whether the process can judge no other case, because its device does not work any more.
+    """
 
     name: str
     status: str
@@ -51,7 +58,7 @@ def serve(pipe: Connection, device: str) -> None:
                 name = pipe.recv()
             except EOFError:
                 return
-            pipe.send(Answer(*cases[name].judge(device)))
+            pipe.send(cases[name].judge(device))
 
 
 def _describe(device: str) -> str:
