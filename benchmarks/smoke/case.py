@@ -41,7 +41,7 @@ class SmokeCase:
 
     def launch(self, device: str) -> None:
         """Call the function and its backward once, whatever they give."""
-        with self.call.within():
+        with self.call.within(torch.device(device)):
             leaves, constants = self._arguments()
             evaluate(self.call.function, move(leaves, device), move(constants, device), self.call.layout)
 
@@ -65,7 +65,7 @@ class SmokeCase:
 
     def _verdicts(self, device: str) -> Iterator[tuple[str, Verdict]]:
         call = self.call
-        with call.within():
+        with call.within(torch.device(device)):
             leaves, constants = (move(named, device) for named in self._arguments())
             ours = evaluate(call.function, leaves, constants, call.layout)
             # The interpreter runs one program after another, always in the same order.

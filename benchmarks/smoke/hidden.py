@@ -81,7 +81,7 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
 def _fused(call: Case) -> Case:
     """Return the call on the kernel that folds its own product, which no shape takes by itself."""
 
-    def within() -> AbstractContextManager[Any]:
+    def within(device: torch.device) -> AbstractContextManager[Any]:
         return mock.patch.object(launches, "product_launch", return_value=LAUNCH)
 
     return replace(call, within=within)
