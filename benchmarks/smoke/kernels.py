@@ -100,7 +100,9 @@ def kernels_cases() -> Iterator[SmokeCase]:
                     draw=functools.partial(_draw_operands, peak),
                     summed=_summed_product,
                 )
-                for dtype in (torch.bfloat16, torch.float32, torch.float16):
+                # Exact float32 products of a wide block take more than a minute to compile.
+                dtypes = (torch.bfloat16, torch.float16) if name == "wide" else (torch.bfloat16, torch.float32)
+                for dtype in dtypes:
                     first = (name, told, peak, dtype) == ("narrow", "plain", 0.0, torch.float32)
                     reason = "the interpreter cannot multiply bfloat16" if dtype == torch.bfloat16 else None
                     yield SmokeCase(call=call, dtype=dtype, tier=0 if first else 2, not_interpreted=reason)
