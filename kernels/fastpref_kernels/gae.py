@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpref_kernels.linear import widened
+from fastpref_kernels.precision import own_precision
 
 # Tokens of a block: what a token costs in multiplications.
 BLOCK = 32
@@ -60,6 +61,7 @@ def _has_holes(mask: Tensor) -> bool:
     return bool(rises.numel() and rises.max() and (rises.sum(1, dtype=torch.int32) + mask[:, 0] > 1).any())
 
 
+@own_precision
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """`fastpref::gae`."""
     B, T = rewards.shape

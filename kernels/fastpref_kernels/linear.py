@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import eager
+from fastpref_kernels.precision import own_precision
 
 # Columns that a gradient is filtered by. A CPU's products are at full speed from 1024 columns on, and a row of so many
 # stays in an L1 cache.
@@ -80,20 +81,6 @@ class Backend(NamedTuple):
     tile: Callable[[], Tile]
     whole: bool
     product_fold: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
-
-
-def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator whose products' operands have the dtypes they are to have: an autocast around it rounds none."""
-
-    @functools.wraps(function)
-    def call(backend: Backend, *arguments: Any) -> Any:
-        device = next(value.device.type for value in arguments if isinstance(value, Tensor))
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return function(backend, *arguments)
-        with torch.autocast(device, enabled=False):
-            return function(backend, *arguments)
-
-    return call
 
 
 def widened(*dtypes: torch.dtype) -> torch.dtype:
@@ -443,7 +430,7 @@ def _shape(labels: Tensor, shift: bool) -> tuple[int, ...]:
     return tuple(labels[:, 1:].shape if shift else labels.shape)
 
 
-@_outside_autocast
+@own_precision
 def logprobs(
     backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
     store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
@@ -474,7 +461,7 @@ def shard_labels(
     return here.masked_fill(here >= columns, after).masked_fill(labels == ignore_index, UNSCORED)
 
 
-@_outside_autocast
+@own_precision
 def fold_shard(
     backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
     store: Tensor | None, ignore_index: int, shift: bool, logit_scale: float, temperature: float,
@@ -511,7 +498,7 @@ def _picked(values: Any, pick: Tensor | None) -> Any:
     return values if values is None or pick is None else values[..., pick].contiguous()
 
 
-@_outside_autocast
+@own_precision
 def accumulate_gradients(
     backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,

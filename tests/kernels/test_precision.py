@@ -1,0 +1,160 @@
+"""Float32 products of ours are exact, whatever precision the process has set, and leave that setting as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref_kernels import linear, ops, precision
+
+HAS_BACKENDS = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9
+
+
+def lower_for_backends() -> None:
+    if not HAS_BACKENDS:
+        pytest.skip("this torch has no precision of a backend")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+SETTINGS: dict[str, Callable[[], None]] = {
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "each backend": lower_for_backends,
+}
+lowered = pytest.mark.parametrize("setting", SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(2, 40, 256), torch.randn(1031, 256) / 5
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(1031, (2, 40))
+
+
+def every_product(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    """Yield what each function with products of its own gives, and the gradients."""
+    for mode in ("save", "recompute"):
+        value = fastpref.linear_token_logprobs(hidden, weight, labels, mode=mode)
+        yield value
+        yield from torch.autograd.grad(value.sum(), (hidden, weight))
+    result = fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True)
+    yield result.chosen_logps
+    yield from torch.autograd.grad(result.loss, (hidden, weight))
+    yield from fastpref.gae(hidden[..., 0], hidden[..., 1], labels > 100)
+
+
+@lowered
+def test_every_product_is_exact(setting: str) -> None:
+    """On a processor that has fast products of bfloat16 it would not be; elsewhere the setting changes nothing."""
+    given = problem()
+    exact = [value.detach() for value in every_product(*given)]
+    SETTINGS[setting]()
+    for value, wanted in zip(every_product(*given), exact, strict=True):
+        assert torch.equal(value.detach(), wanted)
+
+
+@lowered
+def test_every_library_product_is_made_at_full_precision(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's library would read at each product; whose arithmetic it is does not matter here."""
+    seen: list[tuple[Any, ...]] = []
+
+    def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        seen.append(precision._setting())
+        linear.library_product(out, a, b, add)
+
+    backend = linear.library_backend(linear.fold, linear.fold_backward)._replace(product=product)
+    hidden, weight, labels = (value.detach() for value in problem())
+    scoring = (-100, True, 1.0, 1.0, None)
+    SETTINGS[setting]()
+    before = precision._setting()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, norm, *_ = linear.logprobs(backend, hidden, weight, None, labels, None, None, *scoring, 0, None, None)
+        given = (torch.ones_like(logps), None, hidden, weight, None, labels, None, norm, None, hidden.new_zeros(0))
+        totals = (torch.empty_like(hidden), torch.empty_like(weight), None)
+        linear.accumulate_gradients(backend, *given, *totals, True, *scoring, None, None)
+    assert len(seen) == 4
+    assert {value for setting in seen for value in setting} <= {"highest", "ieee"}
+    assert precision._setting() == before
+
+
+@lowered
+def test_the_setting_is_as_it_was(setting: str) -> None:
+    SETTINGS[setting]()
+    before = precision._setting()
+    list(every_product(*problem()))
+    assert precision._setting() == before
+    with pytest.raises(ZeroDivisionError), precision.full_float32():
+        raise ZeroDivisionError
+    assert precision._setting() == before
+
+
+@lowered
+def test_threads_that_overlap_leave_it_as_it_was(setting: str) -> None:
+    """The first to come is the first to go, which is when another's product is still to be made."""
+    SETTINGS[setting]()
+    before, seen = precision._setting(), []
+    both, first_left = threading.Barrier(2), threading.Event()
+
+    def first() -> None:
+        with precision.full_float32():
+            both.wait()
+        first_left.set()
+
+    def second() -> None:
+        with precision.full_float32():
+            both.wait()
+            first_left.wait()
+            seen.append(precision._setting())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(seen[0]) <= {"highest", "ieee"}
+    assert precision._setting() == before
+
+
+@lowered
+def test_compiled(setting: str) -> None:
+    hidden, weight, labels = (value.detach() for value in problem())
+    exact = fastpref.linear_token_logprobs(hidden, weight, labels)
+    SETTINGS[setting]()
+    before = precision._setting()
+    compiled = torch.compile(fastpref.linear_token_logprobs, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight, labels), exact)
+    assert precision._setting() == before
+
+
+def test_no_operator_with_products_is_left_out() -> None:
+    """An implementation that multiplies says its precision; these are the ones that do not multiply."""
+    registered = {schema.partition("(")[0] for schema in ops._SCHEMAS}
+    without = {
+        "logprobs",
+        "logprobs_backward",
+        "logprobs_backward_",
+        "shard_labels",
+        "linear_settle",
+        "scaled_gradient",
+    }
+    implemented = {
+        "linear_logprobs": linear.logprobs,
+        "linear_fold": linear.fold_shard,
+        "linear_logprobs_backward": linear.accumulate_gradients,
+        "linear_logprobs_backward_": linear.accumulate_gradients,
+        "gae": ops.gae.gae,
+    }
+    assert registered - without - set(ops.LOSSES) == set(implemented)
+    for function in implemented.values():
+        assert function.__wrapped__.__name__ == function.__name__
