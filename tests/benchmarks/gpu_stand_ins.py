@@ -79,5 +79,5 @@ if __name__ == "__main__":
     if sys.argv[1] in NAMES:
         part(sys.argv[1], Path(sys.argv[2]))
     else:
-        gpu_run.MACHINE[:] = [sys.executable, "-c", "print('A GPU, torch 2.11')"]
+        gpu_run.MACHINE[:] = [sys.executable, "-c", "print('== machine: A GPU, torch 2.11')"]
         sys.exit(gpu_run.main(parts=[stand_in(part) for part in PARTS]))
