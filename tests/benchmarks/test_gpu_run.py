@@ -25,6 +25,18 @@ from tests.benchmarks.gpu_stand_ins import FILES, NAMES, PRINTED, WRITTEN
 HUNG = 120  # seconds after which something that should come will not
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHON": sys.executable}
 
+# Tells that it has started, and is interrupted after that.
+SAVES = """
+import sys, time
+with open(sys.argv[1], "w") as pipe:
+    try:
+        print("reached", file=pipe, flush=True)
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print("saved")
+"""
+
 
 def start(out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, gpu_stand_ins.__file__, "--out", str(out), "--device", "cpu", *options]
@@ -152,8 +164,7 @@ class TestDeadlines:
         out.mkdir()
         prints = out / "a.txt"
         prints.touch()
-        saving = f"trap 'echo saved; exit' INT; echo reached >{fifo}; while :; do sleep 0.1; done"
-        process = gpu_run.Process(["sh", "-c", saving], prints)
+        process = gpu_run.Process([sys.executable, "-c", SAVES, str(fifo)], prints)
         with fifo.open() as pipe:
             assert read(pipe) == "reached\n"
         process.signal(signal.SIGINT)
