@@ -146,8 +146,11 @@ class _Offline:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Any]]:
-    """Compile every kernel launched inside for `target` and launch none; yields the list they are added to."""
+def compiling(target: str | GPUTarget) -> Iterator[list[Any]]:
+    """Compile every kernel launched inside for `target` and launch none; yields the list they are added to.
+
+    Triton keeps what it compiles in its cache, under the key that a launch on such a device will look for.
+    """
     compiled = []
     run = JITFunction.run
 
@@ -157,7 +160,7 @@ def compiling(target: str) -> Iterator[list[Any]]:
 
     # Restored by hand: resetting the driver would look for a GPU.
     with mock.patch.dict(vars(driver)), mock.patch.object(JITFunction, "run", compile_only):
-        driver.set_active(cast(Any, _Offline(TARGETS[target])))
+        driver.set_active(cast(Any, _Offline(TARGETS[target] if isinstance(target, str) else target)))
         yield compiled
 
 

@@ -89,7 +89,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     if torch.compiler.is_compiling() and not wants_gradient(*arguments):
         return function.forward(*arguments)
-    if torch.compiler.is_exporting():
+    # The flag and not is_exporting(), which Dynamo takes to be True in every graph before torch 2.12.
+    if torch.compiler._is_exporting_flag:
         raise NotImplementedError(
             "torch.export would keep the forward and lose the gradient: export under torch.no_grad()"
         )

@@ -100,7 +100,7 @@ class _LinearLogprobs(torch.autograd.Function):
             dtypes[0] = torch.promote_types(ctx.dtype, torch.float32)  # rounded after the sum over ranks
         gradients = torch.ops.fastpref.linear_logprobs_backward(
             grad, grad_entropy, *cast(ctx.dtype, hidden, weight, bias), labels, cu_seqlens, norm,
-            store if ctx.capacity else None, shares, needed, dtypes, *ctx.scoring, *ctx.chunking,
+            store if ctx.capacity else None, shares, needed, *dtypes, *ctx.scoring, *ctx.chunking,
         )  # fmt: skip
         if ctx.group is not None and needed[0]:
             d_hidden = distributed.reduce_hidden(ctx.group, gradients[0], labels, cu_seqlens, ctx.scoring[1])

@@ -15,23 +15,27 @@ class _Gathered(torch.autograd.Function):
     """The parts of all ranks along `dim`, in their order. Every rank's gradient of the whole holds that of its part."""
 
     @staticmethod
-    def forward(part: Tensor, dim: int, group: Any, first: int) -> Tensor:
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, part.detach(), group=group)
-        return torch.cat([other.to(part.device) for other in parts], dim)
+    def forward(part: Tensor, dim: int, group: Any, first: int, size: int) -> Tensor:
+        shape = list(part.shape)
+        shape[dim] = size
+        # A sum with zeros, since parts of unequal sizes cannot be gathered, in a dtype that every backend can sum.
+        whole = part.new_zeros(shape, dtype=torch.promote_types(part.dtype, torch.float32))
+        whole.narrow(dim, first, part.shape[dim]).copy_(part)
+        dist.all_reduce(whole, group=group)
+        return whole.to(part.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        part, ctx.dim, _, ctx.first = inputs
+        part, ctx.dim, _, ctx.first, _ = inputs
         ctx.size = part.shape[ctx.dim]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grads[0].narrow(ctx.dim, ctx.first, ctx.size), None, None, None
+        return grads[0].narrow(ctx.dim, ctx.first, ctx.size), None, None, None, None
 
 
 def _gathered(part: Tensor, dim: int, shard: Shard) -> Tensor:
-    return _Gathered.apply(part, dim, shard.group, int(shard.bounds[0]))  # type: ignore[return-value]
+    return _Gathered.apply(part, dim, shard.group, *shard.bounds.tolist())  # type: ignore[return-value]
 
 
 def whole_head(hidden: Any, weight: Any, bias: Any, labels: Any, process_group: Any) -> tuple[Any, Any, Any, Any]:

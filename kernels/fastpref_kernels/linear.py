@@ -30,12 +30,26 @@ from torch import Tensor
 
 from fastpref_kernels import eager
 
-COLUMNS = 4096  # of a tile; products are at full speed from 1024, and a row of a tile stays in an L1 cache
+# Columns that a gradient is filtered by. A CPU's products are at full speed from 1024 columns on, and a row of so many
+# stays in an L1 cache.
+COLUMNS = 4096
 LOSS_BYTES = 1 << 30  # of exponentials a loss keeps at a time, on a device with memory of its own
 # Sums past this move the anchor, as in the kernels. An entropy's digits want it near the row's mass, not only in range.
 LIMIT, ENTROPY_LIMIT = 2.0**60, 2.0**10
 _NEAR = 600.0  # below this, exp(a - z_y) is a float64 with room to spare
 UNSCORED = -2  # what `shard_labels` has for ignore_index; -1 is a label of a shard before, and columns or more after
+
+
+class Tile(NamedTuple):
+    """The largest product of hidden states and the head that is made at a time.
+
+    Attributes:
+        rows: rows of hidden; the default of `chunk_rows`.
+        columns: columns of the vocabulary; they divide `COLUMNS` or are a multiple of it.
+    """
+
+    rows: int
+    columns: int
 
 
 class Backend(NamedTuple):
@@ -49,7 +63,7 @@ class Backend(NamedTuple):
         scratch: (name, shape, dtype, device) -> uninitialised memory, the same at the next call of that name.
         empty: (shape, dtype, device) -> uninitialised memory for what outlives the call.
         gradient_dtype: the dtype of hidden -> that of the gradient's tiles.
-        rows: default of `chunk_rows`, the rows of a tile.
+        tile: returns the size of a tile.
         whole: whether kept exponentials are multiplied in one product, and not a tile's columns at a time.
         product_fold: (x, weight, bias, targets, logit_scale, temperature, softcap, stats, state, store), or None where
             there is no such kernel: multiplies and folds all columns of some rows, as `_product_fold` does with
@@ -63,7 +77,7 @@ class Backend(NamedTuple):
     scratch: Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
     empty: Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
     gradient_dtype: Callable[[torch.dtype], torch.dtype]
-    rows: int
+    tile: Callable[[], Tile]
     whole: bool
     product_fold: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
 
@@ -223,9 +237,14 @@ def _label_logits(
     return _transformed(raw, None if bias is None else bias[labels], logit_scale, temperature, softcap)[0]
 
 
+def _tile_columns(backend: Backend, filter_eps: float | None) -> int:
+    """Return the columns of a tile: `COLUMNS` where a gradient is filtered by them, else what the device wants."""
+    return backend.tile().columns if filter_eps is None else COLUMNS
+
+
 def _product_fold(
     backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float,
-    temperature: float, softcap: float | None, stats: int, state: Tensor, store: Tensor | None,
+    temperature: float, softcap: float | None, stats: int, state: Tensor, store: Tensor | None, columns: int,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """Multiply and fold every column of some rows. Returns anchors and masses (pieces, R), and a piece's columns.
 
@@ -241,6 +260,7 @@ def _product_fold(
         stats: bits of the statistics asked for.
         state: (8, R) float64, in and out, over all columns.
         store: (R, V) or None, out: what each piece stores is relative to its own anchor.
+        columns: columns of a piece, unless the backend's own kernel decides.
     """
     if backend.product_fold is not None:
         done = backend.product_fold(
@@ -249,9 +269,9 @@ def _product_fold(
         if done is not None:
             return done
     vocabulary, transform = weight.shape[0], (logit_scale, temperature, softcap)
-    chunks = list(_column_chunks(vocabulary, COLUMNS))
+    chunks = list(_column_chunks(vocabulary, columns))
     anchors, masses = state.new_empty((2, len(chunks), len(targets)))
-    tile = backend.scratch("logits", (len(targets), min(COLUMNS, vocabulary)), widened(x.dtype), x.device)
+    tile = backend.scratch("logits", (len(targets), min(columns, vocabulary)), widened(x.dtype), x.device)
     for i, (begin, end) in enumerate(chunks):
         z = tile[:, : end - begin]
         backend.product(z, x, weight[begin:end].t(), False)
@@ -259,12 +279,12 @@ def _product_fold(
             z, None if bias is None else bias[begin:end], targets, begin, *transform, stats, state, anchors[i],
             masses[i], None if store is None else store[:, begin:end],
         )  # fmt: skip
-    return anchors, masses, COLUMNS
+    return anchors, masses, columns
 
 
 def _tiles(pieces: Tensor, columns: int) -> Tensor:
     """Values of pieces of `columns` columns (pieces, R) by tile: (chunks, pieces of a tile, R), zeros past the end."""
-    count = COLUMNS // columns
+    count = max(COLUMNS // columns, 1)
     return torch.nn.functional.pad(pieces, (0, 0, 0, -len(pieces) % count)).unflatten(0, (-1, count))
 
 
@@ -282,7 +302,8 @@ def _reanchor(kept: Tensor, anchors: Tensor, anchor: Tensor, columns: int, dtype
     """Bring stored exponentials (R, V), each piece of `columns` columns at an anchor of its own, to their row's."""
     gaps = _tiles(anchors - anchor, columns)
     moved = _rows_of_tiles((gaps != 0).any(1))
-    for (begin, end), rows, gap in zip(_column_chunks(kept.shape[1], COLUMNS), moved, gaps, strict=True):
+    tiles = _column_chunks(kept.shape[1], max(columns, COLUMNS))
+    for (begin, end), rows, gap in zip(tiles, moved, gaps, strict=True):
         if not len(rows):
             continue
         factor = gap.exp().to(dtype).t()[..., None].expand(-1, -1, columns).reshape(len(kept), -1)[:, : end - begin]
@@ -316,14 +337,16 @@ def _fold_rows(
     state = torch.zeros((8, len(rows)), dtype=torch.float64, device=hidden.device)
     state[5:7] = -torch.inf
     shares = hidden.new_zeros((0 if filter_eps is None else chunks, len(rows)), dtype=torch.float32)
-    size = min(chunk_rows or backend.rows, max(len(rows), 1))
+    size = min(chunk_rows or backend.tile().rows, max(len(rows), 1))
     for first in range(0, len(rows), size):
         part = slice(first, min(first + size, len(rows)))
         y, x = rows.label[part], flat[rows.position[part]]
         of_part = state[:, part].contiguous()
         of_part[0] = _label_logits(x, weight, bias, y, *transform)
         kept = None if store is None else store[part]
-        anchors, masses, columns = _product_fold(backend, x, weight, bias, y, *transform, stats, of_part, kept)
+        anchors, masses, columns = _product_fold(
+            backend, x, weight, bias, y, *transform, stats, of_part, kept, _tile_columns(backend, filter_eps)
+        )
         state[:, part] = of_part
         anchor = of_part[0].masked_fill(of_part[0] == -torch.inf, 0.0)  # nothing but -inf: any anchor does
         if kept is not None:
@@ -506,9 +529,11 @@ def accumulate_gradients(
     overwrite = fresh and filter_eps is None
     # The kept exponentials serve the log-probs alone: an entropy's gradient needs the log-probs of every entry too.
     kept = store if grad_entropy is None else None
-    columns = vocabulary if backend.whole and kept is not None and filter_eps is None else COLUMNS
+    columns = _tile_columns(backend, filter_eps)
+    if backend.whole and kept is not None and filter_eps is None:
+        columns = vocabulary
     flat = hidden.reshape(-1, hidden.shape[-1])
-    size = min(chunk_rows or backend.rows, max(len(rows), 1))
+    size = min(chunk_rows or backend.tile().rows, max(len(rows), 1))
     for first in range(0, len(rows), size):
         part = slice(first, min(first + size, len(rows)))
         place = (rows.place[0][part], rows.place[1][part])
@@ -536,12 +561,12 @@ def accumulate_gradients(
                 tile = kept[part, begin:end] if pick is None else kept[part, begin:end][pick]
             else:
                 n = len(y) if pick is None else len(pick)
-                z = backend.scratch("logits", (n, min(COLUMNS, vocabulary)), dtype, x.device)[:, : end - begin]
+                z = backend.scratch("logits", (n, min(columns, vocabulary)), dtype, x.device)[:, : end - begin]
                 backend.product(z, x if pick is None else x[pick], w.t(), False)
                 narrow = backend.gradient_dtype(x.dtype)
                 tile = z
                 if narrow != dtype:
-                    tile = backend.scratch("gradient", (n, min(COLUMNS, vocabulary)), narrow, x.device)
+                    tile = backend.scratch("gradient", (n, min(columns, vocabulary)), narrow, x.device)
                     tile = tile[:, : end - begin]
                 upstream = (_picked(of_row, pick), _picked(g, pick), _picked(h, pick))
                 backend.fold_backward(z, b, _picked(y, pick), begin, *transform, *upstream, tile)
@@ -573,13 +598,15 @@ def accumulate_gradients(
 def gradients(
     backend: Backend, grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None,
-    shares: Tensor, needed: list[bool], dtypes: list[torch.dtype], *scoring: Any,
+    shares: Tensor, needed: list[bool], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype,
+    *scoring: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastpref::linear_logprobs_backward`."""
+    dtypes = (hidden_dtype, weight_dtype, bias_dtype)
     wide, chunk_rows = widened(hidden.dtype), scoring[-2]
     # Rows of one chunk need no sums between chunks, and so no float32 weight gradient but a tile's.
-    once = labels.numel() <= (chunk_rows or backend.rows) and not backend.whole
-    kinds = (wide, dtypes[1] if once else wide, wide)
+    once = labels.numel() <= (chunk_rows or backend.tile().rows) and not backend.whole
+    kinds = (wide, weight_dtype if once else wide, wide)
     totals: list[Tensor | None] = [
         backend.empty(tensor.shape, kind, tensor.device) if want and tensor is not None else None
         for tensor, want, kind in zip((hidden, weight, bias), needed, kinds, strict=True)
@@ -638,9 +665,10 @@ def fresh_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device:
 def library_backend(
     fold: Callable[..., None], fold_backward: Callable[..., None],
     product_fold: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None,
+    tile: Callable[[], Tile] = lambda: Tile(rows=4096, columns=COLUMNS),
 ) -> Backend:  # fmt: skip
     """A device's own products around the given row passes, with tiles large enough to fill a GPU."""
     return Backend(
         library_product, fold, fold_backward, fresh_scratch, empty, lambda dtype: dtype,
-        rows=4096, whole=True, product_fold=product_fold,
+        tile=tile, whole=True, product_fold=product_fold,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastpref_kernels import cpu, eager, gae, linear
 from fastpref_kernels.cpu import linear as cpu_linear
+from fastpref_kernels.triton import launches
 
 NAMESPACE = "fastpref"
 UNSCORED = linear.UNSCORED
@@ -70,10 +71,12 @@ _SCHEMAS = (
     f"Tensor masses, Tensor(a!)? store, {_LINEAR}, int stats, float? filter_eps) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # grad and grad_entropy (B, T'). -> the gradients of hidden, weight and bias that are needed, in these dtypes; empty
-    # where not. A label outside of the weight's rows is another shard's: the row has no label here.
+    # where not. A label outside of the weight's rows is another shard's: the row has no label here. The dtypes are
+    # three arguments and not a ScalarType[], whose elements reach Python as integers before torch 2.12.
     "linear_logprobs_backward(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, bool[] needed, "
-    f"ScalarType[] dtypes, {_LINEAR}, int? chunk_rows, float? filter_eps) -> (Tensor, Tensor, Tensor)",
+    f"ScalarType hidden_dtype, ScalarType weight_dtype, ScalarType bias_dtype, {_LINEAR}, int? chunk_rows, "
+    "float? filter_eps) -> (Tensor, Tensor, Tensor)",
     # The same sums, over calls. Adds to float32 (float64) d_hidden, d_weight and d_bias, or, where they are fresh,
     # fills them.
     "linear_logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
@@ -193,8 +196,9 @@ def _linear_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _linear_backward_fake(
     grad: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     labels: Tensor, cu_seqlens: Tensor | None, norm: Tensor, store: Tensor | None, shares: Tensor,
-    needed: list[bool], dtypes: list[torch.dtype], *_: Any,
+    needed: list[bool], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    dtypes = (hidden_dtype, weight_dtype, bias_dtype)
     return tuple(
         hidden.new_empty(tensor.shape if want and tensor is not None else (0,), dtype=dtype)
         for tensor, want, dtype in zip((hidden, weight, bias), needed, dtypes, strict=True)
@@ -258,6 +262,17 @@ def _implement_linear(key: str, backend: linear.Backend) -> None:
     _LIBRARY.impl("scaled_gradient", functools.partial(linear.scaled_gradient, backend), key)
 
 
+def _implement_triton(key: str) -> None:
+    """Register the Triton launchers."""
+    _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
+    _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
+    folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
+    fused = _launcher("product", "product_fold")
+    _implement_linear(key, linear.library_backend(*folds, fused, lambda: launches.TILE))
+    for name, module in LOSSES.items():
+        _LIBRARY.impl(name, _launcher(module, name), key)
+
+
 def _register() -> None:
     # They gather the scored rows, whose number only the host can make room for: no CUDA graph can hold them.
     uncapturable = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
@@ -273,12 +288,7 @@ def _register() -> None:
     _LIBRARY.impl("linear_settle", linear.settle_shard, "CompositeExplicitAutograd")
     if _HAS_TRITON:
         for key in TRITON_KEYS:
-            _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
-            _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
-            folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
-            _implement_linear(key, linear.library_backend(*folds, _launcher("product", "product_fold")))
-            for name, module in LOSSES.items():
-                _LIBRARY.impl(name, _launcher(module, name), key)
+            _implement_triton(key)
     for name, fake in {
         "logprobs": _logprobs_fake,
         "logprobs_backward": _logprobs_backward_fake,

@@ -33,7 +33,7 @@ class Smoke:
 def run(folder: Path, *arguments: str) -> Smoke:
     """Run the suite on a CPU."""
     command = bench("--device", "cpu", "--out", str(folder), *arguments)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     files = list(folder.glob("*.csv"))
     return Smoke(folder, done.stdout + done.stderr, done.returncode, store.read(files[0]) if files else [])
 

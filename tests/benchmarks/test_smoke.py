@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import store, suite
 from benchmarks.report import data, plots
-from tests.benchmarks.conftest import ROOT, SMALLEST, Smoke, bench, run
+from tests.benchmarks.conftest import ROOT, SMALLEST, Smoke, run
 
-pytestmark = pytest.mark.slow
+# One run is what most of these tests read.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
 
 
 def test_it_passes_though_peers_are_broken(smoke: Smoke) -> None:
@@ -81,24 +81,16 @@ def test_what_was_measured_is_kept(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_loses_nothing_measured(tmp_path: Path) -> None:
-    arguments = ("losses", "--device", "cpu", "--out", str(tmp_path), "--shapes", "smoke")
-    process = subprocess.Popen(bench(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*.csv")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "goes on from there" in said
-    (path,) = tmp_path.glob("*.csv")
-    before = store.read(path)
-    assert before
-    again = run(tmp_path, "losses", "--shapes", "smoke")
-    assert again.status == 0
-    assert again.rows[: len(before)] == before
-    assert len(again.rows) > len(before)
+    shapes = ("logprobs", "--shapes", "B=1,2 T=4 V=1031", "--rounds", "5", "--peers", "planted")
+    peer = Path(__file__).with_name("interrupting_peer.py")
+    interrupted = run(tmp_path, *shapes, "--peer-file", str(peer))
+    assert interrupted.status == 130, interrupted.said
+    assert "goes on from there" in interrupted.said
+    assert {row["B"] for row in interrupted.rows} == {1}
+    again = run(tmp_path, *shapes)
+    assert again.status == 0, again.said
+    assert again.rows[: len(interrupted.rows)] == interrupted.rows
+    assert {row["B"] for row in again.rows[len(interrupted.rows) :]} == {2}
 
 
 def test_the_report_draws_it(smoke: Smoke, tmp_path: Path) -> None:
@@ -109,9 +101,17 @@ def test_the_report_draws_it(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def test_pytest_benchmark_runs_the_same_rows() -> None:
+    # pytest-benchmark measures nothing in a worker of xdist, as which this variable would have it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     arguments = ["-m", "pytest", "benchmarks", "--benchmark-only", "--shapes", "smoke", "-q", "-k", "losses or quack"]
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
     assert "test_step[losses-gae-fp32-4-32-fastpref]" in done.stdout

@@ -71,7 +71,7 @@ def main() -> None:
     """Run every check there is, and write what went wrong to a file of this rank's."""
     out = sys.argv[1]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     results = {}
     for name, function in CHECKS.items():
         try:

@@ -96,7 +96,7 @@ def _process(*command: str) -> str | None:
     # Threads that wait for each other on cores that others use take ten times as long.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment
     )  # fmt: skip
     return None if done.returncode == 0 else done.stdout + done.stderr
 

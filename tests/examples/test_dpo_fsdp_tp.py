@@ -15,11 +15,14 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "dpo_fsdp_tp.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dpo_fsdp_tp")]
+
+
 def losses(*launcher: str, tp: int = 1) -> tuple[float, float]:
     """The first loss and the last, as the script prints them."""
     command = [sys.executable, *launcher, str(EXAMPLE), "--steps", "6", f"--tp={tp}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.findall(r"loss on \d × \d ranks: ([\d.]+) at first, ([\d.]+) after 6 steps", done.stdout)
     assert len(found) == 1, done.stdout
@@ -44,6 +47,6 @@ def test_two_ranks_train_as_one(tp: int, one: tuple[float, float]) -> None:
 
 def test_a_grid_that_does_not_fit_is_refused() -> None:
     command = [sys.executable, str(EXAMPLE), "--tp", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert "--tp must divide the ranks, 1" in done.stderr

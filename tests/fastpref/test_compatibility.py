@@ -494,7 +494,7 @@ def threads(kind: type[Step]) -> None:
     steps, data, meet = (
         [build(kind), build(kind)],
         [batch(), batch(pairs=3, length=11)],
-        threading.Barrier(2, timeout=30),
+        threading.Barrier(2, timeout=600),
     )
     wanted = [outcome(step, data=given) for step, given in zip(steps, data, strict=True)]
 
@@ -524,7 +524,7 @@ def forked_worker(kind: type[Step]) -> None:
     step = build(kind)
     here = [outcome(step, data=batch(seed=seed)) for seed in range(2)]
     there = torch.utils.data.DataLoader(
-        Outcomes(step), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+        Outcomes(step), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=600
     )
     hold(list(there), here)
 
@@ -786,8 +786,15 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Counting": [Row("`FlopCounterMode` counts the head's products", flops, ("yes", UNCOUNTED, UNCOUNTED, "-", "-"))],
 }
+
+
+def _marks(row: Row) -> list[pytest.MarkDecorator]:
+    """Keep what one compilation serves in one worker, and begin with it."""
+    return [pytest.mark.slow, pytest.mark.xdist_group("inductor")] if row.check is inductor else []
+
+
 CELLS = [
-    pytest.param(row, kind, verdict, id=f"{row.what} | {column}")
+    pytest.param(row, kind, verdict, id=f"{row.what} | {column}", marks=_marks(row))
     for rows in SECTIONS.values()
     for row in rows
     for (column, kind), verdict in zip(COLUMNS.items(), row.verdicts(), strict=True)

@@ -253,10 +253,9 @@ def test_operators(dtype: torch.dtype) -> None:
         logps, norm, shares, *_ = operators.linear_logprobs(*forward)
         grad_entropy = torch.randn_like(logps) if stats else None
         given = (torch.randn_like(logps), grad_entropy, hidden, weight, bias, labels, None, norm, store, shares)
-        dtypes = [dtype, dtype, torch.float32]
-        backward = (*given, [True, False, True], dtypes, *scoring, 2, filter_eps)
-        # The schema's own check cannot read a list of dtypes.
-        torch.library.opcheck(operators.linear_logprobs_backward.default, backward, test_utils="test_faketensor")
+        dtypes = (dtype, dtype, torch.float32)
+        backward = (*given, [True, False, True], *dtypes, *scoring, 2, filter_eps)
+        torch.library.opcheck(operators.linear_logprobs_backward.default, backward, test_utils=checks)
         totals = [torch.zeros(t.shape) for t in (hidden, weight, bias)]
         adding = (*given, *totals, False, *scoring, None, filter_eps)
         torch.library.opcheck(operators.linear_logprobs_backward_.default, adding, test_utils=checks)

@@ -28,16 +28,23 @@ print(f"{logps.item():.6f} {logits.grad[0, 0, 1].item():.6f}")
 """
 RIGHT = "-2.197225 1.333333\n"
 HOLD = """
-import fcntl, sys, time
+import fcntl, sys
 handle = open(sys.argv[1], "w")
 fcntl.flock(handle, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(60)
+sys.stdin.read()  # until it is killed
 """
 FAKE_COMPILER = """#!/bin/sh
 echo "$@" >> "{log}"
 case "$*" in *-c\\ *) echo "fake: cannot compile" >&2; exit 1;; esac
 echo "g++ (fake) 99.0"
+"""
+TALKATIVE_COMPILER = """#!/bin/sh
+case "$*" in *-c\\ *) ;; *) exit 0;; esac
+for line in 1 2 3 4 5 6 7 8 9; do echo "In file included from a header" >&2; done
+echo "source.cpp:1:10: fatal error: 'omp.h' file not found" >&2
+echo "    1 | #include <omp.h>" >&2
+exit 1
 """
 
 
@@ -70,14 +77,15 @@ def test_processes_that_come_at_once_build_once(cache: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "lock").touch()  # left by a process that was killed
     processes = [use() for _ in range(3)]
-    results = [process.communicate(timeout=240) for process in processes]
+    results = [process.communicate(timeout=600) for process in processes]
     assert [out for out, _ in results] == [RIGHT] * 3
     said = [line for _, err in results for line in err.splitlines()]
     assert len(said) == 1
     assert said[0].startswith("fastpref: building")
     assert sorted(path.name for path in folder.iterdir()) == [f"{build.NAME}.so", "lock"]
-    # And one that comes later finds it, says nothing, and needs no compiler but to know it is the same.
-    assert use().communicate(timeout=60) == (RIGHT, "")
+    # And one that comes later finds it, says nothing, and needs no compiler.
+    (cache / "bin").mkdir()
+    assert use(PATH=str(cache / "bin"), CXX="").communicate(timeout=600) == (RIGHT, "")
 
 
 def test_threads_that_come_at_once_build_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,19 +110,40 @@ def test_threads_that_come_at_once_build_once(cache: Path, monkeypatch: pytest.M
 def test_a_build_that_dies_lets_the_next_one_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = cache / build.key()
     folder.mkdir(parents=True)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    holder.stdout.readline()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     monkeypatch.setattr(build, "_build", lambda target: target.write_bytes(b"a library"))
     waiting = threading.Thread(target=build.library, daemon=True)
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive()
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
-    waiting.join(10)
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        waiting.start()
+        waiting.join(0.3)  # the time in which a thread that ignores the lock would build
+        assert waiting.is_alive()
+        holder.kill()
+    waiting.join(600)
     assert not waiting.is_alive()
+
+
+def test_a_build_removes_what_a_killed_one_has_left(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = cache / build.key() / "build-killed"
+    left.mkdir(parents=True)
+    (left / "logprobs.o").write_bytes(b"half an object")
+    monkeypatch.setattr(build, "_build", lambda target: target.write_bytes(b"a library"))
+    assert build.library().exists()
+    assert sorted(path.name for path in left.parent.iterdir()) == [f"{build.NAME}.so", "lock"]
+
+
+def test_a_built_library_needs_no_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cache / build.key() / f"{build.NAME}.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"a library")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(build.BuildError, match="no C"):
+        build.compiler()
+    assert build.library() == library
 
 
 def test_a_failed_build_leaves_nothing_behind_and_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,14 +162,12 @@ def test_what_decides_the_code_decides_the_key(tmp_path: Path, monkeypatch: pyte
     assert keys == {build.key()}
     source = tmp_path / "logprobs.cpp"
     source.write_text(build.SOURCES[0].read_text() + "\n")
-    log = fake_compiler(tmp_path / "bin", "other++")
     changes = (
         (build, "SOURCES", (source,)),
         (build, "HEADERS", ()),
         (torch, "__version__", "0.0.0"),
         (build, "flags", lambda: ["-O0"]),
         (build, "_processor", lambda: "flags: none"),
-        (build, "compiler", lambda: str(log.with_name("other++"))),
     )
     for i, (where, name, value) in enumerate(changes, 2):
         with monkeypatch.context() as patch:
@@ -159,6 +186,8 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.cache_root() == Path("/caches/fastpref")
     monkeypatch.setenv("FASTPREF_CACHE_DIR", "/here")
     assert build.cache_root() == Path("/here")
+    monkeypatch.setenv("FASTPREF_CACHE_DIR", "")  # as if it were not set, and not the current folder
+    assert build.cache_root() == Path("/caches/fastpref")
 
 
 class TestFallback:
@@ -167,7 +196,7 @@ class TestFallback:
     def test_without_a_compiler(self, cache: Path, tmp_path: Path) -> None:
         empty = tmp_path / "bin"
         empty.mkdir()
-        out, err = use(PATH=str(empty), CXX="").communicate(timeout=60)
+        out, err = use(PATH=str(empty), CXX="").communicate(timeout=600)
         assert out == RIGHT
         assert err.count("RuntimeWarning") == 1
         assert "no C++ compiler" in err
@@ -203,8 +232,22 @@ class TestFallback:
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("FASTPREF_CACHE_DIR", str(tmp_path / "file"))
-        with pytest.warns(RuntimeWarning, match=r"fastpref.*slower.*file"):
+        with pytest.warns(RuntimeWarning, match=r"fastpref.*slower.*file.*set FASTPREF_CACHE_DIR to"):
             assert build._load.__wrapped__() is None
+
+    def test_of_a_long_output_the_errors_are_told(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log = fake_compiler(tmp_path / "bin", "talkative++")
+        monkeypatch.setenv("CXX", str(log.with_name("talkative++")))
+        log.with_name("talkative++").write_text(TALKATIVE_COMPILER)
+        with pytest.warns(RuntimeWarning, match="slower") as warned:
+            assert build._load.__wrapped__() is None
+        told = str(warned[0].message)
+        assert "fatal error: 'omp.h' file not found" in told
+        assert len(told.splitlines()) <= 1 + len(build.SOURCES)
+        assert "-fopenmp" not in told
+        assert "In file included" not in told
 
     def test_a_library_that_cannot_be_loaded(self, cache: Path) -> None:
         folder = cache / build.key()

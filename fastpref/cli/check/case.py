@@ -43,7 +43,7 @@ class Case:
         layout: what the function is given in place of each that it is differentiated by.
         dtypes: those that it is judged in.
         summed: from the arguments, by the name of a result, the magnitude of terms that cancel in it.
-        within: the context that it is called in.
+        within: from the device, the context that it is called in.
         slack: multiplies what may be lost in float64, where what eager loses beside ours cannot be seen.
     """
 
@@ -54,7 +54,7 @@ class Case:
     layout: Layout = as_it_is
     dtypes: tuple[torch.dtype, ...] = DTYPES
     summed: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, float]] = nothing_cancels
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    within: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext
     slack: float = 1.0
 
     @property

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastpref.cli.stdout import stdout_on_stderr
+
 if TYPE_CHECKING:
     import torch
 
@@ -99,7 +101,6 @@ def _run(
 ) -> list[Result]:  # fmt: skip
     import contextlib
     import json
-    import sys
     import time
 
     from rich.console import Console
@@ -111,7 +112,7 @@ def _run(
     rows = report.Rows(dict.fromkeys((case.row, str(where)) for case, where, _ in jobs))
     with contextlib.ExitStack() as stack:
         if as_json:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(stdout_on_stderr())
         # What is built once says so before the table, not in the middle of it.
         for where in devices:
             report.name_of_device(where)

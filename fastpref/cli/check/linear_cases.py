@@ -31,6 +31,8 @@ from fastpref.cli.check.case import (
 from fastpref.cli.check.evaluate import GRADIENT, evaluate
 
 FEATURES, FEWER_FEATURES = 48, 16
+# A larger vocabulary's identity matrix takes too much memory.
+SUMMED_VOCABULARY = 1 << 13
 BETA = 0.1
 PAIRS, ANSWERS = 4, 3
 # No group has more scored rows than this, and all together have: the loss goes over several chunks.
@@ -42,39 +44,51 @@ def linear_cases() -> Iterator[Case]:
     tokens = math.prod(ROWS)
     packed: dict[str, Any] = {"rows": (tokens,), "cu_seqlens": boundaries(tokens)}
     for mode in ("save", "recompute"):
-        yield _case(f"linear_token_logprobs/{mode}", mode=mode)
-        yield _case(f"linear_token_logprobs/{mode}, no bias, transformed", biased=False, mode=mode, **TRANSFORM)
-        yield _case(f"linear_token_logprobs/{mode}, statistics", mode=mode, stats=LINEAR_STATISTICS, chunk_rows=7)
-        yield _case(f"linear_token_logprobs/{mode}, large vocabulary", FEW_ROWS, LARGE_VOCABULARY, mode=mode)
-        yield _case(f"linear_token_logprobs/{mode}, label far below", peak=130.0, mode=mode)
-        yield _case(f"linear_sequence_logprobs/{mode}, packed", **packed, mode=mode, reduction="mean")
-        yield _case(f"linear_sequence_logprobs/{mode}, LD-DPO", mode=mode, ld_alpha=0.3, shift=False)
+        yield linear_case(f"linear_token_logprobs/{mode}", mode=mode)
+        yield linear_case(f"linear_token_logprobs/{mode}, no bias, transformed", biased=False, mode=mode, **TRANSFORM)
+        yield linear_case(f"linear_token_logprobs/{mode}, statistics", mode=mode, stats=LINEAR_STATISTICS, chunk_rows=7)
+        yield linear_case(f"linear_token_logprobs/{mode}, large vocabulary", FEW_ROWS, LARGE_VOCABULARY, mode=mode)
+        yield linear_case(f"linear_token_logprobs/{mode}, label far below", peak=130.0, mode=mode)
+        yield linear_case(f"linear_sequence_logprobs/{mode}, packed", **packed, mode=mode, reduction="mean")
+        yield linear_case(f"linear_sequence_logprobs/{mode}, LD-DPO", mode=mode, ld_alpha=0.3, shift=False)
     if dist.is_available():
-        yield _case("linear_token_logprobs/one rank", ranked=True, stats=STATISTICS)
+        yield linear_case("linear_token_logprobs/one rank", ranked=True, stats=STATISTICS)
     pairs: dict[str, Any] = {"rows": (2 * PAIRS, ROWS[1]), "references": True, "beta": BETA}
-    yield _case("linear_dpo_loss/one chunk", **pairs)
-    yield _case("linear_dpo_loss/several chunks", **pairs, chunk_rows=CHUNK)
-    yield _case(
+    yield linear_case("linear_dpo_loss/one chunk", **pairs)
+    yield linear_case("linear_dpo_loss/several chunks", **pairs, chunk_rows=CHUNK)
+    yield linear_case(
         "linear_dpo_loss/several chunks, transformed", **pairs, chunk_rows=CHUNK, biased=False, average_logps=True,
         stats=STATISTICS, loss_type="ipo", **TRANSFORM,
     )  # fmt: skip
-    yield _case("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=CHUNK, label_smoothing=0.1)
-    yield _case("linear_dpo_loss/none", **pairs, reduction="none")
-    groups: dict[str, Any] = {"rows": (ANSWERS * PAIRS, ROWS[1]), "group_size": ANSWERS, "loss_fn": _in_order}
-    yield _case("linear_preference_loss/one chunk", **groups)
-    yield _case("linear_preference_loss/several chunks", **groups, chunk_rows=CHUNK)
+    yield linear_case("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=CHUNK, label_smoothing=0.1)
+    yield linear_case("linear_dpo_loss/none", **pairs, reduction="none")
+    groups: dict[str, Any] = {"rows": (ANSWERS * PAIRS, ROWS[1]), "group_size": ANSWERS, "loss_fn": in_order}
+    yield linear_case("linear_preference_loss/one chunk", **groups)
+    yield linear_case("linear_preference_loss/several chunks", **groups, chunk_rows=CHUNK)
 
 
-def _in_order(logps: Tensor) -> Tensor:
+def in_order(logps: Tensor) -> Tensor:
     """A loss of (G, K) log-probs whose answers are given best first."""
     ranks = torch.arange(logps.shape[1], device=logps.device).expand_as(logps)
     return reference.plackett_luce_loss(BETA * logps, ranks, reduction="none")
 
 
-def _case(
+def linear_case(
     name: str, rows: tuple[int, ...] = ROWS, vocabulary: int = VOCABULARY, *, biased: bool = True, peak: float = 0.0,
     references: bool = False, ranked: bool = False, **options: Any,
 ) -> Case:  # fmt: skip
+    """A call of the function that the name begins with.
+
+    Args:
+        name: of the case.
+        rows: of the labels.
+        vocabulary: V.
+        biased: give the head a bias.
+        peak: is added to one logit of every row.
+        references: give a reference's log-probs of both sides.
+        ranked: give a process group of one rank.
+        options: every other argument.
+    """
     function = name.partition("/")[0]
     return Case(
         name=name,
@@ -90,14 +104,15 @@ def _case(
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
-    """A process group of this process alone, which what is split over ranks asks for."""
+def _one_rank(device: torch.device) -> Iterator[None]:
+    """Run in a process group of this process alone, for what is split over ranks: here one, on a CPU and `device`."""
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    # A CUDA build of torch has NCCL, which cannot start where no GPU is.
+    others = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
     store: Any = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    dist.init_process_group(f"cpu:gloo{others}", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -127,13 +142,14 @@ def _draw(
 def _summed(definition: Callable[..., Any], leaves: dict[str, Tensor], constants: dict[str, Any]) -> dict[str, float]:
     """What each gradient's products sum, and what a loss is a small difference of, without signs."""
     hidden, weight = leaves["hidden"], leaves["weight"]
-    if weight.shape[0] > VOCABULARY:
+    if weight.shape[0] > SUMMED_VOCABULARY:
         return {}
     # As logits are hidden states under a head that changes nothing, so their gradient is that of such hidden states.
     logits = hidden @ weight.T + leaves.get("bias", 0.0)
-    identity = torch.eye(weight.shape[0], dtype=torch.float64)
+    identity = torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
     found = evaluate(definition, {"hidden": logits}, {"weight": identity, **constants})
-    d_logits, rows = found[GRADIENT + "hidden"].flatten(0, -2).abs(), hidden.flatten(0, -2).abs()
+    d_logits = found[GRADIENT + "hidden"].flatten(0, -2).abs().to(weight.device)
+    rows = hidden.flatten(0, -2).abs()
     sums = {"hidden": d_logits @ weight.abs(), "weight": d_logits.T @ rows, "bias": d_logits.sum(0)}
     summed = {GRADIENT + name: value.max().item() for name, value in sums.items()}
     if "loss" in found:

@@ -25,16 +25,21 @@ def loss_cases() -> Iterator[Case]:
         else:
             reductions = (None,)
         for reduction in reductions:
-            yield Case(
-                name=entry.name if reduction is None else f"{entry.name}/{reduction}",
-                function=entry.function,
-                definition=entry.reference,
-                draw=functools.partial(_draw, entry, reduction),
-            )
+            yield loss_case(entry, reduction)
 
 
-def _draw(entry: losses.Entry, reduction: str | None, generator: torch.Generator) -> Arguments:
-    tensors, options = entry.example(generator, BATCH)
+def loss_case(entry: losses.Entry, reduction: str | None, batch: int = BATCH) -> Case:
+    """The example of a loss, of so many elements."""
+    return Case(
+        name=entry.name if reduction is None else f"{entry.name}/{reduction}",
+        function=entry.function,
+        definition=entry.reference,
+        draw=functools.partial(_draw, entry, reduction, batch),
+    )
+
+
+def _draw(entry: losses.Entry, reduction: str | None, batch: int, generator: torch.Generator) -> Arguments:
+    tensors, options = entry.example(generator, batch)
     named = dict(zip(inspect.signature(entry.reference).parameters, tensors, strict=False))
     leaves = {name: value for name, value in named.items() if value.is_floating_point()}
     constants = {name: value for name, value in named.items() if name not in leaves} | options

@@ -64,7 +64,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
         return Result(case=case, device=str(device), dtype=name_of(dtype), output=output, **found)
 
     try:
-        with case.within():
+        with case.within(device):
             with _one_thread():
                 leaves, constants = case.draw(torch.Generator().manual_seed(SEED))
                 leaves, constants = cast(leaves, dtype), cast(constants, dtype)

@@ -35,17 +35,17 @@ def native_section(may_build: bool) -> tuple[Section, str]:
         section.facts["state"] = f"not used: {what}"
         section.findings.append(Finding(what=what, costs=SLOWER, mend="unset FASTPREF_NATIVE", is_error=False))
         return section, "PyTorch"
+    path = folder / build.key() / f"{build.NAME}.so"
+    built = path.exists()
     unwritable = _unwritable(folder)
-    if unwritable is not None:
+    if unwritable is not None and not built:
         what, mend = f"the cache {folder} cannot be written: {unwritable}", "export FASTPREF_CACHE_DIR=/another/folder"
         section.findings.append(Finding(what=what, costs=SLOWER, mend=mend))
-    if problem is not None:
+    if problem is not None and not built:
         section.facts["state"] = "not built: no compiler that runs"
         section.findings.append(Finding(what=problem, costs=SLOWER, mend=INSTALL))
         return section, "PyTorch"
-    path = folder / build.key() / f"{build.NAME}.so"
     section.facts["library"] = str(path)
-    built = path.exists()
     if not built and unwritable is not None:
         section.facts["state"] = "not built: nowhere to put it"
         return section, "PyTorch"

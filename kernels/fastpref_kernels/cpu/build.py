@@ -1,8 +1,9 @@
 """Builds the native CPU operators on first use, and loads them.
 
-The library is made for the machine it runs on, so it is cached under everything that decides its code: the source,
-torch, the compiler and the processor. A home folder shared by two machines then holds two libraries, not one that runs
-the wrong instructions on one of them.
+The library is made for the machine it runs on, so it is cached under what decides its code: the source, torch and the
+processor. A home folder shared by two machines then holds two libraries, not one that runs the wrong instructions on
+one of them. The compiler is no part of this. A library that another compiler built from the same source, for the same
+processor and torch, computes the same, and a machine without a compiler, such as a slim container, can use it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +30,8 @@ import torch
 
 NAME = "fastpref_cpu"
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("logprobs.cpp", "linear.cpp", "product.cpp", "memory.cpp"))
+# The lines of a compiler's or linker's output that say what is wrong, and how many of them a warning shows.
+_ERROR, _SHOWN = re.compile(r"\berror\b|cannot|not found|undefined", re.IGNORECASE), 5
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h"))
 
 
@@ -62,9 +66,9 @@ def _load() -> Any:
 
 
 def cache_root() -> Path:
-    """Where built libraries are kept: FASTPREF_CACHE_DIR, else the user's cache folder."""
+    """Return where built libraries are kept: FASTPREF_CACHE_DIR, else the user's cache folder."""
     root = os.environ.get("FASTPREF_CACHE_DIR")
-    if root is None:
+    if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastpref")
     return Path(root)
 
@@ -104,11 +108,9 @@ def _processor() -> str:
 
 
 def key() -> str:
-    """A hash of all that decides the library's code."""
-    command = compiler()
-    version = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False).stdout
+    """Return a hash of all that decides the library's code."""
     digest = hashlib.sha256()
-    for part in (torch.__version__, sysconfig.get_platform(), command, version, _processor(), *flags()):
+    for part in (torch.__version__, sysconfig.get_platform(), _processor(), *flags()):
         digest.update(part.encode() + b"\0")
     for path in (*SOURCES, *HEADERS):
         digest.update(path.read_bytes() + b"\0")
@@ -116,28 +118,36 @@ def key() -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; unlike a lock file's mere presence, the kernel lets go of it when its holder dies."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold its lock, which the kernel lets go of when its holder dies, unlike a mere file."""
     import fcntl
 
-    with path.open("w") as handle:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise BuildError(
+            f"the cache folder cannot be written ({error}); set FASTPREF_CACHE_DIR to a folder that can be"
+        ) from error
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def library() -> Path:
-    """The path of the built library, built first if need be. Safe when many processes come at once.
+    """Return the path of the built library, built first if need be. Safe when many processes come at once.
 
     Raises:
-        BuildError: no compiler, or it failed.
-        OSError: the cache folder cannot be written.
+        BuildError: the cache folder cannot be written, there is no compiler, or it failed.
     """
     folder = cache_root() / key()
     built = folder / f"{NAME}.so"
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        compiler()  # raises where there is none, before anything is written
+        with _locked(folder):
             if not built.exists():
+                for killed in folder.glob("build-*"):  # what a build that was killed has left
+                    shutil.rmtree(killed, ignore_errors=True)
                 _build(built)
     return built
 
@@ -163,6 +173,15 @@ def _ninja_file() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _errors(output: str) -> str:
+    """Return the lines of ninja's output that say what is wrong, or its last lines where none is known to."""
+    # Not its own lines, nor the commands it repeats, whose paths may say anything.
+    told = ("ninja: ", "[", "FAILED: ", f"{compiler()} ")
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith(told)]
+    errors = [line for line in lines if _ERROR.search(line)]
+    return "\n".join(errors[:_SHOWN] or lines[-_SHOWN:])
+
+
 def _build(target: Path) -> None:
     import ninja
 
@@ -173,5 +192,5 @@ def _build(target: Path) -> None:
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", scratch]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise BuildError(f"{compiler()} failed:\n{(result.stdout + result.stderr).strip()}")
+            raise BuildError(f"{compiler()} failed:\n{_errors(result.stdout + result.stderr)}")
         os.replace(Path(scratch) / f"{NAME}.so", target)

@@ -118,5 +118,5 @@ def fold_backward(*arguments: Any) -> None:
 
 BACKEND = linear.Backend(
     product, fold, fold_backward, scratch, empty, _gradient_dtype,
-    rows=ROWS, whole=False,
+    tile=lambda: linear.Tile(ROWS, linear.COLUMNS), whole=False,
 )  # fmt: skip

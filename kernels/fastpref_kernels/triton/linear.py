@@ -15,14 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels.linear import ENTROPY_LIMIT, LIMIT
+from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import accumulator, dense, exp, join, on_device, power, power_rate, split, tanh
 from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment, _one_minus_exp
 
-# By the bytes of a product, (columns of one iteration, warps). A tile's row is short, so what is done once a row is
-# kept small: one warp reduces without a barrier, and few columns are masked. With more columns a thread, the sums of
-# every statistic would take too many registers.
-FORWARD_LAUNCH = {4: (256, 1), 8: (128, 1)}
-BACKWARD_LAUNCH = {4: (1024, 2), 8: (512, 2)}
 # Stands in for log 0, so that 0 * log 0 is 0.
 FLOOR: tl.constexpr = tl.constexpr(-1e30)
 
@@ -88,7 +84,7 @@ def fold_kernel(
     C, column, stride_z, stride_store, state_row, state_r, stride_anchors, stride_masses,
     rate_high, rate_low, inner_high, inner_low, slope_high, slope_low,
     LIMIT: tl.constexpr, STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    STORE_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    STORE_ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program r adds row r of the tile to its state, and raises its anchor where the sum would reach LIMIT."""
     r = tl.program_id(0).to(tl.int64)
@@ -124,7 +120,7 @@ def fold_kernel(
         begin = tl.where(side == 0, 0, special + 1)
         end = tl.where(side == 0, tl.minimum(special, full), full)
         top = tl.full((BLOCK,), minus_inf, ACC)
-        for block in range(begin, end):
+        for block in tl.range(begin, end, num_stages=STAGES):
             k = block * BLOCK + tl.arange(0, BLOCK)
             u = _load(row, bias, k, None, inner, CAP, ACC)
             d = (u * rate - anchor) * unit
@@ -231,6 +227,7 @@ def fold_backward_kernel(
     C, column, stride_z, stride_out, norm_row,
     rate_high, rate_low, inner_high, inner_low, slope_high, slope_low,
     CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program r writes the gradient of row r of the tile. `out` may be `z`."""
     r = tl.program_id(0).to(tl.int64)
@@ -264,7 +261,7 @@ def fold_backward_kernel(
     if grad_entropy is None:
         factor *= g
     full = C // BLOCK
-    for block in range(0, full):
+    for block in tl.range(0, full, num_stages=STAGES):
         k = block * BLOCK + tl.arange(0, BLOCK)
         u = _load(row, bias, k, None, inner, CAP, ACC)
         value = _gradient(u, anchor, factor, rate, g, h, surprise, grad_entropy is not None, CAP, ACC)
@@ -320,7 +317,7 @@ def fold(
     if R == 0:
         return
     rate, inner, slope = _transform(logit_scale, temperature, softcap)
-    block, warps = FORWARD_LAUNCH[z.element_size()]
+    block, warps, stages = launches.ROWS["fold", z.element_size()]
     to = z if store is None else store
     with on_device(z.device):
         fold_kernel[(R,)](
@@ -331,7 +328,7 @@ def fold(
             STATS=stats, CAP=softcap is not None, ACC=accumulator(z.dtype),
             ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
             STORE_ALIGN=_alignment(to.stride(0), itemsize=to.element_size()),
-            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+            BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -347,7 +344,7 @@ def fold_backward(
     if R == 0:
         return
     rate, inner, slope = _transform(logit_scale, temperature, softcap)
-    block, warps = BACKWARD_LAUNCH[z.element_size()]
+    block, warps, stages = launches.ROWS["fold_backward", z.element_size()]
     norm = norm.contiguous()
     with on_device(z.device):
         fold_backward_kernel[(R,)](
@@ -356,5 +353,5 @@ def fold_backward(
             CAP=softcap is not None, ACC=accumulator(z.dtype),
             ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
             OUT_ALIGN=_alignment(out.stride(0), itemsize=out.element_size()),
-            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+            BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip

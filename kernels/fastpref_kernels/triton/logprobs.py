@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import (
     accumulator,
     dense,
@@ -32,12 +33,6 @@ from fastpref_kernels.triton.common import (
     tanh,
 )
 
-# By the bytes of a logit, (logits of one iteration, warps): enough loads in flight to cover the memory's latency with a
-# few programs a multiprocessor, and few enough registers for nothing to spill.
-FORWARD_LAUNCH = {2: (4096, 8), 4: (4096, 4), 8: (2048, 8)}
-# With statistics a thread holds three more sums, and every block waits for its maximum: smaller programs, more of them.
-STATISTICS_LAUNCH = {2: (2048, 4), 4: (2048, 4), 8: (1024, 4)}
-BACKWARD_LAUNCH = {2: (4096, 4), 4: (4096, 4), 8: (2048, 8)}
 # Above this the sum is redone from the maximum: 1/(1+s) must stay a normal float32, and so must what it multiplies.
 ANCHOR_LIMIT: tl.constexpr = tl.constexpr(float(2**60))
 # Tokens of a sequence that are summed at a time.
@@ -114,6 +109,7 @@ def _fold(u, m, rest, weighted, squares, rate, STATS: tl.constexpr, ACC: tl.cons
 def _online(
     row, stride_v, V, n, label, u_y, rate, inner, cap,
     STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A row of n logits, which is V or, where it is not scored, 0, anchored at its running maximum.
 
@@ -132,7 +128,7 @@ def _online(
     last = tl.cdiv(n, BLOCK) - 1
     special = tl.maximum(label, 0) // BLOCK
     skip = special < last
-    for i in range(0, last - skip.to(tl.int32)):
+    for i in tl.range(0, last - skip.to(tl.int32), num_stages=STAGES):
         block = i + (skip & (i >= special)).to(tl.int32)
         k = block * BLOCK + tl.arange(0, BLOCK)
         offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
@@ -158,11 +154,13 @@ def _online(
     return m, tl.sum(rest), tl.sum(weighted), tl.sum(squares), tl.sum(total), before, after
 
 
-# What changes with a batch's length: a new value must not be a new kernel. Alignment is ALIGN's to say.
+# Arguments that differ from batch to batch: a new value must not compile a new kernel in the middle of training. ALIGN
+# says how rows of logits are aligned; a small tensor may be a slice that begins anywhere.
 LENGTHS = ["rows", "n_sequences", "n_rows", "ignore_index", "stride_b", "stride_lb"]
+SMALL_TENSORS = ["labels", "cu_seqlens", "weights", "norm"]
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SMALL_TENSORS)
 def logprobs_forward_kernel(
     logits, labels, cu_seqlens, weights,  # (B, T, V), (B, T), (S+1,), (B, T')
     logps, norm, sequences, counts, tickets,  # (B, T'), (3 or 4, B, T'), (S,), (S,), (S,) zeros
@@ -172,6 +170,7 @@ def logprobs_forward_kernel(
     ignore_index, rate_high, rate_low, inner_high, inner_low, cap_high, cap_low,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr,
     CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program r scores row r of (B, T')."""
     r = tl.program_id(0)
@@ -202,7 +201,7 @@ def logprobs_forward_kernel(
         acc = tl.zeros((BLOCK,), ACC)
         # Full blocks but the label's: nothing is masked, nothing is compared.
         skip = special < last
-        for i in range(0, last - skip.to(tl.int32)):
+        for i in tl.range(0, last - skip.to(tl.int32), num_stages=STAGES):
             k = (i + (skip & (i >= special)).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
             offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
             u = _squash(tl.load(row + offset), inner, cap, CAP, ACC)
@@ -223,8 +222,9 @@ def logprobs_forward_kernel(
     # Written so that a NaN takes this way too: it then reaches the outputs by the sums themselves.
     if (LSE < STATS) | (((s < ANCHOR_LIMIT) & finite) == 0):
         m, rest, weighted, squares, total, before, after = _online(
-            row, stride_v, V, n, label, u_y, rate, inner, cap, STATS, CAP, ACC, WIDE, BLOCK
-        )
+            row, stride_v, V, n, label, u_y, rate, inner, cap, STATS, CAP, ACC, WIDE, BLOCK,
+            STAGES,
+        )  # fmt: skip
         d_y = (u_y - m) * rate  # NaN where the row's maximum is not finite
         e_y = exp(d_y, ACC)
         sum_all = rest + e_y
@@ -287,7 +287,10 @@ def logprobs_forward_kernel(
             tl.store(counts + sequence, scored_tokens)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "tokens", "out_b"])
+@triton.jit(
+    do_not_specialize=[*LENGTHS, "tokens", "out_b"],
+    do_not_specialize_on_alignment=[*SMALL_TENSORS, "grad", "grad_entropy", "counts"],
+)
 def logprobs_backward_kernel(
     out, grad, grad_entropy, logits, labels, cu_seqlens, weights,  # (B, T, V), (B, T') or (S,), (B, T'), ...
     norm, counts,  # (3 or 4, B, T'), (S,)
@@ -296,7 +299,7 @@ def logprobs_backward_kernel(
     ignore_index, rate_high, rate_low, inner_high, inner_low, cap_high, cap_low, slope_high, slope_low,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, REDUCTION: tl.constexpr, GRAD: tl.constexpr,
     GRAD_ENTROPY: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program q writes the gradient of row q of (B, T): zeros where it is not scored. `out` may be the logits."""
     q = tl.program_id(0)
@@ -344,7 +347,7 @@ def logprobs_backward_kernel(
         if not (GRAD_ENTROPY or CAP):
             factor *= g
         full = V // BLOCK
-        for i in range(0, full):
+        for i in tl.range(0, full, num_stages=STAGES):
             k = i * BLOCK + tl.arange(0, BLOCK)
             offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
             out_offset = k.to(tl.int64) * out_v if WIDE else k * out_v
@@ -447,8 +450,8 @@ def logprobs(
     statistics = [statistic(bit, torch.bool if bit == 3 else dtype) for bit in range(5)]
     if B * rows:
         rate, inner, cap, _ = _transform(logit_scale, temperature, softcap)
-        launches = FORWARD_LAUNCH if stats <= LSE.value else STATISTICS_LAUNCH
-        block, warps = launches[logits.element_size()]
+        kernel = "logprobs_forward" if stats <= LSE.value else "logprobs_statistics"
+        block, warps, stages = launches.ROWS[kernel, logits.element_size()]
         with on_device(logits.device):
             logprobs_forward_kernel[(B * rows,)](
                 logits, labels, *dense(cu_seqlens, weights), logps, norm, sequences, counts, tickets, *statistics,
@@ -457,7 +460,7 @@ def logprobs(
                 SHIFT=int(shift), PACKED=cu_seqlens is not None, WEIGHTED=weights is not None,
                 REDUCTION=REDUCTIONS[reduction], STATS=stats, CAP=softcap is not None, ACC=accumulator(logits.dtype),
                 ALIGN=_alignment(logits.stride(0), logits.stride(1), itemsize=logits.element_size()),
-                WIDE=logits.stride(2) != 1, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+                WIDE=logits.stride(2) != 1, BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return logps, sequences, norm, counts, *statistics
 
@@ -473,7 +476,7 @@ def write_gradient(
         return
     rows = max(T - shift, 0)
     rate, inner, cap, slope = _transform(logit_scale, temperature, softcap)
-    block, warps = BACKWARD_LAUNCH[logits.element_size()]
+    block, warps, stages = launches.ROWS["logprobs_backward", logits.element_size()]
     with on_device(logits.device):
         logprobs_backward_kernel[(B * T,)](
             out, *dense(grad, grad_entropy), logits, labels, *dense(cu_seqlens, weights, norm, counts),
@@ -485,6 +488,6 @@ def write_gradient(
             CAP=softcap is not None, ACC=accumulator(logits.dtype),
             ALIGN=_alignment(logits.stride(0), logits.stride(1), itemsize=logits.element_size()),
             OUT_ALIGN=_alignment(out.stride(0), out.stride(1), itemsize=out.element_size()),
-            WIDE=logits.stride(2) != 1 or out.stride(2) != 1, BLOCK=block, num_warps=warps,
+            WIDE=logits.stride(2) != 1 or out.stride(2) != 1, BLOCK=block, STAGES=stages, num_warps=warps,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -16,8 +16,6 @@ from torch import Tensor
 from fastpref_kernels.linear import widened
 from fastpref_kernels.triton.common import accumulator, exp, log1p, on_device
 
-# Elements of a program's tile: pairs, prompts x K, or prompts x K x K.
-TILE = 1024
 # Programs whose losses are summed at a time.
 SUM_BLOCK: tl.constexpr = tl.constexpr(128)
 
@@ -69,7 +67,7 @@ def outputs(first: Tensor, dtype: torch.dtype, columns: int, reduction: str) -> 
 
 
 def launch(kernel: Any, programs: int, loss: Tensor, reduction: str, tensors: list[Any], scalars: list[Any],
-            warps: int = 4, ticket: Tensor | None = None, **constants: Any) -> None:  # fmt: skip
+            warps: int, ticket: Tensor | None = None, **constants: Any) -> None:  # fmt: skip
     """Launch over `programs` tiles; only several of them need a place to meet, and a counter at 0 if none is given."""
     if programs == 0:
         return

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.triton import loss as tiles
+from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import accumulator, dense, exp, join, log1p, on_device, split
 from fastpref_kernels.triton.loss import finish, launch, log_sigmoid, outputs, sigmoid, widest
 
-# Pairs of a program that sorts: each goes over all others, so many small programs share that.
-ORDER_TILE = 64
+# Halves of one tensor, as often as not: the second begins where the number of pairs puts it.
+PAIRS = ["chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths"]
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def _pair_terms(
         return x, y, h, slope_x * per_w, slope_y * per_l
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PAIRS)
 def order_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths,  # (N,)
     ordered, places, ticket,  # (2, N), (2, N) int32, (1,) int32
@@ -208,7 +208,7 @@ def order_kernel(
     tl.store(ordered + N + place_y, y, mask=i < N)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=[*PAIRS, "margins", "weights"])
 def dpo_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, margins, weights,  # (N,)
     ordered, places,  # (2, N), (2, N), what `order_kernel` made, or None
@@ -290,7 +290,7 @@ def dpo_kernel(
     finish(losses, total, scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["logps", "ref_logps", "desirable", "kl"])
 def kto_kernel(
     logps, ref_logps, desirable, kl,  # (N,), (N,), (N,) bool, (K,)
     loss, partials, rewards, scratch, ticket,  # () or (N,), (N, 2), (N,)
@@ -335,6 +335,7 @@ def dpo_loss(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::dpo_loss`."""
     N, dtype = chosen.shape[0], widest(chosen, rejected, ref_chosen, ref_rejected)
+    pairs, order = launches.SMALL["dpo"], launches.SMALL["order"]
     loss, partials = outputs(chosen, dtype, 2 if ref_chosen is None else 4, reduction)
     chosen_rewards, rejected_rewards = (chosen.new_empty(chosen.shape, dtype=dtype) for _ in range(2))
     # α - 1, and 1 - 2ε, are made here: in float32 a small difference would lose its digits.
@@ -350,19 +351,21 @@ def dpo_loss(
         ordered, places = chosen.new_empty((2, N), dtype=dtype), chosen.new_empty((2, N), dtype=torch.int32)
         ticket = chosen.new_empty(1, dtype=torch.int32)
         with on_device(chosen.device):
-            order_kernel[(triton.cdiv(N, ORDER_TILE),)](
+            order_kernel[(triton.cdiv(N, order.block),)](
                 *tensors, ordered, places, ticket, N, *split(rate), *split(largest), **shape, ACC=accumulator(dtype),
-                BLOCK=ORDER_TILE, num_warps=2, enable_fp_fusion=False,  # an element must be alike wherever it is made
+                BLOCK=order.block, num_warps=order.warps,
+                enable_fp_fusion=False,  # an element must be alike wherever it is made
             )  # fmt: skip
     scalars = (
         beta, label_smoothing, constant_margin, rate, largest, delta, gamma, discopop_tau, spread,
         loss_weight, sft_weight,
     )  # fmt: skip
     launch(
-        dpo_kernel, triton.cdiv(N, tiles.TILE), loss, reduction,
+        dpo_kernel, triton.cdiv(N, pairs.block), loss, reduction,
         [*tensors, *dense(margin, weights), ordered, places, loss, partials, chosen_rewards, rejected_rewards],
         [N, *(part for scalar in scalars for part in split(scalar))], LOSS_TYPE=loss_type, **shape,
-        SFT=sft_reduction if sft_weight else None, BLOCK=tiles.TILE, warps=8, ticket=ticket,
+        SFT=sft_reduction if sft_weight else None, BLOCK=pairs.block, warps=pairs.warps,
+        ticket=ticket,
     )  # fmt: skip
     return loss, partials, chosen_rewards, rejected_rewards
 
@@ -373,12 +376,14 @@ def kto_loss(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::kto_loss`."""
     N, dtype = logps.shape[0], widest(logps, ref_logps)
+    block, warps, _ = launches.SMALL["kto"]
     loss, partials = outputs(logps, dtype, 2, reduction)
     rewards = logps.new_empty(logps.shape, dtype=dtype)
     scalars = (constant_kl, beta, desirable_weight, undesirable_weight)
     launch(
-        kto_kernel, triton.cdiv(N, tiles.TILE), loss, reduction,
+        kto_kernel, triton.cdiv(N, block), loss, reduction,
         [*dense(logps, ref_logps, desirable, kl), loss, partials, rewards],
-        [N, 0 if kl is None else kl.numel(), *(part for scalar in scalars for part in split(scalar))], BLOCK=tiles.TILE,
+        [N, 0 if kl is None else kl.numel(), *(part for scalar in scalars for part in split(scalar))], warps,
+        BLOCK=block,
     )  # fmt: skip
     return loss, partials, rewards

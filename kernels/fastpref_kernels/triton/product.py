@@ -12,7 +12,6 @@ of the block go that way; but of each row is kept only what it needs itself.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,72 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels.linear import COLUMNS, ENTROPY_LIMIT, LIMIT
+from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import LOG2E, dense, join, on_device, split, tanh
 from fastpref_kernels.triton.linear import FLOOR, _transform
 from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment
 
-
-class Launch(NamedTuple):
-    """How the product is cut up.
-
-    Attributes:
-        block_m: rows of a block.
-        block_n: columns of a block; divides `COLUMNS`, by which a gradient is filtered.
-        block_k: terms of a sum that are multiplied at a time.
-        group_m: blocks of rows that go over the columns together, so that a cache holds what they share.
-        stages: loads of `block_k` terms in flight.
-        warps: of a program.
-        width: columns of a block that are folded at a time, `block_n` over a power of 2: the fewer, the fewer registers
-            their numbers take, where one warp holds all columns of a row.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    stages: int
-    warps: int
-    width: int
-
-
-class Measured(NamedTuple):
-    """Shapes that the fused kernel was measured to be faster at than the product and the fold it stands for.
-
-    Attributes:
-        device: its name, as PyTorch gives it.
-        dtype: of hidden and weight.
-        rows: of a chunk.
-        features: H.
-        vocabulary: V.
-        launch: the fastest.
-        measurement: its date, the machine's driver and Triton, and both times.
-    """
-
-    device: str
-    dtype: torch.dtype
-    rows: range
-    features: range
-    vocabulary: range
-    launch: Launch
-    measurement: str
-
-
-# Empty, because no GPU has measured this kernel yet: until one has, no shape takes it.
-TABLE: tuple[Measured, ...] = ()
-
-# (blocks of columns, rows, warps) of one step of the second kernel.
-COMBINE_LAUNCH = (32, 32, 4)
 # How many numbers a statistic takes of every row and block, beside the anchor and the mass.
 PLANES = {ENTROPY.value: 1, LOG_SUM_SQ.value: 1, MEAN.value: 1, TOP1.value: 2}
-
-
-def launch(device: str, dtype: torch.dtype, rows: int, features: int, vocabulary: int) -> Launch | None:
-    """The launch that `TABLE` has for a chunk of rows; None leaves it to a library's product and a fold."""
-    for row in TABLE:
-        fits = rows in row.rows and features in row.features and vocabulary in row.vocabulary
-        if fits and (device, dtype) == (row.device, row.dtype):
-            return row.launch
-    return None
 
 
 @functools.cache
@@ -375,9 +315,9 @@ def product_fold(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, temperature: float,
     softcap: float | None, stats: int, state: Tensor, store: Tensor | None,
 ) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
-    """`fastpref_kernels.linear.Backend.product_fold`: None where `TABLE` has no launch for the shape."""
+    """`fastpref_kernels.linear.Backend.product_fold`: None where `launches.PRODUCTS` has no launch for the shape."""
     (R, H), V = x.shape, weight.shape[0]
-    chosen = launch(_name(x.device), x.dtype, R, H, V)
+    chosen = launches.product_launch(_name(x.device), x.dtype, R, H, V)
     if chosen is None:
         return None
     block_m, block_n, block_k, group_m, stages, warps, width = chosen
@@ -386,7 +326,7 @@ def product_fold(
     blocks = triton.cdiv(V, block_n)
     planes = 2 + sum(count for bit, count in PLANES.items() if stats & bit)
     partials = torch.empty((planes, blocks, R), dtype=torch.float32, device=x.device)
-    block_b, block_r, combine_warps = COMBINE_LAUNCH
+    block_b, block_r, combine_warps = launches.COMBINE
     to = x if store is None else store
     with on_device(x.device):
         product_fold_kernel[(triton.cdiv(R, block_m) * blocks,)](

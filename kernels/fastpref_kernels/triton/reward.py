@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.triton import loss as tiles
+from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import dense, exp, join, split
 from fastpref_kernels.triton.loss import finish, launch, log_sigmoid, outputs, sigmoid, widest
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["chosen", "rejected", "margin"])
 def pairwise_reward_kernel(
     chosen, rejected, margin,  # (N,)
     loss, partials, scratch, ticket,  # () or (N,), (N, 2)
@@ -44,7 +44,7 @@ def pairwise_reward_kernel(
     finish(losses, total, scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["rewards", "best"])
 def best_of_k_kernel(
     rewards, best,  # (N, K), (N,)
     loss, partials, scratch, ticket,  # () or (N,), (N, K)
@@ -99,7 +99,7 @@ def _one_by_one(r, rank, counted, ACC: tl.constexpr):
     return losses, tl.sum(e / s[:, :, None], axis=1) - tl.where(counted, 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["rewards", "ranks", "mask"])
 def ranking_kernel(
     rewards, ranks, mask,  # (N, K)
     loss, partials, scratch, ticket,  # () or (N,), (N, K)
@@ -132,10 +132,11 @@ def pairwise_reward_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fastpref::pairwise_reward_loss`."""
     loss, partials = outputs(chosen, widest(chosen, rejected), 2, reduction)
+    block, warps, _ = launches.SMALL["pairwise_reward"]
     launch(
-        pairwise_reward_kernel, triton.cdiv(chosen.shape[0], tiles.TILE), loss, reduction,
+        pairwise_reward_kernel, triton.cdiv(chosen.shape[0], block), loss, reduction,
         [*dense(chosen, rejected, margin), loss, partials],
-        [chosen.shape[0], *split(constant_margin), *split(center_weight)], BLOCK=tiles.TILE,
+        [chosen.shape[0], *split(constant_margin), *split(center_weight)], warps, BLOCK=block,
     )  # fmt: skip
     return loss, partials
 
@@ -144,11 +145,12 @@ def best_of_k_loss(rewards: Tensor, best: Tensor, reduction: str) -> tuple[Tenso
     """`fastpref::best_of_k_loss`."""
     N, K = rewards.shape
     loss, partials = outputs(rewards, widest(rewards), K, reduction)
-    block = triton.next_power_of_2(K)
-    prompts = max(1, tiles.TILE // block)
+    block, warps, _ = launches.SMALL["best_of_k"]
+    answers = triton.next_power_of_2(K)
+    prompts = max(1, block // answers)
     launch(
         best_of_k_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, best), loss, partials],
-        [N, K], PROMPTS=prompts, BLOCK_K=block,
+        [N, K], warps, PROMPTS=prompts, BLOCK_K=answers,
     )  # fmt: skip
     return loss, partials
 
@@ -158,11 +160,12 @@ def _of_ranking(
 ) -> tuple[Tensor, Tensor]:
     N, K = rewards.shape
     loss, partials = outputs(rewards, widest(rewards), K, reduction)
-    block = triton.next_power_of_2(K)
-    prompts = max(1, tiles.TILE // block**2)
+    answers = triton.next_power_of_2(K)
+    block, warps, _ = launches.SMALL["ranking_wide" if answers > 32 else "ranking"]
+    prompts = max(1, block // answers**2)
     launch(
         ranking_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, ranks, mask), loss, partials],
-        [N, K], ALL_PAIRS=all_pairs, PROMPTS=prompts, BLOCK_K=block, warps=8 if block > 32 else 4,
+        [N, K], warps, ALL_PAIRS=all_pairs, PROMPTS=prompts, BLOCK_K=answers,
     )  # fmt: skip
     return loss, partials
 

@@ -11,10 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels.linear import widened
+from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import accumulator, dense, join, on_device, split
-
-# Tokens of a block.
-BLOCK = 1024
 
 
 @triton.jit
@@ -29,7 +27,7 @@ def _compose(rate_a, sum_a, rate_b, sum_b):
     return rate_a * rate_b, sum_b + rate_b * sum_a
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["rewards", "values", "mask"])
 def gae_kernel(
     rewards, values, mask, advantages, returns,  # (B, T)
     T, gamma_high, gamma_low, decay_high, decay_low,
@@ -70,10 +68,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     B, T = rewards.shape
     dtype = widened(rewards.dtype, values.dtype)
     advantages, returns = (rewards.new_empty((B, T), dtype=dtype) for _ in range(2))
+    block, warps, _ = launches.SMALL["gae"]
     if B and T:
         with on_device(rewards.device):
             gae_kernel[(B,)](
                 *dense(rewards, values, mask), advantages, returns, T, *split(gamma), *split(gamma * lam),
-                ACC=accumulator(dtype), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+                ACC=accumulator(dtype), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return advantages, returns

@@ -325,7 +325,7 @@ def replica(model: nn.Module, scale: float) -> Any:
 
 
 def test_replicas_of_data_parallel_score_with_their_own_weights() -> None:
-    model, meet = fastpref.attach(build()), threading.Barrier(2, timeout=30)
+    model, meet = fastpref.attach(build()), threading.Barrier(2, timeout=600)
 
     def wait(module: nn.Module, args: Any) -> None:
         meet.wait()

@@ -444,7 +444,7 @@ def test_two_ranks_train_as_one_process(wrapper: str, tmp_path: Path) -> None:
     paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [*launch, str(tmp_path / "run.py"), wrapper, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = {"DPO": lambda: train("DPO", tmp_path)}
     if wrapper == "DDP":

@@ -1,13 +1,9 @@
-"""Puts the Triton launchers where a CPU's operators are, so that the public functions run them on CPU tensors.
-
-Under the interpreter they take the CPU tensors themselves; on a machine with a GPU, copies that travel there and back.
-"""
+"""Run the public functions on CPU tensors by the Triton launchers, with small blocks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,60 +11,54 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastpref_kernels import cpu, ops
-from fastpref_kernels.triton import logprobs, loss, preference, reward
+from benchmarks.triton_on_cpu import launchers_on_cpu
+from fastpref_kernels.triton import launches
 
-LOGPROB_FUNCTIONS = ("logprobs", "write_gradient")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first, step = map(int, os.environ.get("LAUNCHED_PART", "0/1").split("/"))
+    items[:] = items[first::step]
     # numpy warns where a GPU is silent: infinities and NaNs are what several of these tests are about.
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
 def travelling(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """`launcher` on the GPU's copies of its CPU tensors, strides and all; what it wrote in place comes back too."""
-    if INTERPRETED:
-        return launcher
-    device = "cuda" if torch.cuda.is_available() else "xpu"
+    """Return `launcher` on the GPU's copies of CPU tensors, strides and all; what it writes in place comes back too.
 
-    def there(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        storage = torch.empty(0, dtype=value.dtype, device=device)
-        flat = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
-        return storage.set_(flat.to(device)).as_strided(value.shape, value.stride(), value.storage_offset())
+    Under the interpreter the copies are a CPU's as well, so that a machine without a GPU tests this too.
+    """
 
     def call(*arguments: Any) -> Any:
-        # One copy of a tensor that is given twice: a gradient over the logits is written where they are read.
-        copies = {id(value): there(value) for value in arguments}
-        result = launcher(*(copies[id(value)] for value in arguments))
-        if result is None:  # what is written is the first argument
-            arguments[0].copy_(copies[id(arguments[0])])
+        # A copy a storage: a gradient over the logits is written where they are read.
+        copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+        def there(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            held = value.untyped_storage()
+            if held.data_ptr() not in copies:
+                copies[held.data_ptr()] = held, torch.UntypedStorage(held.nbytes(), device=DEVICE).copy_(held)
+            moved = torch.empty(0, dtype=value.dtype, device=DEVICE)
+            return moved.set_(copies[held.data_ptr()][1], value.storage_offset(), value.shape, value.stride())
+
+        result = launcher(*map(there, arguments))
+        for held, copy in copies.values():
+            held.copy_(copy)
         return tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, result)
 
     return call
 
 
 @pytest.fixture(autouse=True)
-def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
-    for launches in ("FORWARD_LAUNCH", "STATISTICS_LAUNCH", "BACKWARD_LAUNCH"):
-        monkeypatch.setattr(logprobs, launches, dict.fromkeys((2, 4, 8), (32, 1)))
-    monkeypatch.setattr(loss, "TILE", 64)
-    kernels = SimpleNamespace(**{name: travelling(getattr(logprobs, name)) for name in LOGPROB_FUNCTIONS})
-    kernels.empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
-    monkeypatch.setattr(cpu, "native", lambda: kernels)
-    monkeypatch.setattr(ops, "fuses_losses", lambda device: True)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def loss_operators() -> Iterator[None]:
-    library = torch.library.Library("fastpref", "IMPL")
-    modules = {"preference": preference, "reward": reward}
-    for name in ops.LOSSES:
-        library.impl(name, travelling(getattr(modules[ops.LOSSES[name]], name)), "CPU")
-    yield
-    library._destroy()
+    for kernel in launches.ROWS:
+        monkeypatch.setitem(launches.ROWS, kernel, launches.Launch(32, 1))
+    for kernel in launches.SMALL.keys() - {"order", "gae"}:
+        monkeypatch.setitem(launches.SMALL, kernel, launches.SMALL[kernel]._replace(block=32))
+    with launchers_on_cpu(travelling):
+        yield

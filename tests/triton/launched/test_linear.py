@@ -27,13 +27,6 @@ PLAIN, SCALED, CAPPED = (1.0, 1.0, None), (0.6, 1.3, None), (0.6, 1.3, 4.0)
 products = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that a small tile has full blocks on both sides of the label's, and a last one.
-    for launches in ("FORWARD_LAUNCH", "BACKWARD_LAUNCH"):
-        monkeypatch.setattr(linear, launches, dict.fromkeys((4, 8), (32, 1)))
-
-
 @dataclass
 class Folded:
     """Everything that folding the columns in tiles gives, and the truth: z, dz/dx and which columns are not targets."""

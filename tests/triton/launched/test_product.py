@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref_kernels import cpu, linear
-from fastpref_kernels.triton import product
+from fastpref_kernels.triton import launches, product
 from tests.fastpref.test_linear_logprobs import LAYOUTS, NAMES, assert_matches_reference, make, run
 from tests.tolerance import ALL_STATS
 
@@ -22,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu")
 INF, NAN = math.inf, math.nan
 # Small, so that a small vocabulary has several blocks, each folded in two halves, and a few rows several groups.
-LAUNCH = product.Launch(block_m=16, block_n=32, block_k=16, group_m=2, stages=2, warps=4, width=16)
+LAUNCH = launches.ProductLaunch(block_m=16, block_n=32, block_k=16, group_m=2, stages=2, warps=4, width=16)
 EVERY = range(1 << 40)
 # The interpreter multiplies the bits of bfloat16.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
@@ -53,8 +53,8 @@ BACKEND = linear.library_backend(never, linear.fold_backward, product.product_fo
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public functions on the fused kernel, whatever the shape."""
     device = product._name(DEVICE)
-    rows = [product.Measured(device, dtype, EVERY, EVERY, EVERY, LAUNCH, "never") for dtype in DTYPES]
-    monkeypatch.setattr(product, "TABLE", tuple(rows))
+    rows = [launches.Measured(device, dtype, EVERY, EVERY, EVERY, LAUNCH, "never") for dtype in DTYPES]
+    monkeypatch.setattr(launches, "PRODUCTS", tuple(rows))
     if INTERPRETED:
         monkeypatch.setattr(cpu, "native", lambda: None)
         for name, function in {
@@ -260,7 +260,7 @@ def test_filter(filter_eps: float, mode: str, monkeypatch: pytest.MonkeyPatch) -
     operands["weight"] *= 4
     options = {"mode": mode, "filter_eps": filter_eps, "stats": ("dropped_mass",)}
     found = run(fastpref.linear_token_logprobs, operands, labels, **options)
-    monkeypatch.setattr(product, "TABLE", ())
+    monkeypatch.setattr(launches, "PRODUCTS", ())
     backend = linear.library_backend(linear.fold, linear.fold_backward, product.product_fold)
     if INTERPRETED:
         monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.logprobs, backend))
@@ -359,13 +359,13 @@ def test_labels_of_other_shards(unpoisoned: None, dead: bool) -> None:
 def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = LAUNCH._replace(block_m=64)
     table = (
-        product.Measured("H", torch.bfloat16, range(1, 1000), range(64, 129), range(1, 50000), LAUNCH, "one day"),
-        product.Measured("H", torch.bfloat16, range(1000, 9000), EVERY, EVERY, wide, "another"),
+        launches.Measured("H", torch.bfloat16, range(1, 1000), range(64, 129), range(1, 50000), LAUNCH, "one day"),
+        launches.Measured("H", torch.bfloat16, range(1000, 9000), EVERY, EVERY, wide, "another"),
     )
-    monkeypatch.setattr(product, "TABLE", table)
-    assert product.launch("H", torch.bfloat16, 999, 128, 49999) is LAUNCH
-    assert product.launch("H", torch.bfloat16, 1000, 128, 49999) is wide
+    monkeypatch.setattr(launches, "PRODUCTS", table)
+    assert launches.product_launch("H", torch.bfloat16, 999, 128, 49999) is LAUNCH
+    assert launches.product_launch("H", torch.bfloat16, 1000, 128, 49999) is wide
     others = [("A", torch.bfloat16, 999, 128), ("H", torch.float16, 999, 128), ("H", torch.bfloat16, 999, 129)]
-    assert [product.launch(*other, 49999) for other in others] == [None] * 3
+    assert [launches.product_launch(*other, 49999) for other in others] == [None] * 3
     arguments = (torch.zeros(2, 9), torch.zeros(40, 9), None, torch.zeros(2).long(), 1.0, 1.0, None, 0)
     assert product.product_fold(*arguments, torch.zeros(8, 2), None) is None

@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpref import reference
-from fastpref_kernels.triton import rlhf
+from fastpref_kernels.triton import launches, rlhf
 from tests.fastpref.test_rlhf import gae_oracle, holey, ragged
 from tests.tolerance import DTYPES, assert_accurate
 from tests.triton.launched.conftest import travelling
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 kernel: Kernel = travelling(rlhf.gae)
+BLOCK = launches.SMALL["gae"].block
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rlhf, "BLOCK", 32)
+    monkeypatch.setitem(launches.SMALL, "gae", launches.Launch(32, 4))
 
 
 @settings(
@@ -45,11 +46,11 @@ def test_definition(B: int, T: int, share: float, gamma: float, lam: float, seed
 
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("decay", [(1.0, 1.0), (1.0, 0.95), (0.99, 0.95), (0.3, 0.3), (0.0, 0.5)])
-@pytest.mark.parametrize(("block", "B", "T"), [(32, 4, 300), (rlhf.BLOCK, 2, rlhf.BLOCK + 9)])
+@pytest.mark.parametrize(("block", "B", "T"), [(32, 4, 300), (BLOCK, 2, BLOCK + 9)])
 def test_as_exact_as_the_loop(
     block: int, B: int, T: int, decay: tuple[float, float], holes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlhf, "BLOCK", block)
+    monkeypatch.setitem(launches.SMALL, "gae", launches.Launch(block, 4))
     gamma, lam = decay
     rewards, values = torch.randn(2, B, T)
     mask = holey(B, T) if holes else ragged(B, T)

@@ -1,0 +1,111 @@
+"""Judge every Triton kernel and every operator on its own, within a minute: one PASS, FAIL or SKIP line each.
+
+    python benchmarks/gpu_smoke.py [--device cuda|cpu] [--seconds 60] [--only GLOB ...]
+
+Main loops are entered, outputs are filled with NaN beforehand, and answers are compared with float64 by the rule of
+`fastpref check`. Nothing stops it but its deadline: a case that raises, hangs, or ends or breaks its process is a FAIL
+line, and the cases left go on in a new process. `--device cpu` rehearses all of it under Triton's interpreter.
+The exit status is 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # The worker's process gets this path too.
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks.smoke.worker import Answer, LostError, Worker  # noqa: E402 - found by the path above
+
+# A case is given this long: a kernel that waits forever would take all that is left otherwise.
+CASE_SECONDS = {"cuda": 30.0, "cpu": 120.0}
+
+
+def smoke(
+    device: str, seconds: float, only: Sequence[str] = ("*",), *, start: Callable[[str], Worker] = Worker,
+    clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] = print,
+) -> Counter[str]:  # fmt: skip
+    """Judge the cases that match any of `only` until the deadline, and count what was said of them by status.
+
+    Args:
+        device: "cuda" or "cpu".
+        seconds: after which no case is begun.
+        only: globs of the cases' names.
+        start: starts a process for a device.
+        clock: seconds.
+        say: takes each line.
+    """
+    began = clock()
+    counts: Counter[str] = Counter()
+    left: list[str] = []
+    worker: Worker | None = None
+    try:
+        worker = _started(start, device, say)
+        left = [name for name in worker.names if any(fnmatch(name, glob) for glob in only)]
+        say(f"{len(left)} cases on {worker.description}")
+        while left and clock() - began < seconds:
+            if worker is None:
+                say("its process is lost: the cases left go on in another")
+                worker = _started(start, device, say)
+                continue
+            name = left.pop(0)
+            try:
+                answer = worker.judge(name, CASE_SECONDS[device])
+            except LostError as error:
+                answer = Answer(name, "FAIL", str(error), broken=True)
+            counts[answer.status] += 1
+            say(f"{answer.status} {answer.name} {answer.text}")
+            if answer.broken:
+                worker.stop()
+                worker = None
+    except LostError as error:
+        counts["FAIL"] += 1
+        say(f"FAIL start {error}")
+    finally:
+        if worker is not None:
+            worker.stop()
+        say(
+            f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped, {len(left)} not reached "
+            f"in {clock() - began:.0f} s"
+        )
+    return counts
+
+
+def _started(start: Callable[[str], Worker], device: str, say: Callable[[str], None]) -> Worker:
+    """Start a process, once more if it is lost at its start."""
+    try:
+        return start(device)
+    except LostError as error:
+        say(f"its process could not start: {error}")
+        return start(device)
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, help="default: 60, or 600 on a CPU")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="cases by name, such as 'fold*'")
+    arguments = parser.parse_args()
+    # Triton and cuBLAS read these when they are loaded, which only the worker's process does.
+    os.environ["TRITON_INTERPRET"] = "1" if arguments.device == "cpu" else "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seconds = arguments.seconds or (60.0 if arguments.device == "cuda" else 600.0)
+    try:
+        counts = smoke(arguments.device, seconds, arguments.only, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        return 130
+    return 1 if counts["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

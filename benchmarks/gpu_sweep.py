@@ -1,0 +1,108 @@
+"""Measure every setting that only a GPU can decide, those of most value first, until the seconds are up.
+
+    python benchmarks/gpu_sweep.py --out DIR [--seconds 200] [--device cuda|cpu] [--only GROUP,...]
+
+Launches, tiles and ways to accumulate are varied one at a time, each judged in float64 before it is timed. Every row is
+in DIR/sweep.csv as soon as it is known, and a row that is there is not measured again on the same device. In the end it
+prints the three best variants of every kernel and shape beside the current setting. `--device cpu` rehearses the
+smallest shapes under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+if TYPE_CHECKING:
+    from benchmarks.sweep.case import Case
+
+GROUPS = ("ceilings", "logits", "fold", "step", "tile loop", "products", "product_fold", "few rows", "losses")
+
+
+def all_cases(small: bool) -> list[Case]:
+    """Return every case in the order of its group's value."""
+    from benchmarks.sweep import ceilings, logits, steps, tiles
+
+    cases = [case for module in (ceilings, logits, tiles, steps) for case in module.cases(small)]
+    return sorted(cases, key=lambda case: GROUPS.index(case.group))
+
+
+def compile_case(case: Case) -> None:
+    """Launch a case's kernels on a few rows of a CPU; see `benchmarks.precompile`."""
+    with case.within():
+        case.make("cpu", 8).run()
+
+
+def sweep(
+    cases: Sequence[Case], device: str, out: Path, seconds: float, compiled: dict[Case, Future[int]] | None = None
+) -> int:
+    """Measure what the file does not hold yet until the deadline. Returns how many cases were not reached."""
+    from benchmarks.sweep import rows
+
+    begin, table = time.monotonic(), rows.Table(out / "sweep.csv", device)
+    for number, case in enumerate(cases, 1):
+        if table.holds(case):
+            continue
+        if time.monotonic() - begin > seconds:
+            return len(cases) - number + 1
+        if compiled and case in compiled:
+            with contextlib.suppress(Exception):  # it is compiled again, and says what is wrong
+                compiled[case].result()
+        row = rows.measure(case, device, table)
+        table.add(row)
+        print(f"[{number}/{len(cases)}, {time.monotonic() - begin:.0f} s] {case}: {rows.said(row)}", flush=True)
+    return 0
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of sweep.csv")
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default=",".join(GROUPS), help=f"groups: {', '.join(GROUPS)}")
+    arguments = parser.parse_args()
+    only = arguments.only.split(",")
+    if unknown := set(only) - set(GROUPS):
+        parser.error(f"--only takes {', '.join(GROUPS)}, not {', '.join(sorted(unknown))}")
+    # Both are read when they are loaded: Triton's interpreter, and what makes cuBLAS deterministic while outputs hold
+    # NaN.
+    os.environ["TRITON_INTERPRET"] = "1" if arguments.device == "cpu" else "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from benchmarks import precompile
+    from benchmarks.sweep import rows
+    from benchmarks.triton_on_cpu import launchers_on_cpu
+
+    small = arguments.device == "cpu"
+    cases = [case for case in all_cases(small) if case.group in only and not (small and case.cuda)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        compiled = {}
+        if small:
+            stack.enter_context(launchers_on_cpu())
+        else:
+            ahead = [case for case in cases if case.compiles]
+            jobs = [(compile_case, (case,)) for case in ahead]
+            futures = stack.enter_context(precompile.compiling_ahead(precompile.target_of("cuda"), jobs))
+            compiled = dict(zip(ahead, futures, strict=True))
+        left = sweep(cases, arguments.device, arguments.out, arguments.seconds, compiled)
+    table = rows.Table(arguments.out / "sweep.csv", arguments.device)
+    print(rows.summary(table.rows))
+    if left:
+        print(f"{left} of {len(cases)} cases were not reached in {arguments.seconds:.0f} s; the same command goes on")
+    return 0 if any(row["status"] == "ok" for row in table.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

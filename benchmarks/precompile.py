@@ -1,0 +1,67 @@
+"""Compile Triton kernels for a device into Triton's cache, by several processes that do not open the device.
+
+A kernel costs half a second of one core, so a benchmark that meets hundreds of them for the first time spends its
+minutes on a GPU compiling. The processes here launch the same kernels on small tensors of the CPU through a driver that
+only compiles; the launch on the device then finds them in the cache.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+
+import torch
+from triton.backends.compiler import GPUTarget
+
+Job = tuple[Callable[..., object], tuple[object, ...]]
+
+
+def target_of(device: torch.device | str) -> GPUTarget:
+    """Return the target that Triton compiles for on a CUDA or ROCm device."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return GPUTarget("hip", properties.gcnArchName.partition(":")[0], properties.warp_size)
+    return GPUTarget("cuda", 10 * properties.major + properties.minor, 32)
+
+
+def compile_kernels(target: GPUTarget, function: Callable[..., object], *arguments: object) -> int:
+    """Call a function that launches kernels, compile those for `target`, and return how many there were.
+
+    What a launch would have written is not there, so whatever the function does with it may fail; that ends the call
+    and is no error.
+    """
+    from benchmarks import sass
+    from benchmarks.triton_on_cpu import launchers_on_cpu
+
+    with sass.compiling(target) as compiled, launchers_on_cpu(), suppress(Exception):
+        function(*arguments)
+    return len(compiled)
+
+
+def _start() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def compiling_ahead(
+    target: GPUTarget, jobs: Sequence[Job], processes: int | None = None
+) -> Iterator[list[Future[int]]]:
+    """Compile the kernels of all jobs in the background, in their order; yields a future for each.
+
+    Args:
+        target: the device that the kernels are for.
+        jobs: picklable functions and their arguments; see `compile_kernels`.
+        processes: how many processes compile; all cores but one if None.
+    """
+    processes = processes or max(1, len(os.sched_getaffinity(0)) - 1)
+    # Forked processes could not use CUDA or OpenMP after their parent has.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, max(len(jobs), 1)), context, initializer=_start)
+    try:
+        yield [pool.submit(compile_kernels, target, function, *arguments) for function, arguments in jobs]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,119 @@
+"""The process that judges cases one after another, and what starts another in its place when it is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+START_SECONDS = 120.0
+
+
+class Answer(NamedTuple):
+    """What is said of a case.
+
+    Attributes:
+        name: the case.
+        status: PASS, FAIL or SKIP.
+        text: the error and the allowance, the fault, or the reason.
+        broken: whether the process can judge no other case, because its device does not work any more.
+    """
+
+    name: str
+    status: str
+    text: str
+    broken: bool = False
+
+
+class LostError(RuntimeError):
+    """The process died, or did not answer in time; says which."""
+
+
+def serve(pipe: Connection, device: str) -> None:
+    """Send the cases' names and the device's, then judge each case whose name is received."""
+    # Ctrl-C is for the parent, whose end of the pipe closes then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    from benchmarks.smoke.cases import every_case
+    from benchmarks.triton_on_cpu import launchers_on_cpu
+
+    warnings.simplefilter("ignore")  # numpy's and the deterministic mode's, about what the cases are meant to hold
+    # Every `torch.empty` holds NaN, so that an element that no kernel writes is seen.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    route: AbstractContextManager[None] = nullcontext()
+    if device == "cpu":
+        torch.set_num_threads(1)
+        route = launchers_on_cpu()
+    with route:
+        cases = {case.name: case for case in every_case(device)}
+        pipe.send((list(cases), _describe(device)))
+        while True:
+            try:
+                name = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(cases[name].judge(device))
+
+
+def _describe(device: str) -> str:
+    import torch
+    import triton
+
+    name = "Triton's interpreter" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+class Worker:
+    """A process that judges cases.
+
+    Attributes:
+        names: of its cases, the most telling first.
+        description: of its device and its libraries.
+    """
+
+    names: list[str]
+    description: str
+
+    def __init__(self, device: str, target: Callable[[Connection, str], None] = serve) -> None:
+        """Start the process.
+
+        Raises:
+            LostError: it died, or did not start in time.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, device), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.names, self.description = self._answer(START_SECONDS)
+
+    def judge(self, name: str, seconds: float) -> Answer:
+        """Judge a case.
+
+        Raises:
+            LostError: the process died, or did not answer in so many seconds.
+        """
+        self._pipe.send(name)
+        return self._answer(seconds)
+
+    def _answer(self, seconds: float) -> Any:
+        try:
+            if self._pipe.poll(seconds):
+                return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise LostError(f"the process died, with exit code {self._process.exitcode}") from None
+        self.stop()
+        raise LostError(f"no answer in {seconds:.0f} s")
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()

@@ -1,0 +1,1 @@
+"""What `benchmarks/gpu_sweep.py` varies, and how it times, judges and keeps each variant."""

@@ -1,0 +1,115 @@
+"""A variant that is timed: its name, its inputs, and how its answer is judged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels.triton import launches
+
+# Bytes that lie between two uses of the same input, so that no cache still holds it: three times an H200's L2.
+ROTATED = 3 * 60 * 2**20
+# Rows whose answer is computed in float64.
+JUDGED = 32
+
+
+@dataclass
+class Trial:
+    """A variant with its inputs on a device.
+
+    Attributes:
+        run: what is timed.
+        error: returns the largest error of what `run` gives, on outputs that held NaN before.
+        allowed: what that error may be.
+        gbytes: GB that `run` must move.
+        tflop: TFLOP that `run` must compute.
+        whole: whether `run` is a user's whole step, which is timed by the clock on the wall, with its launches counted.
+    """
+
+    run: Callable[[], object]
+    error: Callable[[], float]
+    allowed: float
+    gbytes: float = 0.0
+    tflop: float = 0.0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant by name.
+
+    Attributes:
+        group: which of the sweep's questions it belongs to.
+        kernel: what is varied.
+        dtype: of the inputs, as in "bfloat16".
+        R: rows.
+        V: columns.
+        H: features.
+        config: the variant, as it is shown.
+        current: whether this is what fastpref runs today.
+        make: (device, rows) -> the trial; with fewer rows it serves to compile the kernels.
+        within: replaces entries of the launch table.
+        compiles: whether there is a Triton kernel to compile beforehand.
+        cuda: whether only a CUDA device can run it.
+    """
+
+    group: str
+    kernel: str
+    dtype: str
+    R: int
+    V: int
+    H: int
+    config: str
+    make: Callable[[str, int], Trial] = field(compare=False)
+    current: bool = False
+    within: Callable[[], AbstractContextManager[Any]] = field(default=contextlib.nullcontext, compare=False)
+    compiles: bool = True
+    cuda: bool = False
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells this case from all others, as text."""
+        return tuple(str(getattr(self, name)) for name in ("group", "kernel", "dtype", "R", "V", "H", "config"))
+
+    def __str__(self) -> str:
+        shape = "x".join(str(size) for size in (self.R, self.V, self.H) if size)
+        return f"{self.group}: {self.kernel} {self.dtype} {shape} {self.config}"
+
+
+@contextlib.contextmanager
+def replaced(key: tuple[str, int], launch: launches.Launch) -> Iterator[None]:
+    """Replace an entry of the launch table."""
+    with mock.patch.dict(launches.ROWS, {key: launch}):
+        yield
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every `torch.empty` with NaN, as deterministic mode does, so that an output that nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def copies(nbytes: int, device: str) -> int:
+    """Return how many copies of an input take turns."""
+    return max(1, -(-ROTATED // max(nbytes, 1))) if device == "cuda" else 1
+
+
+def normal(device: str, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Return normal numbers made on the device."""
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale)
+
+
+def furthest(found: Tensor, truth: Tensor) -> float:
+    """Return the largest absolute difference; NaN if anything is NaN."""
+    return (found.double() - truth).abs().max().item()

@@ -1,0 +1,119 @@
+"""Passes over logits: how many of them at a time, how many loads ahead, and how many programs a row of few."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.sweep.case import JUDGED, Case, Trial, copies, furthest, normal, poisoned, replaced
+from fastpref_kernels.triton import launches, logprobs
+
+FORWARD, BACKWARD, STATISTICS = "logprobs_forward", "logprobs_backward", "logprobs_statistics"
+BLOCKS = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))
+STAGES = (1, 3, 4)
+STATS = logprobs.ENTROPY.value | logprobs.MEAN.value | logprobs.TOP1.value
+SCORING = (-100, False, 1.0, 1.0, None, "none")
+
+
+def _inputs(device: str, R: int, V: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    turns = copies(R * V * dtype.itemsize, device)
+    return [
+        (normal(device, 1, R, V, dtype=dtype, scale=3.0), torch.randint(V, (1, R), device=device)) for _ in range(turns)
+    ]
+
+
+def _truth(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probs, entropies and gradients of the first rows in float64."""
+    log_p = logits[0, :JUDGED].double().log_softmax(-1)
+    y = labels[0, :JUDGED, None]
+    p = log_p.exp()
+    gradient = -p
+    gradient.scatter_add_(-1, y, torch.ones_like(y, dtype=p.dtype))
+    return log_p.gather(-1, y)[:, 0], -(p * log_p).sum(-1), gradient
+
+
+def _score(logits: Tensor, labels: Tensor, stats: int) -> tuple[Tensor, ...]:
+    return logprobs.logprobs(logits, labels, None, None, *SCORING, stats)
+
+
+def _forward(R: int, V: int, dtype: torch.dtype, stats: int, device: str, rows: int) -> Trial:
+    inputs = _inputs(device, rows, V, dtype)
+    turns = itertools.cycle(inputs)
+
+    def error() -> float:
+        with poisoned():
+            found = _score(*inputs[0], stats)
+        logps, entropy, _ = _truth(*inputs[0])
+        off = furthest(found[0][0, :JUDGED], logps)
+        if stats:
+            off = max(off, furthest(found[5][0, :JUDGED], entropy))
+        return off if all(value.isfinite().all() for value in found[:3]) else float("nan")
+
+    return Trial(lambda: _score(*next(turns), stats), error, 1e-4, rows * V * dtype.itemsize / 1e9)
+
+
+def _backward(R: int, V: int, dtype: torch.dtype, device: str, rows: int) -> Trial:
+    saved: list[tuple[Any, ...]] = []
+    for logits, labels in _inputs(device, rows, V, dtype):
+        logps, _, norm, counts, *_ = _score(logits, labels, 0)
+        given = (torch.empty_like(logits), torch.ones_like(logps), None, logits, labels, None, None, norm, counts)
+        saved.append((*given, *SCORING))
+    turns = itertools.cycle(saved)
+
+    def error() -> float:
+        out, *_ = saved[0]
+        out.fill_(torch.nan)
+        logprobs.write_gradient(*saved[0])
+        off = furthest(out[0, :JUDGED], _truth(saved[0][3], saved[0][4])[2])
+        return off if out.isfinite().all() else float("nan")
+
+    def run() -> None:
+        logprobs.write_gradient(*next(turns))
+
+    return Trial(run, error, 1e-6 + torch.finfo(dtype).eps, 2 * rows * V * dtype.itemsize / 1e9)
+
+
+def _segments(R: int, V: int, dtype: torch.dtype, parts: int, device: str, rows: int) -> Trial:
+    """Every part of a row as a row of its own, which is a split's time but for the combination of its parts."""
+    return _forward(rows * parts, V // parts, dtype, 0, device, rows * parts)
+
+
+def _case(kernel: str, R: int, V: int, dtype: torch.dtype, launch: launches.Launch) -> Case:
+    make = {
+        FORWARD: functools.partial(_forward, R, V, dtype, 0),
+        STATISTICS: functools.partial(_forward, R, V, dtype, STATS),
+        BACKWARD: functools.partial(_backward, R, V, dtype),
+    }[kernel]
+    return Case(
+        "logits", kernel, str(dtype).removeprefix("torch."), R, V, 0, f"{launch.block}x{launch.warps} s{launch.stages}",
+        make, launches.ROWS[kernel, dtype.itemsize] == launch,
+        functools.partial(replaced, (kernel, dtype.itemsize), launch),
+    )  # fmt: skip
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """Yield the variants, those of most value first; `small` ones for a machine without a GPU."""
+    dtype = torch.float32 if small else torch.bfloat16
+    sizes = (4,) if small else (8192, 512, 64)
+    V, wide = (4096 + 37, 8192 + 5) if small else (128256, 262144)
+    variants = [launches.Launch(block, warps, stages) for stages in STAGES for block, warps in BLOCKS]
+    for R in sizes:
+        for kernel in (FORWARD, BACKWARD, STATISTICS):
+            current = launches.ROWS[kernel, dtype.itemsize]
+            for launch in dict.fromkeys((current, *(variants[:2] if small else variants))):
+                yield _case(kernel, R, V, dtype, launch)
+    for R in (2,) if small else (64, 256):
+        for parts in (1, 4, 8):
+            columns = V // parts * parts
+            yield Case(
+                "few rows", FORWARD, str(dtype).removeprefix("torch."), R, columns, 0, f"{parts} programs a row",
+                functools.partial(_segments, R, columns, dtype, parts), parts == 1,
+            )  # fmt: skip
+    for kernel in (FORWARD, BACKWARD, STATISTICS):
+        for launch in dict.fromkeys((launches.ROWS[kernel, dtype.itemsize], *(variants[:1] if small else variants))):
+            yield _case(kernel, sizes[0] // 2, wide, dtype, launch)

@@ -1,0 +1,122 @@
+"""A user's whole step: losses and log-probs from hidden states, and losses of (B,) tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastpref
+from benchmarks.sweep.case import Case, Trial, furthest, normal
+from benchmarks.sweep.tiles import captured
+from fastpref.losses import TABLE
+
+SEQUENCES, TOKENS, PAIRS = 8, 1024, 256
+# What a CPU is given in place of a GPU's sizes: enough for two tiles.
+SMALL_VOCABULARY, SMALL_FEATURES, SMALL_TOKENS = 8192, 64, 3
+
+
+def _dpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True).loss
+
+
+def _logprobs(mode: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return fastpref.linear_token_logprobs(hidden, weight, labels, mode=mode).sum()
+
+
+STEPS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "linear_dpo_loss": (_dpo, 6), "save": (functools.partial(_logprobs, "save"), 6),
+    "recompute": (functools.partial(_logprobs, "recompute"), 8),
+}  # fmt: skip
+
+
+def _step(name: str, V: int, H: int, device: str, rows: int) -> Trial:
+    function, products = STEPS[name]
+    tokens = TOKENS
+    if device == "cpu":
+        V, H, tokens = min(V, SMALL_VOCABULARY), min(H, SMALL_FEATURES), SMALL_TOKENS
+    hidden = normal(device, SEQUENCES, tokens + 1, H, dtype=torch.bfloat16).requires_grad_()
+    weight = normal(device, V, H, dtype=torch.bfloat16, scale=3 / H**0.5).requires_grad_()
+    labels = torch.randint(V, (SEQUENCES, tokens + 1), device=device)
+
+    def run() -> Tensor:
+        hidden.grad = weight.grad = None
+        value = function(hidden, weight, labels)
+        value.backward()
+        return value.detach()
+
+    def error() -> float:
+        """The value's own, relative; the gradients have only to be there."""
+        found = run()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        with torch.no_grad():
+            logps = torch.cat([
+                _float64_logps(x[:-1], weight, y[1:]).sum()[None] for x, y in zip(hidden, labels, strict=True)
+            ])  # fmt: skip
+        chosen, rejected = logps.chunk(2)
+        truth = logps.sum() if products == 8 or name == "save" else _dpo_of(chosen, rejected)
+        whole = hidden.grad.isfinite().all() & weight.grad.isfinite().all()
+        return furthest(found, truth) / max(truth.abs().item(), 1.0) if whole else float("nan")
+
+    return Trial(run, error, 1e-4, tflop=products * SEQUENCES * tokens * V * H / 1e12, whole=True)
+
+
+def _float64_logps(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    found = []
+    for rows, y in zip(x.split(64), labels.split(64), strict=True):
+        z = rows.double() @ weight.double().T
+        found.append(z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1))
+    return torch.cat(found)
+
+
+def _dpo_of(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def _loss(index: int, graph: bool, device: str, rows: int) -> Trial:
+    loss = TABLE[index]
+    tensors, options = loss.example(torch.Generator().manual_seed(0), PAIRS)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+
+    given = [moved(tensor).requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    keywords = {**loss.options, **{name: moved(value) for name, value in options.items()}}
+    leaves = [tensor for tensor in given if tensor.requires_grad]
+    one = torch.ones((), device=device)
+
+    def value_of(result: Any) -> Tensor:
+        return result if isinstance(result, Tensor) else result.loss
+
+    def run() -> Tensor:
+        value = value_of(loss.function(*given, **keywords))
+        torch.autograd.grad(value, leaves, one, allow_unused=True)
+        return value.detach()
+
+    def error() -> float:
+        truth = value_of(loss.reference(*(t.double() if t.is_floating_point() else t for t in given), **keywords))
+        return furthest(run(), truth.detach()) / max(truth.abs().item(), 1.0)
+
+    return Trial(captured(run) if graph else run, error, 1e-5, whole=not graph)
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """Yield the steps from hidden states, then those of losses; `small` ones for a machine without a GPU."""
+    for V, H in ((SMALL_VOCABULARY, SMALL_FEATURES),) if small else ((128256, 4096), (262144, 1152)):
+        for name in STEPS:
+            yield Case(
+                "step", name, "bfloat16", SEQUENCES * (SMALL_TOKENS if small else TOKENS), V, H, "forward + backward",
+                functools.partial(_step, name, V, H), True,
+            )  # fmt: skip
+    for index, loss in list(enumerate(TABLE))[: 3 if small else None]:
+        for graph in (False, True):
+            yield Case(
+                "losses", loss.name, "float32", PAIRS, 0, 0, "graph replay" if graph else "forward + backward",
+                functools.partial(_loss, index, graph), not graph, compiles=not graph, cuda=graph,
+            )  # fmt: skip
