@@ -306,7 +306,7 @@ class TestWhole:
             "- **bench**: logprobs bf16 V=7 another: RuntimeError no kernel image",
             "- **check**: gae float32 result: error 2, which is too much",
             "- **sanitizer**: memcheck: Invalid __global__ read",
-            "- sweep fold V=4096: a 5 µs, 50% of copy; in use b 7.5",
+            "- sweep fold V=4096: a 5 µs, 50% of copy; in use b 75000",
             "- bench logprobs bf16 V=7: fastpref 1.25 ms; a peer 2.5",
             "- check: the worst is 2.00 of what is allowed, gae float32 result",
             "- profile fold_kernel: time_duration 1500",
