@@ -55,7 +55,7 @@ def main(device: str) -> int:
     if gpu:
         parts = [torch.cuda.get_device_name(), f"driver {driver()}", *parts]
     parts += [*installed(), *(tool for tool in ("ncu", "compute-sanitizer") if shutil.which(tool))]
-    print(", ".join(parts))
+    print(f"== machine: {', '.join(parts)}")
     return NO_GPU if device == "cuda" and not gpu else 0
 
 

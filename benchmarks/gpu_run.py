@@ -169,15 +169,12 @@ def describe(status: int) -> str:
 
 def probe(settings: Settings, log: Log, seconds: float) -> bool:
     """Log what the machine is, from a process of its own because a broken driver may hang; return whether to go on."""
-    command = [*MACHINE, settings.device]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
+    process = Process([*MACHINE, settings.device], log.path)
+    in_time = process.ended(seconds)
+    status = process.kill()
+    if not in_time:
         log.write(f"== machine: not known; {MACHINE[-1]} was ended after {seconds:.0f} s")
-        return True
-    said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    log.write(f"== machine: {said[-1]}")
-    return done.returncode != NO_GPU
+    return status != NO_GPU
 
 
 def run(settings: Settings, seconds: float, parts: Sequence[Part], log: Log) -> int:

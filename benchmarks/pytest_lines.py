@@ -22,7 +22,7 @@ class Lines:
     """Write to the file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", buffering=1)
+        self._file = path.open("w")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Write what a test gave, and nothing of a set-up or an end that passed."""

@@ -201,9 +201,15 @@ def _sweep_figures(folder: Path) -> list[str]:
         used = next((row for row in rows if row.get("current") == "1"), None)
         shares = {of: best.get(f"of_{of}") for of in ("copy", "product")}
         rates = [f", {float(share):.0%} of {of}" for of, share in shares.items() if share not in (None, "", "nan")]
-        beside = f"; in use {used['config']} {float(used['us']):.4g}" if used and used is not best else ""
-        text.append(f"- sweep {name}: {best.get('config', '')} {float(best['us']):.4g} µs{''.join(rates)}{beside}")
+        beside = f"; in use {used['config']} {_rounded(used['us'])}" if used and used is not best else ""
+        config = f"{best['config']} " if best.get("config") else ""
+        text.append(f"- sweep {name}: {config}{_rounded(best['us'])} µs{''.join(rates)}{beside}")
     return text
+
+
+def _rounded(text: str) -> str:
+    """Return four digits of a number, and no exponent of a large one."""
+    return f"{float(text):.0f}" if float(text) >= 1000 else f"{float(text):.4g}"
 
 
 def _bench_figures(folder: Path) -> list[str]:

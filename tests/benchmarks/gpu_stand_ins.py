@@ -29,7 +29,7 @@ PRINTED = {
 }
 WRITTEN = {
     "sweep": "kernel,V,config,us,current,of_copy,of_product,status\n"
-    "fold,4096,a,5,,0.5,nan,ok\nfold,4096,b,7.5,1,,,ok\nfold,64,c,,,,,OutOfMemory\nfo",
+    "fold,4096,a,5,,0.5,nan,ok\nfold,4096,b,75000,1,,,ok\nfold,64,c,,,,,OutOfMemory\nfo",
     "tests": "PASSED t.py::test_a 0.01 s\nFAILED t.py::test_b 0.02 s: AssertionError: it is\n    assert 1 == 2\nPAS",
     "check": "".join(
         json.dumps(
@@ -79,5 +79,5 @@ if __name__ == "__main__":
     if sys.argv[1] in NAMES:
         part(sys.argv[1], Path(sys.argv[2]))
     else:
-        gpu_run.MACHINE[:] = [sys.executable, "-c", "print('A GPU, torch 2.11')"]
+        gpu_run.MACHINE[:] = [sys.executable, "-c", "print('== machine: A GPU, torch 2.11')"]
         sys.exit(gpu_run.main(parts=[stand_in(part) for part in PARTS]))

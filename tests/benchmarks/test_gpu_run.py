@@ -25,6 +25,18 @@ from tests.benchmarks.gpu_stand_ins import FILES, NAMES, PRINTED, WRITTEN
 HUNG = 120  # seconds after which something that should come will not
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHON": sys.executable}
 
+# Tells that it has started, and is interrupted after that.
+SAVES = """
+import sys, time
+with open(sys.argv[1], "w") as pipe:
+    try:
+        print("reached", file=pipe, flush=True)
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print("saved")
+"""
+
 
 def start(out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, gpu_stand_ins.__file__, "--out", str(out), "--device", "cpu", *options]
@@ -118,12 +130,41 @@ class TestDeadlines:
         assert states["sweep"].state == "passed"
         assert (out / "summary.md").read_text() in capfd.readouterr().out
 
+    def test_a_part_has_its_seconds_then_a_few_to_save_what_it_has(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done: list[Any] = []
+
+        class Endless:
+            group = 1
+
+            def __init__(self, command: list[str], prints: Path) -> None:
+                done.append(command)
+
+            def ended(self, seconds: float) -> bool:
+                done.append(pytest.approx(seconds, abs=0.2))
+                return False
+
+            def signal(self, number: signal.Signals) -> None:
+                done.append(number)
+
+            def kill(self) -> int:
+                done.append("kill")
+                return -signal.SIGKILL
+
+        monkeypatch.setattr(gpu_run, "Process", Endless)
+        out.mkdir()
+        part = Part("smoke", 1, lambda settings: [str(settings.seconds)])
+        watched: list[str] = []
+        gpu_run.run_part(part, Settings(out, "cpu", ""), 40.0, gpu_run.Log(out / LOG), watched.append)
+        assert done == [["30"], 35, signal.SIGINT, 5, "kill"]
+        assert watched == ["1", ""]
+
     def test_a_part_that_is_interrupted_may_still_write(self, fifo: Path, out: Path) -> None:
         out.mkdir()
         prints = out / "a.txt"
         prints.touch()
-        saving = f"trap 'echo saved; exit' INT; echo reached >{fifo}; while :; do sleep 0.1; done"
-        process = gpu_run.Process(["sh", "-c", saving], prints)
+        process = gpu_run.Process([sys.executable, "-c", SAVES, str(fifo)], prints)
         with fifo.open() as pipe:
             assert read(pipe) == "reached\n"
         process.signal(signal.SIGINT)
@@ -159,7 +200,7 @@ def drive(out: Path, parts: list[Part], seconds: float = 600) -> int:
     """Run parts in this process."""
     before = {number: signal.getsignal(number) for number in gpu_run.ENDING}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_run, "MACHINE", ["echo", "a machine,"])
+        patch.setattr(gpu_run, "MACHINE", ["echo", "== machine:"])
         try:
             return gpu_run.main(["--out", str(out), "--device", "cpu", "--seconds", str(seconds)], parts)
         finally:
@@ -170,14 +211,14 @@ def drive(out: Path, parts: list[Part], seconds: float = 600) -> int:
 class TestMachine:
     def test_one_that_hangs_is_not_waited_for(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         out.mkdir()
-        monkeypatch.setattr(gpu_run, "MACHINE", ["sh", "-c", "sleep 1000000", "a probe"])
+        monkeypatch.setattr(gpu_run, "MACHINE", ["sh", "-c", "while :; do sleep 1000; done", "a probe"])
         log = gpu_run.Log(out / LOG)
         assert gpu_run.probe(Settings(out, "cuda", ""), log, 0.2)
         assert "a probe was ended after 0 s" in summary.machine(out)
 
     def test_no_gpu_is_said_at_once(self, out: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
         out.mkdir()
-        monkeypatch.setattr(gpu_run, "MACHINE", ["sh", "-c", "echo 2 cores; exit 3"])
+        monkeypatch.setattr(gpu_run, "MACHINE", ["sh", "-c", "echo == machine: 2 cores; exit 3"])
         settings = Settings(out, "cuda", "")
         parts = [Part("smoke", 1, lambda settings: ["echo", "ran"])]
         with pytest.MonkeyPatch.context() as patch:
@@ -189,7 +230,7 @@ class TestMachine:
     def test_this_one(self) -> None:
         command = [*gpu_run.MACHINE, "cpu"]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-        assert re.search(r"\d+ cores, Python 3[.\d]+, torch 2", done.stdout)
+        assert re.match(r"== machine: \d+ cores, Python 3[.\d]+, torch 2", done.stdout)
 
 
 class Clock:
@@ -265,7 +306,7 @@ class TestWhole:
             "- **bench**: logprobs bf16 V=7 another: RuntimeError no kernel image",
             "- **check**: gae float32 result: error 2, which is too much",
             "- **sanitizer**: memcheck: Invalid __global__ read",
-            "- sweep fold V=4096: a 5 µs, 50% of copy; in use b 7.5",
+            "- sweep fold V=4096: a 5 µs, 50% of copy; in use b 75000",
             "- bench logprobs bf16 V=7: fastpref 1.25 ms; a peer 2.5",
             "- check: the worst is 2.00 of what is allowed, gae float32 result",
             "- profile fold_kernel: time_duration 1500",

@@ -158,7 +158,11 @@ def _torchrun(*arguments: str) -> str | None:
     return f"{script} must exist, and {held} start it"
 
 
-_COMMANDS = {"fastpref": _fastpref, "make": _make, "pip": _pip, "python": _python, "torchrun": _torchrun}
+def _bash(script: str, *arguments: str) -> str | None:
+    return _process("bash", "-n", script)
+
+
+_COMMANDS = {"bash": _bash, "fastpref": _fastpref, "make": _make, "pip": _pip, "python": _python, "torchrun": _torchrun}
 _EVALUATORS: dict[str, Any] = {"python": python, "bash": shell, "text": text}
 _SYBIL = Sybil([CodeBlockParser(language, evaluator) for language, evaluator in _EVALUATORS.items()])
 
