@@ -16,8 +16,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -48,10 +50,13 @@ def smoke(
     counts: Counter[str] = Counter()
     left: list[str] = []
     worker: Worker | None = None
+    stack = ExitStack()
     try:
         worker = _started(start, device, say)
         left = [name for name in worker.names if any(fnmatch(name, glob) for glob in only)]
         say(f"{len(left)} cases on {worker.description}")
+        if worker.target is not None:
+            stack.enter_context(compile_ahead(worker.target, left))
         while left and clock() - began < seconds:
             if worker is None:
                 say("its process is lost: the cases left go on in another")
@@ -71,6 +76,7 @@ def smoke(
         counts["FAIL"] += 1
         say(f"FAIL start {error}")
     finally:
+        stack.close()
         if worker is not None:
             worker.stop()
         say(
@@ -78,6 +84,20 @@ def smoke(
             f"in {clock() - began:.0f} s"
         )
     return counts
+
+
+def compile_ahead(target: Any, names: Sequence[str]) -> AbstractContextManager[object]:
+    """Compile the kernels of cases in the background, while the first of them are judged."""
+    from benchmarks import precompile
+
+    return precompile.compiling_ahead(target, [(launch, (name,)) for name in names])
+
+
+def launch(name: str) -> None:
+    """Launch a case's kernels on few rows of a CPU; see `benchmarks.precompile`."""
+    from benchmarks.smoke.cases import every_case
+
+    next(case for case in every_case("cpu") if case.name == name).launch("cpu")
 
 
 def _started(start: Callable[[str], Worker], device: str, say: Callable[[str], None]) -> Worker:

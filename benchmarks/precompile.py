@@ -60,8 +60,13 @@ def compiling_ahead(
     processes = processes or max(1, len(os.sched_getaffinity(0)) - 1)
     # Forked processes could not use CUDA or OpenMP after their parent has.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(processes, max(len(jobs), 1)), context, initializer=_start)
     try:
         yield [pool.submit(compile_kernels, target, function, *arguments) for function, arguments in jobs]
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        # A kernel may take a minute to compile, and nobody waits for it any more.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+            process.join()

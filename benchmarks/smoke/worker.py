@@ -34,7 +34,7 @@ class LostError(RuntimeError):
 
 
 def serve(pipe: Connection, device: str) -> None:
-    """Send the cases' names and the device's, then judge each case whose name is received."""
+    """Send the cases' names, the device's and its target, then judge each case whose name is received."""
     # Ctrl-C is for the parent, whose end of the pipe closes then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
@@ -52,7 +52,7 @@ def serve(pipe: Connection, device: str) -> None:
         route = launchers_on_cpu()
     with route:
         cases = {case.name: case for case in every_case(device)}
-        pipe.send((list(cases), _describe(device)))
+        pipe.send((list(cases), *_describe(device)))
         while True:
             try:
                 name = pipe.recv()
@@ -61,12 +61,16 @@ def serve(pipe: Connection, device: str) -> None:
             pipe.send(cases[name].judge(device))
 
 
-def _describe(device: str) -> str:
+def _describe(device: str) -> tuple[str, Any]:
+    """Return the device in words, and Triton's target for it, None under the interpreter."""
     import torch
     import triton
 
+    from benchmarks.precompile import target_of
+
     name = "Triton's interpreter" if device == "cpu" else torch.cuda.get_device_name()
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+    target = None if device == "cpu" else target_of(device)
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}", target
 
 
 class Worker:
@@ -75,10 +79,12 @@ class Worker:
     Attributes:
         names: of its cases, the most telling first.
         description: of its device and its libraries.
+        target: what Triton compiles for on that device, None under the interpreter.
     """
 
     names: list[str]
     description: str
+    target: Any
 
     def __init__(self, device: str, target: Callable[[Connection, str], None] = serve) -> None:
         """Start the process.
@@ -91,7 +97,7 @@ class Worker:
         self._process = context.Process(target=target, args=(theirs, device), daemon=True)
         self._process.start()
         theirs.close()
-        self.names, self.description = self._answer(START_SECONDS)
+        self.names, self.description, self.target = self._answer(START_SECONDS)
 
     def judge(self, name: str, seconds: float) -> Answer:
         """Judge a case.

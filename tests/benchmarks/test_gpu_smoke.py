@@ -9,7 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from benchmarks import gpu_smoke
+from benchmarks import gpu_smoke, precompile, sass
 from benchmarks.smoke import cases
 from benchmarks.smoke.worker import Answer, LostError, Worker
 from benchmarks.triton_on_cpu import launchers_on_cpu
@@ -79,6 +79,7 @@ class FakeWorker:
     """Answers as its plan says; a case takes ten seconds of a clock that nobody waits for."""
 
     description = "a fake"
+    target: Any = None
 
     def __init__(self, plan: dict[str, Answer | LostError], clock: list[float]) -> None:
         self.plan, self.clock, self.names, self.stopped = plan, clock, list(plan), False
@@ -140,6 +141,30 @@ def test_a_process_that_cannot_start_is_a_failure() -> None:
         "FAIL start the process died, with exit code 1",
         "0 passed, 1 failed, 0 skipped, 0 not reached in 0 s",
     ]
+
+
+def test_kernels_are_compiled_ahead_for_as_long_as_cases_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    @contextlib.contextmanager
+    def compile_ahead(target: Any, names: list[str]) -> Iterator[None]:
+        told.append((target, list(names)))
+        yield
+        told.append("ended")
+
+    monkeypatch.setattr(gpu_smoke, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(FakeWorker, "target", "sm_90")
+    _, (worker,) = run(passing("a", "b"))
+    assert told == [("sm_90", ["a", "b"]), "ended"]
+    assert worker.stopped
+
+
+def test_a_case_is_compiled_by_its_name_on_a_gpu() -> None:
+    of_gpu, of_cpu = ([case.name for case in cases.every_case(device)] for device in ("cuda", "cpu"))
+    assert of_gpu == of_cpu
+    target = sass.TARGETS["sm_90"]
+    assert precompile.compile_kernels(target, gpu_smoke.launch, "sequence_logprobs/sum/bfloat16") == 2
+    assert precompile.compile_kernels(target, gpu_smoke.launch, "linear_dpo_loss/one-chunk/float32") >= 2
 
 
 def kernels() -> set[str]:
