@@ -147,7 +147,7 @@ def _linear_trl() -> Callable[..., Tensor]:
 
 def _linear_pytorch() -> Callable[..., Tensor]:
     if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError("this torch has no linear_cross_entropy")
+        raise ModuleNotFoundError("this torch has no linear_cross_entropy")
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         scored = labels != IGNORED
