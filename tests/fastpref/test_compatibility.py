@@ -797,8 +797,18 @@ CELLS = [
 ]
 
 
+def skip_without_compiled_torch_func() -> None:
+    """torch 2.8 cannot trace it, 2.11 can, and nothing between the two was tried."""
+    if torch.__version__ < (2, 11):
+        pytest.skip(f"torch {torch.__version__} is not known to trace torch.func.grad")
+
+
 @pytest.mark.parametrize(("row", "kind", "verdict"), CELLS)
 def test_cell(row: Row, kind: type[Step], verdict: str) -> None:
+    if row.check is func_grad_compiled:
+        skip_without_compiled_torch_func()
+    if row.check in (dynamic, func_grad_compiled) and kind is Attached and torch.__version__ < (2, 12):
+        pytest.skip(f"torch {torch.__version__} breaks the graph of an attached model")
     outcome, _, phrase = verdict.partition(": ")
     if hasattr(row.check, "places") or outcome == "yes":
         row.check(kind)
@@ -895,6 +905,7 @@ def test_the_reference_has_the_derivatives_that_are_refused() -> None:
 
 def test_compiled_torch_func_by_the_logits_themselves() -> None:
     """In a graph these do not say that they require a gradient: without a mend it would be 0."""
+    skip_without_compiled_torch_func()
     logits, labels = torch.randn(2, 5, VOCABULARY), torch.randint(VOCABULARY, (2, 5))
     torch.compiler.reset()
     by_logits = torch.func.grad(lambda z: fastpref.token_logprobs(z, labels).square().sum())
