@@ -4,13 +4,23 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format docs docs-serve bench report roofline wheel clean
+# What the other stacks run: all but the runs of trainers, whose libraries they do not install.
+STACK_TESTS := tests/fastpref tests/kernels tests/triton \
+	--ignore tests/fastpref/cli/test_demo.py --ignore tests/fastpref/cli/test_ppo.py
+
+.PHONY: demo test test-oldest test-gpu-stack lint format docs docs-serve bench report roofline wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+
+test-oldest: .venv-oldest/test.stamp
+	.venv-oldest/bin/python -m pytest -n auto $(STACK_TESTS) $(ARGS)
+
+test-gpu-stack: .venv-gpu/test.stamp
+	.venv-gpu/bin/python -m pytest -n auto $(STACK_TESTS) $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -40,7 +50,7 @@ wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-gpu build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +58,10 @@ $(VENV)/bin/python:
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing fastpref[$*] into $(VENV) (once; minutes on a first run)"
 	$(PIP) --editable '.[$*]'
+	@touch $@
+
+.venv-%/test.stamp: pyproject.toml constraints-%.txt
+	@echo "installing fastpref[test] into .venv-$* (once; gigabytes on a first run)"
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt --editable '.[test]'
 	@touch $@

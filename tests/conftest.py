@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# cuBLAS reads it as CUDA starts, and torch before 2.10 refuses its deterministic products without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import torch
 from torch import Tensor
 

@@ -48,7 +48,8 @@ def attach(model: Any, *, verify: bool = True) -> Any:
         model: a causal LM, or a PEFT model of one. Attach before DDP, FSDP or compile wrap it, and before anything else
             replaces its `forward` by what does not call the one it had: such a forward is not told of `fastpref`.
             `torch.compile` traces plain and scored calls whole, but for the check of the first scored one: with
-            `fullgraph=True`, score once before compiling, or attach with `verify=False`.
+            `fullgraph=True`, score once before compiling, or attach with `verify=False`. Before torch 2.12 a scored
+            call breaks the graph, and `fullgraph=True` raises.
         verify: at the first scored call, hold what is known of this model's logits against its own head on eight rows,
             and against what its own forward makes of one row of logits between −1000 and 1000.
 

@@ -102,6 +102,17 @@ _SCHEMAS = (
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
 )
 
+# Operators that read values on the host on every device: they check labels, or gather the scored rows, whose number
+# only the host can make room for. No CUDA graph can hold them.
+_WAITING = {
+    "linear_logprobs",
+    "shard_labels",
+    "linear_fold",
+    "linear_settle",
+    "linear_logprobs_backward",
+    "linear_logprobs_backward_",
+}
+
 
 def fuses_losses(device: torch.device) -> bool:
     """Whether the loss operators have a kernel for this device."""
@@ -274,10 +285,10 @@ def _implement_triton(key: str) -> None:
 
 
 def _register() -> None:
-    # They gather the scored rows, whose number only the host can make room for: no CUDA graph can hold them.
     uncapturable = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
     for schema in _SCHEMAS:
-        tags = (torch.Tag.pt2_compliant_tag, *(uncapturable if schema.startswith("linear_") else ()))
+        waits = schema.partition("(")[0] in _WAITING
+        tags = (torch.Tag.pt2_compliant_tag, *(uncapturable if waits else ()))
         _LIBRARY.define(schema, tags=tags)
     _implement("CPU", cpu.logprobs, cpu.write_gradient, cpu_linear.empty_like)
     _implement_linear("CPU", cpu_linear.BACKEND)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 import fastpref
 from fastpref import reference
 from fastpref.losses import TABLE, Loss
+from tests.synchronisation import no_synchronisation
 from tests.tolerance import assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("unpoisoned")
@@ -35,15 +35,6 @@ def arguments(loss: Loss, batch: int) -> tuple[list[Tensor], dict[str, Any]]:
     tensors, options = loss.example(torch.Generator().manual_seed(batch), batch)
     moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
     return [t.cuda().requires_grad_(t.is_floating_point()) for t in tensors], {**loss.options, **moved}
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def launches(function: Callable[[], object]) -> int:

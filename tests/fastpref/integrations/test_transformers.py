@@ -26,6 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT reads it
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
 ]
+# Dynamo cannot trace that an attribute is taken off a module before torch 2.12, and breaks the graph there.
+traced_whole = pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason=f"torch {torch.__version__} breaks the graph of an attached model"
+)
 SIZES = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
@@ -50,6 +54,8 @@ IDS = torch.tensor([[5, 8, 7, 1, 60, 0, 22], [4, 3, 3, 9, 60, 0, 0]])
 
 def build(name: str = "Llama", **config: Any) -> Any:
     """A model with random weights, in float64, whose logits spread by about 1."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     made = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS.get(name, {}), **config})
     model = transformers.AutoModelForCausalLM.from_config(made).double().eval()
     for parameter in model.parameters():
@@ -339,6 +345,7 @@ def test_replicas_of_data_parallel_score_with_their_own_weights() -> None:
     assert (ours[0] - ours[1]).abs().max() > 1e-2
 
 
+@traced_whole
 def test_compile() -> None:
     model = build(num_hidden_layers=1).float()
     plain = model(IDS).logits
@@ -359,6 +366,16 @@ def test_compile() -> None:
     torch.testing.assert_close(found, expected)
     assert "forward" not in model.lm_head.__dict__
     assert not model.lm_head._forward_hooks
+
+
+def test_compile_where_the_graph_may_break() -> None:
+    model = fastpref.attach(build(num_hidden_layers=1).float())
+    torch._dynamo.reset()
+    ours = torch.compile(model, backend="eager")(IDS, labels=LABELS, fastpref=True).logprobs
+    theirs = reference.token_logprobs(model(IDS).logits, LABELS)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(model, ours), gradients(model, theirs))
+    assert "forward" not in model.lm_head.__dict__
 
 
 def test_a_deep_copy_scores_with_its_own_weights() -> None:
@@ -534,6 +551,7 @@ def test_adapters_by_the_sequence() -> None:
     assert_close(ours, reference.token_logprobs(model(IDS, adapter_names=names).logits, LABELS))
 
 
+@traced_whole
 def test_compile_with_lora() -> None:
     model = fastpref.attach(with_lora(build(num_hidden_layers=1).float()), verify=False)
     torch._dynamo.reset()
@@ -686,6 +704,7 @@ def test_a_function_and_a_transform_left_out(monkeypatch: pytest.MonkeyPatch) ->
         fastpref.attach(build("Gemma2"))(PAIR_IDS, labels=PAIR_LABELS, fastpref=pair_loss)
 
 
+@traced_whole
 def test_compile_with_a_function() -> None:
     model = fastpref.attach(build(num_hidden_layers=1).float(), verify=False)
 
