@@ -14,7 +14,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/fastpref demo $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-oldest: .venv-oldest/test.stamp
 	.venv-oldest/bin/python -m pytest -n auto $(STACK_TESTS) $(ARGS)

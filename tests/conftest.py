@@ -40,12 +40,12 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what the imports made out of the garbage collector's sight: a collection then takes a tenth of the time."""
+    """Hide what the imports made from the garbage collector, which every TRL trainer calls."""
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Undo it, so that the interpreter frees everything as it exits."""
+    """Show it again, so that the interpreter frees it as it exits."""
     gc.unfreeze()
 
 

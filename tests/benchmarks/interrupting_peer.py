@@ -16,7 +16,7 @@ def _interrupts() -> Callable[..., Tensor]:
     def call(logits: Tensor, labels: Tensor) -> Tensor:
         if len(logits) == 2:
             os.kill(os.getppid(), signal.SIGINT)
-            threading.Event().wait()  # until the run ends this process
+            threading.Event().wait(600)  # the run ends this process before
         return eager(logits, labels)
 
     return call

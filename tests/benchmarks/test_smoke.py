@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,7 @@ from benchmarks import store, suite
 from benchmarks.report import data, plots
 from tests.benchmarks.conftest import ROOT, SMALLEST, Smoke, run
 
-# One run is what most of these tests read.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
+pytestmark = pytest.mark.slow
 
 
 def test_it_passes_though_peers_are_broken(smoke: Smoke) -> None:
@@ -80,6 +81,15 @@ def test_what_was_measured_is_kept(smoke: Smoke, tmp_path: Path) -> None:
     assert f"{shapes} of them as they were measured before" in again.said
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let processes started here receive SIGINT, which those of a shell's background job inherit as ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_loses_nothing_measured(tmp_path: Path) -> None:
     shapes = ("logprobs", "--shapes", "B=1,2 T=4 V=1031", "--rounds", "5", "--peers", "planted")
     peer = Path(__file__).with_name("interrupting_peer.py")

@@ -58,10 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [pytest.param(file, name, marks=pytest.mark.xdist_group(f"ranks of {file}")) for file, name in check_names()],
-)
+@pytest.mark.parametrize(("file", "name"), check_names())
 def test_two_ranks_agree_with_one_process(
     file: str, name: str, results: Callable[[str], list[dict[str, str]]]
 ) -> None:  # fmt: skip

@@ -44,7 +44,6 @@ def _marked(page: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pages")  # a command that several of them show is run once
 @pytest.mark.parametrize("page", [_marked(page) for page in blocks.PAGES])
 def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name in TRAINERS:

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "dpo_fsdp_tp.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dpo_fsdp_tp")]
+pytestmark = pytest.mark.slow
 
 
 def losses(*launcher: str, tp: int = 1) -> tuple[float, float]:

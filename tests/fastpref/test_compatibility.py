@@ -788,15 +788,8 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Counting": [Row("`FlopCounterMode` counts the head's products", flops, ("yes", UNCOUNTED, UNCOUNTED, "-", "-"))],
 }
-
-
-def _marks(row: Row) -> list[pytest.MarkDecorator]:
-    """Keep what one compilation serves in one worker, and begin with it."""
-    return [pytest.mark.slow, pytest.mark.xdist_group("inductor")] if row.check is inductor else []
-
-
 CELLS = [
-    pytest.param(row, kind, verdict, id=f"{row.what} | {column}", marks=_marks(row))
+    pytest.param(row, kind, verdict, id=f"{row.what} | {column}")
     for rows in SECTIONS.values()
     for row in rows
     for (column, kind), verdict in zip(COLUMNS.items(), row.verdicts(), strict=True)

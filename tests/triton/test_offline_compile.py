@@ -20,16 +20,6 @@ TARGETS = tuple(sass.TARGETS)
 ALL_STATS = 31
 
 
-def compiled_for(target: str) -> pytest.MarkDecorator:
-    """Mark a test to run where the other tests of the target do: each case is then compiled once."""
-    return pytest.mark.xdist_group(f"compiled for {target}")
-
-
-every_target = pytest.mark.parametrize(
-    "target", [pytest.param(target, marks=compiled_for(target)) for target in TARGETS]
-)
-
-
 def score(
     dtype: torch.dtype, V: int, *, row: int | None = None, stats: int = 0, reduction: str = "none",
     softcap: float | None = None, packed: bool = False, stride: int = 1, in_place: bool = False,
@@ -177,15 +167,11 @@ def programs(name: str, target: str) -> tuple[sass.Program, ...]:
     return tuple(sass.read(kernel, target) for kernel in compiled)
 
 
+@pytest.mark.slow
 # The targets of NVIDIA have the same registers, and a loss needs few of them: one of these targets will do.
 @pytest.mark.parametrize(
     ("name", "target"),
-    [
-        pytest.param(name, target, marks=compiled_for(target))
-        for target in TARGETS
-        for name in CASES
-        if name not in LOSSES or target in ("sm_90", "gfx942")
-    ],
+    [(name, target) for target in TARGETS for name in CASES if name not in LOSSES or target in ("sm_90", "gfx942")],
 )
 def test_nothing_spills(name: str, target: str) -> None:
     found = {program.name: (program.spills, program.stack) for program in programs(name, target)}
@@ -201,7 +187,7 @@ def test_no_type_of_preference_loss_spills(name: str) -> None:
     assert all((program.spills, program.stack) == (0, 0) for program in found)
 
 
-@every_target
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ALIGNED)
 def test_logits_move_16_bytes_at_a_time(name: str, target: str) -> None:
     forward, backward = (program.passes[0] for program in programs(name, target))
@@ -210,7 +196,7 @@ def test_logits_move_16_bytes_at_a_time(name: str, target: str) -> None:
     assert set(backward.widths("store")) == {16}
 
 
-@every_target
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", TILES)
 def test_tiles_move_16_bytes_at_a_time(name: str, target: str) -> None:
     """A bias and a stored tile may be narrower than products: 16 bytes of these are then 8 of those on AMD's lanes."""
@@ -223,7 +209,7 @@ def test_tiles_move_16_bytes_at_a_time(name: str, target: str) -> None:
     assert set(backward.widths("store")) == {16}
 
 
-@every_target
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_run_on_tensor_cores_and_move_16_bytes_at_a_time(name: str, target: str) -> None:
     """But float32, which NVIDIA's would round, and bfloat16 as AMD's lanes hold it. A row with another anchor is stored
@@ -338,7 +324,6 @@ def instructions_per_logit(program: sass.Program, itemsize: int = 2) -> float:
     return len(loop.instructions) / program.logits(loop, itemsize)
 
 
-@compiled_for("sm_90")
 @pytest.mark.parametrize("name", ["bf16", "bf16, V of no multiple of 8"])
 def test_instructions_per_logit(name: str) -> None:
     forward, backward = map(instructions_per_logit, programs(name, "sm_90"))
@@ -346,7 +331,6 @@ def test_instructions_per_logit(name: str) -> None:
     assert backward <= 16
 
 
-@compiled_for("sm_90")
 @pytest.mark.parametrize(
     ("name", "fold", "gradient"),
     [
@@ -363,7 +347,6 @@ def test_instructions_per_product(name: str, fold: float, gradient: float) -> No
     assert backward <= gradient
 
 
-@compiled_for("sm_90")
 def test_unaligned_rows_are_still_bound_by_memory() -> None:
     """An H200 issues 15.5 instructions in the time of a bf16 logit read, and 31 where one is written too."""
     forward, backward = map(instructions_per_logit, programs("bf16, rows of no multiple of 8", "sm_90"))

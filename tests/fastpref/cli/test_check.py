@@ -74,7 +74,6 @@ def whole() -> tuple[dict[str, Any], set[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("check")
 class TestEverything:
     def test_all_is_right_on_this_machine(self, whole: Any) -> None:
         found, _ = whole

@@ -21,9 +21,6 @@ from fastpref.cli.demo.sample import Samples, check_sampling, sample
 from fastpref.cli.demo.stop import Stop
 from fastpref.cli.demo.tokens import IGNORED, collate, shorten
 
-# One run of the demo trains what several tests read.
-pytestmark = pytest.mark.xdist_group("ppo")
-
 CPU = torch.device("cpu")
 PAD, EOS = 0, 2
 LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
