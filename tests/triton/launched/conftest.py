@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # numpy warns where a GPU is silent: infinities and NaNs are what several of these tests are about.
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
-        # The interpreter of Triton before 3.9 does this, which NumPy 2.4 refuses: constraints-gpu.txt has an older one.
+        # The interpreter of Triton 3.6 and older does this, and NumPy 2.4 refuses it: use an older NumPy there.
         item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"))
 
 
