@@ -72,9 +72,8 @@ def _sweep(settings: Settings) -> list[str]:
 def _tests(settings: Settings) -> list[str]:
     lines = ["-p", "benchmarks.pytest_lines", "--lines", str(settings.out / "tests.txt")]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-p", "no:cacheprovider", *lines]
-    if (
-        settings.rehearsal
-    ):  # some of them under Triton's interpreter, which takes minutes for all, and which NumPy warns
+    if settings.rehearsal:
+        # All of them would take minutes under Triton's interpreter, which makes NumPy warn.
         command += ["-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"]
         return ["env", "TRITON_INTERPRET=1", *command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
     if find_spec("xdist") is not None:
