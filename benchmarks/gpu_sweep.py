@@ -44,24 +44,52 @@ def compile_case(case: Case) -> None:
         case.make("cpu", 8).run()
 
 
+class DeviceLostError(RuntimeError):
+    """A case has left its device in a state in which it runs no other.
+
+    Attributes:
+        number: the case, counted from 1.
+        seconds: how many were left.
+    """
+
+    def __init__(self, number: int, seconds: float) -> None:
+        super().__init__(f"case {number} has broken the device's context")
+        self.number, self.seconds = number, seconds
+
+
 def sweep(
-    cases: Sequence[Case], device: str, out: Path, seconds: float, compiled: dict[Case, Future[int]] | None = None
-) -> int:
-    """Measure what the file does not hold yet until the deadline. Returns how many cases were not reached."""
+    cases: Sequence[Case], device: str, out: Path, seconds: float, compiled: dict[Case, Future[int]] | None = None,
+    after: int = 0,
+) -> int:  # fmt: skip
+    """Measure what the file does not hold yet until the deadline, and return how many cases were not reached.
+
+    Args:
+        cases: what to measure.
+        device: "cuda" or "cpu".
+        out: the folder of the file.
+        seconds: after which no case is begun.
+        compiled: what to wait for before a case is begun.
+        after: how many of the cases are left out at the beginning.
+
+    Raises:
+        DeviceLostError: an error of a case stays with the device.
+    """
     from benchmarks.sweep import rows
 
     begin, table = time.monotonic(), rows.Table(out / "sweep.csv", device)
-    for number, case in enumerate(cases, 1):
+    for number, case in list(enumerate(cases, 1))[after:]:
         if table.holds(case):
             continue
         if time.monotonic() - begin > seconds:
             return len(cases) - number + 1
         if compiled and case in compiled:
             with contextlib.suppress(Exception):  # it is compiled again, and says what is wrong
-                compiled[case].result()
+                compiled[case].result(timeout=max(0.0, seconds - (time.monotonic() - begin)))
         row = rows.measure(case, device, table)
         table.add(row)
         print(f"[{number}/{len(cases)}, {time.monotonic() - begin:.0f} s] {case}: {rows.said(row)}", flush=True)
+        if row["status"] != "ok" and not rows.works(device):
+            raise DeviceLostError(number, seconds - (time.monotonic() - begin))
     return 0
 
 
@@ -71,6 +99,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of sweep.csv")
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--after", type=int, default=0, metavar="N", help="leave out the first N cases")
     parser.add_argument("--only", default=",".join(GROUPS), help=f"groups: {', '.join(GROUPS)}")
     arguments = parser.parse_args()
     only = arguments.only.split(",")
@@ -96,7 +125,17 @@ def main() -> int:
             jobs = [(compile_case, (case,)) for case in ahead]
             futures = stack.enter_context(precompile.compiling_ahead(precompile.target_of("cuda"), jobs))
             compiled = dict(zip(ahead, futures, strict=True))
-        left = sweep(cases, arguments.device, arguments.out, arguments.seconds, compiled)
+        left, lost = 0, None
+        try:
+            left = sweep(cases, arguments.device, arguments.out, arguments.seconds, compiled, arguments.after)
+        except DeviceLostError as error:
+            lost = error
+    if lost is not None:
+        # The cases left go on in a new process, whose context is a new one.
+        print(f"{lost}: the cases left go on in another process", flush=True)
+        again = ["--out", str(arguments.out), "--device", arguments.device, "--only", arguments.only]
+        again += ["--seconds", str(max(lost.seconds, 0.0)), "--after", str(lost.number)]
+        os.execv(sys.executable, [sys.executable, __file__, *again])
     table = rows.Table(arguments.out / "sweep.csv", arguments.device)
     print(rows.summary(table.rows))
     if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import math
@@ -76,7 +77,8 @@ def measure(case: Case, device: str, table: Table) -> Row:
         row["status"] = f"{type(error).__name__}: {lines[0]}"[:200]
     gc.collect()
     if device == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(Exception):  # after an error that stays with the device
+            torch.cuda.empty_cache()
     return row
 
 
@@ -101,6 +103,16 @@ def _measure(case: Case, device: str, table: Table, row: Row) -> None:
     if trial.tflop:
         row["tflop_per_s"] = trial.tflop / row["us"] * 1e6
         row["of_product"] = row["tflop_per_s"] / (table.ceiling(ceilings.PRODUCT, "tflop_per_s"))
+
+
+def works(device: str) -> bool:
+    """Return whether the device still runs what it is given: some errors stay with a process."""
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return False
+    return True
 
 
 def said(row: Row) -> str:

@@ -123,6 +123,17 @@ class TestRows:
         sweep([GOOD], "cpu", tmp_path, 60.0, {GOOD: failed})
         assert [row["status"] for row in read(tmp_path)] == ["ok"]
 
+    def test_a_case_that_breaks_the_device_is_left_behind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows, "works", lambda device: False)
+        cases = [GOOD, BROKEN[0], case("other", trial)]
+        with pytest.raises(gpu_sweep.DeviceLostError) as met:
+            sweep(cases, "cpu", tmp_path, 60.0)
+        assert 0 < met.value.seconds <= 60
+        assert sweep(cases, "cpu", tmp_path, met.value.seconds, after=met.value.number) == 0
+        assert [row["kernel"] for row in read(tmp_path)] == ["good", "raises", "other"]
+
     def test_the_summary_has_the_best_beside_the_current_setting(self) -> None:
         def row(config: str, us: float, current: bool) -> rows.Row:
             return {**dict.fromkeys(rows.COLUMNS, ""), "kernel": "fold", "status": "ok", "config": config,
