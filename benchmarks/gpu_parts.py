@@ -75,10 +75,11 @@ def _tests(settings: Settings) -> list[str]:
     if settings.rehearsal:
         # All of them would take minutes under Triton's interpreter, which makes NumPy warn.
         command += ["-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"]
-        return ["env", "TRITON_INTERPRET=1", *command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
     if find_spec("xdist") is not None:
         command += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
-    return [*command, "tests/gpu", "tests/triton/launched"]
+    if settings.rehearsal:
+        return ["env", "TRITON_INTERPRET=1", *command, "tests/triton/launched/test_losses.py", "-k", "sigmoid"]
+    return ["env", "TRITON_INTERPRET=0", *command, "tests/gpu", "tests/triton/launched"]
 
 
 def _bench(settings: Settings) -> list[str]:

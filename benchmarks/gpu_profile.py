@@ -57,8 +57,8 @@ def fold(device: str) -> Call:
 # What makes the call, and the kernel of its launches whose counters are read.
 KERNELS: dict[str, tuple[Callable[[str], Call], str]] = {
     "logprobs": (logprobs, "logprobs_forward_kernel"),
-    "statistics": (statistics, "logprobs_forward_kernel"),
     "fold": (fold, "fold_kernel"),
+    "statistics": (statistics, "logprobs_forward_kernel"),
 }
 
 

@@ -26,6 +26,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 MACHINE = [sys.executable, str(ROOT / "benchmarks" / "gpu_machine.py")]
 NO_GPU = 3
+NOT_ENDED = 124
 RESERVE = 4.0  # seconds for the summary
 GRACE = 5.0  # seconds from the interrupt of a part to its kill
 PROBE = 30.0  # seconds for the description of the machine
@@ -124,9 +125,11 @@ class Process:
             os.killpg(self.group, number)
 
     def kill(self) -> int:
-        """Kill what is left of the part, and return the status of its first process."""
+        """Kill what is left of the part, and return the status of its first process, if its driver lets it end."""
         self.signal(signal.SIGKILL)
-        status = self._process.wait()
+        status = NOT_ENDED
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(GRACE)
         show(self._shown.read())
         self._shown.close()
         return status

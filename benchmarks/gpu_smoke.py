@@ -64,7 +64,8 @@ def smoke(
                 continue
             name = left.pop(0)
             try:
-                answer = worker.judge(name, CASE_SECONDS[device])
+                left_over = max(1.0, seconds - (clock() - began))
+                answer = worker.judge(name, min(CASE_SECONDS[device], left_over))
             except LostError as error:
                 answer = Answer(name, "FAIL", str(error), broken=True)
             counts[answer.status] += 1

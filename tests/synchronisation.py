@@ -11,10 +11,10 @@ import torch
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Raise where the host waits for the device. The mode is put back, whatever happens."""
+    """Raise where the host waits for the device, and put the mode back, whatever happens."""
     try:
         with warnings.catch_warnings():
-            # PyTorch says so once in a process, and a warning is an error here.
+            # PyTorch warns once in a process that the mode is a prototype, and a warning is an error here.
             warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
             torch.cuda.set_sync_debug_mode("error")
         yield

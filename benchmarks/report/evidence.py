@@ -131,11 +131,15 @@ def _profile_rows(folder: Path) -> list[dict[str, str]]:
     """Return the counters of each launch from among the other lines that `ncu` prints."""
     found: list[dict[str, str]] = []
     names: list[str] = []
-    for row in csv.reader(line for line in lines(folder / "profile.txt") if line.startswith('"')):
-        if row[0] == "ID":
+    call = ""
+    for line in lines(folder / "profile.txt"):
+        row = next(csv.reader([line])) if line.startswith('"') else []
+        if line.startswith("-- "):
+            call = line.removeprefix("-- ")
+        elif row[:1] == ["ID"]:
             names = row
         elif names and len(row) == len(names) and row[0].isdigit():
-            found.append(dict(zip(names, row, strict=True)))
+            found.append({**dict(zip(names, row, strict=True)), "call": call})
     return found
 
 
@@ -239,13 +243,13 @@ def _check_figures(folder: Path) -> list[str]:
 
 
 def _profile_figures(folder: Path) -> list[str]:
-    """Return the counters of the last launch of each kernel."""
+    """Return the counters of the last launch of each call."""
     last: dict[str, dict[str, str]] = {}
     for row in _profile_rows(folder):
-        last[row.get("Kernel Name", "")] = row
+        last[f"{row['call']} {row.get('Kernel Name', '').partition('(')[0]}".strip()] = row
     text = []
-    for kernel, row in last.items():
-        counters = {name.partition(".")[0]: value for name, value in row.items() if "__" in name}
-        shown = ", ".join(f"{name.partition('__')[2]} {value}" for name, value in counters.items())
-        text.append(f"- profile {kernel.partition('(')[0]}: {shown}")
+    for name, row in last.items():
+        counters = {metric.partition(".")[0]: value for metric, value in row.items() if "__" in metric}
+        shown = ", ".join(f"{metric.partition('__')[2]} {value}" for metric, value in counters.items())
+        text.append(f"- profile {name}: {shown}")
     return text

@@ -36,7 +36,7 @@ class SmokeCase:
 
     @property
     def name(self) -> str:
-        """The call's name and the dtype's."""
+        """Return the call's name and the dtype."""
         return f"{self.call.name}/{str(self.dtype).removeprefix('torch.')}"
 
     def launch(self, device: str) -> None:
@@ -56,7 +56,7 @@ class SmokeCase:
         for tensor, verdict in verdicts.items():
             if verdict.fault is not None:
                 return Answer(self.name, "FAIL", _line(f"{tensor}: {verdict.fault}"), not works(device))
-        worst = max(verdicts.values(), key=_share)
+        worst = max(verdicts.values(), key=_share, default=Verdict())
         return Answer(self.name, "PASS", f"error={worst.error or 0:.1e} allowed={worst.allowance or 0:.1e}")
 
     def _arguments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 START_SECONDS = 120.0
+PATIENCE = 5.0  # seconds for a process to end that was killed
 
 
 class Answer(NamedTuple):
@@ -30,7 +31,7 @@ class Answer(NamedTuple):
 
 
 class LostError(RuntimeError):
-    """The process died, or did not answer in time; says which."""
+    """The process died, or did not answer in time; the message says which."""
 
 
 def serve(pipe: Connection, device: str) -> None:
@@ -105,15 +106,16 @@ class Worker:
         Raises:
             LostError: the process died, or did not answer in so many seconds.
         """
-        self._pipe.send(name)
-        return self._answer(seconds)
+        return self._answer(seconds, name)
 
-    def _answer(self, seconds: float) -> Any:
+    def _answer(self, seconds: float, name: str | None = None) -> Any:
         try:
+            if name is not None:
+                self._pipe.send(name)
             if self._pipe.poll(seconds):
                 return self._pipe.recv()
         except (EOFError, ConnectionError):
-            self._process.join()
+            self._process.join(PATIENCE)
             raise LostError(f"the process died, with exit code {self._process.exitcode}") from None
         self.stop()
         raise LostError(f"no answer in {seconds:.0f} s")
@@ -121,5 +123,5 @@ class Worker:
     def stop(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
-        self._process.join()
+        self._process.join(PATIENCE)  # one that a driver holds on to may never end
         self._pipe.close()

@@ -58,6 +58,8 @@ class Case:
         within: replaces entries of the launch table.
         compiles: whether there is a Triton kernel to compile beforehand.
         cuda: whether only a CUDA device can run it.
+        graph: whether it is captured in a CUDA graph.
+        profiled: whether the launches and the host's waits of a whole step are counted.
     """
 
     group: str
@@ -72,10 +74,12 @@ class Case:
     within: Callable[[], AbstractContextManager[Any]] = field(default=contextlib.nullcontext, compare=False)
     compiles: bool = True
     cuda: bool = False
+    graph: bool = False
+    profiled: bool = True
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells this case from all others, as text."""
+        """Return the fields that identify the case, as text."""
         return tuple(str(getattr(self, name)) for name in ("group", "kernel", "dtype", "R", "V", "H", "config"))
 
     def __str__(self) -> str:
@@ -108,6 +112,11 @@ def copies(nbytes: int, device: str) -> int:
 def normal(device: str, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Return normal numbers made on the device."""
     return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale)
+
+
+def furthest_ratio(found: Tensor, truth: Tensor) -> float:
+    """Return the largest difference relative to its own element; those below 1e-12 count as that large."""
+    return ((found.double() - truth).abs() / truth.abs().clamp(min=1e-12)).max().item()
 
 
 def furthest(found: Tensor, truth: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.sweep.case import JUDGED, Case, Trial, copies, furthest, normal, poisoned, replaced
+from benchmarks.sweep.case import JUDGED, Case, Trial, copies, furthest, furthest_ratio, normal, poisoned, replaced
 from fastpref_kernels.triton import launches, logprobs
 
 FORWARD, BACKWARD, STATISTICS = "logprobs_forward", "logprobs_backward", "logprobs_statistics"
@@ -69,17 +69,17 @@ def _backward(R: int, V: int, dtype: torch.dtype, device: str, rows: int) -> Tri
         out, *_ = saved[0]
         out.fill_(torch.nan)
         logprobs.write_gradient(*saved[0])
-        off = furthest(out[0, :JUDGED], _truth(saved[0][3], saved[0][4])[2])
+        off = furthest_ratio(out[0, :JUDGED], _truth(saved[0][3], saved[0][4])[2])
         return off if out.isfinite().all() else float("nan")
 
     def run() -> None:
         logprobs.write_gradient(*next(turns))
 
-    return Trial(run, error, 1e-6 + torch.finfo(dtype).eps, 2 * rows * V * dtype.itemsize / 1e9)
+    return Trial(run, error, 2e-5 + torch.finfo(dtype).eps, 2 * rows * V * dtype.itemsize / 1e9)
 
 
 def _segments(R: int, V: int, dtype: torch.dtype, parts: int, device: str, rows: int) -> Trial:
-    """Every part of a row as a row of its own, which is a split's time but for the combination of its parts."""
+    """Return a trial that scores each part of a row as a row, which leaves out only the combination of parts."""
     return _forward(rows * parts, V // parts, dtype, 0, device, rows * parts)
 
 

@@ -95,8 +95,9 @@ def _measure(case: Case, device: str, table: Table, row: Row) -> None:
     if device == "cuda" and kernels:
         # Of several kernels, the one that takes most registers.
         row |= max((timing.resources(kernel) for kernel in kernels), key=lambda found: found["registers"])
-    if device == "cuda" and trial.whole:
-        row |= timing.profiled(trial.run)
+    if device == "cuda" and trial.whole and case.profiled:
+        with contextlib.suppress(RuntimeError):  # a step that is timed is worth its row without these columns
+            row |= timing.profiled(trial.run)
     if trial.gbytes:
         row["gbytes_per_s"] = trial.gbytes / row["us"] * 1e6
         row["of_copy"] = row["gbytes_per_s"] / (table.ceiling(ceilings.COPY, "gbytes_per_s"))

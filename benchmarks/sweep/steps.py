@@ -15,6 +15,7 @@ from benchmarks.sweep.tiles import captured
 from fastpref.losses import TABLE
 
 SEQUENCES, TOKENS, PAIRS = 8, 1024, 256
+TOKENS_JUDGED = 3  # whose gradient is held against float64
 # What a CPU is given in place of a GPU's sizes: enough for two tiles.
 SMALL_VOCABULARY, SMALL_FEATURES, SMALL_TOKENS = 8192, 64, 3
 
@@ -49,7 +50,7 @@ def _step(name: str, V: int, H: int, device: str, rows: int) -> Trial:
         return value.detach()
 
     def error() -> float:
-        """The value's own, relative; the gradients have only to be there."""
+        """Return the relative error of the value; raise where hidden's gradient is wrong or a gradient not finite."""
         found = run()
         assert hidden.grad is not None
         assert weight.grad is not None
@@ -57,10 +58,20 @@ def _step(name: str, V: int, H: int, device: str, rows: int) -> Trial:
             logps = torch.cat([
                 _float64_logps(x[:-1], weight, y[1:]).sum()[None] for x, y in zip(hidden, labels, strict=True)
             ])  # fmt: skip
-        chosen, rejected = logps.chunk(2)
-        truth = logps.sum() if products == 8 or name == "save" else _dpo_of(chosen, rejected)
+        leaf = logps.requires_grad_()
+        truth = _dpo_of(*leaf.chunk(2)) if name == "linear_dpo_loss" else leaf.sum()
+        (upstream,) = torch.autograd.grad(truth, leaf)
+        with torch.no_grad():
+            # Of the first rows of the first sequence.
+            z = hidden[0, :TOKENS_JUDGED].double() @ weight.double().T
+            by_z = -z.softmax(-1)
+            by_z.scatter_add_(-1, labels[0, 1 : len(z) + 1, None], torch.ones_like(z[:, :1]))
+            d_hidden = upstream[0] * (by_z @ weight.double())
+            off = furthest(hidden.grad[0, : len(z)], d_hidden) / d_hidden.abs().max().item()
+        if not off < 2e-2:
+            raise ValueError(f"hidden's gradient is off by {off:.1e} of its largest value")
         whole = hidden.grad.isfinite().all() & weight.grad.isfinite().all()
-        return furthest(found, truth) / max(truth.abs().item(), 1.0) if whole else float("nan")
+        return furthest(found, truth.detach()) / max(truth.abs().item(), 1.0) if whole else float("nan")
 
     return Trial(run, error, 1e-4, tflop=products * SEQUENCES * tokens * V * H / 1e12, whole=True)
 
@@ -118,5 +129,5 @@ def cases(small: bool) -> Iterator[Case]:
         for graph in (False, True):
             yield Case(
                 "losses", loss.name, "float32", PAIRS, 0, 0, "graph replay" if graph else "forward + backward",
-                functools.partial(_loss, index, graph), not graph, compiles=not graph, cuda=graph,
+                functools.partial(_loss, index, graph), not graph, compiles=not graph, cuda=graph, graph=graph,
             )  # fmt: skip

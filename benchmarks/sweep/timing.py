@@ -64,16 +64,18 @@ def profiled(run: Callable[[], object]) -> dict[str, float]:
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         run()
-        torch.cuda.synchronize()
     events = profile.events() or []
     kernels = [event.time_range for event in events if str(event.device_type).endswith("CUDA")]
     spans = sorted((span.start, span.end) for span in kernels)
-    waits = sum(event.name in WAITS for event in events) - 1  # the last is this function's own
+    if not spans:
+        raise RuntimeError("the profiler saw nothing on the device")
+    # The profiler waits for the device itself, before it stops.
+    waits = sum(event.name.startswith(WAITS) for event in events) - 1
     busy, end = 0.0, -math.inf
     for begin, stop in spans:
         busy += max(0.0, stop - max(begin, end))
         end = max(end, stop)
-    elapsed = end - spans[0][0] if spans else 0.0
+    elapsed = end - spans[0][0]
     return {"launches": len(spans), "waits": waits, "busy_us": busy, "idle_us": elapsed - busy}
 
 
@@ -94,12 +96,12 @@ def recorded() -> Iterator[list[Any]]:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Return what a program of a compiled kernel takes, and how many of them a multiprocessor of sm_80 to sm_100 holds.
+    """Return what a program of a compiled kernel takes, and how many of them a multiprocessor of sm_90 or sm_100 holds.
 
     Registers are handed out to warps in units of 256; a multiprocessor has 65536 of them, 64 warps (2048 threads), 32
-    programs, and 227 KiB of shared memory, of which every program takes 1 KiB more than it asks for.
+    programs, and 228 KiB of shared memory, of which every program takes 1 KiB more than it asks for.
     """
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     of_a_warp = -(-kernel.n_regs * 32 // 256) * 256
-    limits = (65536 // max(of_a_warp * warps, 1), 64 // warps, 32, 227 * 1024 // (shared + 1024))
+    limits = (65536 // max(of_a_warp * warps, 1), 64 // warps, 32, 228 * 1024 // (shared + 1024))
     return {"registers": kernel.n_regs, "spills": kernel.n_spills, "shared": shared, "programs": min(limits)}

@@ -19,13 +19,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _FULL = ("highest", "ieee", "none", None)
 _lock = threading.Lock()
 _holders = 0
-_saved: tuple[str | None, ...] = ()
+_saved: tuple[str | None, ...] | None = None
 
 
-def _backends() -> list[Any]:
-    """Return the parts of PyTorch that have a precision of their own, which is since 2.9."""
-    found = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    return [backend for backend in found if hasattr(backend, "fp32_precision")]
+def _backends() -> list[tuple[Any, Any]]:
+    """Return what has a precision of its own, which is since PyTorch 2.9, and where it takes one from otherwise."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return []
+    mkldnn: Any = torch.backends.mkldnn
+    return [(torch.backends.cuda.matmul, torch.backends), (mkldnn.matmul, mkldnn)]
 
 
 def _setting() -> tuple[str | None, ...]:
@@ -34,7 +36,14 @@ def _setting() -> tuple[str | None, ...]:
         whole = torch.get_float32_matmul_precision()
     except RuntimeError:  # set for one backend and not for the other
         whole = None
-    return whole, *(backend.fp32_precision for backend in _backends())
+    return whole, *(backend.fp32_precision for backend, _ in _backends())
+
+
+def _restore(whole: str | None, *each: str | None) -> None:
+    torch.set_float32_matmul_precision(whole or "highest")
+    for (backend, parent), value in zip(_backends(), each, strict=True):
+        # What a backend takes from the setting above it, it goes on taking from there.
+        backend.fp32_precision = "none" if value == parent.fp32_precision else value
 
 
 @contextmanager
@@ -46,21 +55,19 @@ def full_float32() -> Iterator[None]:
     """
     global _holders, _saved
     with _lock:
-        if _holders == 0:
-            _saved = _setting()
-            if any(value not in _FULL for value in _saved):
-                torch.set_float32_matmul_precision("highest")
+        setting = _setting()
+        if any(value not in _FULL for value in setting):
+            _saved = setting  # by another thread, perhaps, since the first came
+            torch.set_float32_matmul_precision("highest")
         _holders += 1
     try:
         yield
     finally:
         with _lock:
             _holders -= 1
-            if _holders == 0 and any(value not in _FULL for value in _saved):
-                whole, *each = _saved
-                torch.set_float32_matmul_precision(whole or "highest")
-                for backend, value in zip(_backends(), each, strict=True):
-                    backend.fp32_precision = value
+            if _holders == 0 and _saved is not None:
+                _restore(*_saved)
+                _saved = None
 
 
 def own_precision(function: _Function) -> _Function:

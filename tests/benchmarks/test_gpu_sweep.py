@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import gpu_sweep, precompile, sass
 from benchmarks.gpu_sweep import all_cases, compile_case, sweep
-from benchmarks.sweep import rows, timing
-from benchmarks.sweep.case import Case, Trial
+from benchmarks.sweep import rows, steps, timing
+from benchmarks.sweep.case import Case, Trial, furthest_ratio
 from fastpref_kernels.triton import launches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,36 @@ class TestCases:
         constants = {names[path[0]]: value for path, value in launched.src.constants.items()}
         warps = launched.metadata.num_warps
         assert f"{constants['BLOCK']}x{warps} s{constants['STAGES']}" == found.config
+
+    def test_what_is_compiled_ahead_is_what_is_measured(self) -> None:
+        """A kernel of another dtype would be compiled in vain, and that of the GPU in the middle of the sweep."""
+        found = next(c for c in all_cases(False) if c.kernel == "product_fold" and "64x256" in c.config)
+        with sass.compiling("sm_90") as compiled:
+            compile_case(found)
+        (signature,) = (kernel.src.signature for kernel in compiled if kernel.name == "product_fold_kernel")
+        assert found.dtype == "bfloat16"
+        assert signature["x"] == signature["weight"] == "*bf16"
+
+    def test_graphs_come_last(self) -> None:
+        graphs = [found.graph for found in all_cases(False)]
+        assert graphs == sorted(graphs)
+        assert any(graphs)
+
+    @pytest.mark.parametrize("name", steps.STEPS)
+    def test_a_step_is_judged_by_its_value_and_its_gradient(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = steps._step(name, 512, 16, "cpu", 8)
+        assert right.error() <= right.allowed
+        backward = Tensor.backward
+        monkeypatch.setattr(Tensor, "backward", lambda value: backward(value, 1.1 * torch.ones_like(value)))
+        with pytest.raises(ValueError, match="hidden's gradient is off"):
+            steps._step(name, 512, 16, "cpu", 8).error()
+
+
+def test_a_gradient_that_is_right_at_its_largest_alone_is_far_off() -> None:
+    truth = torch.tensor([0.9, -1e-5, -1e-30], dtype=torch.float64)
+    assert furthest_ratio(truth.bfloat16(), truth) < 2**-8
+    assert furthest_ratio(torch.tensor([0.9, 0.0, 0.0]), truth) == 1.0
+    assert furthest_ratio(torch.tensor([0.9, -1e-5, 0.0]), truth) < 1e-6
 
 
 class TestRows:
@@ -146,7 +177,7 @@ class TestRows:
 
 @pytest.mark.parametrize(
     ("registers", "warps", "shared", "programs"),
-    [(32, 4, 0, 16), (255, 8, 0, 1), (64, 4, 65536, 3), (16, 1, 0, 32), (40, 8, 0, 6)],
+    [(32, 4, 0, 16), (255, 8, 0, 1), (64, 4, 75 * 1024, 3), (16, 1, 0, 32), (40, 8, 0, 6)],
 )
 def test_programs_a_multiprocessor(registers: int, warps: int, shared: int, programs: int) -> None:
     metadata = SimpleNamespace(num_warps=warps, shared=shared)
@@ -157,12 +188,12 @@ def test_programs_a_multiprocessor(registers: int, warps: int, shared: int, prog
 def test_rehearsal(tmp_path: Path) -> None:
     """The command itself, on the smallest shapes, under the interpreter; then again, with nothing left to do."""
     command = [sys.executable, "benchmarks/gpu_sweep.py", "--device", "cpu", "--out", str(tmp_path)]
-    command += ["--only", "ceilings,logits,fold,few rows,product_fold"]
+    command += ["--only", "ceilings,logits,fold,few rows,product_fold,products,tile loop,losses"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path)
     assert {row["status"] for row in found} == {"ok"}, done.stdout
-    assert {row["group"] for row in found} == {"ceilings", "logits", "fold", "few rows", "product_fold"}
+    assert {row["group"] for row in found} == set(gpu_sweep.GROUPS) - {"step"}
     assert rows.summary(rows.Table(tmp_path / "sweep.csv", "cpu").rows) in done.stdout
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert again.returncode == 0

@@ -126,6 +126,30 @@ def test_threads_that_overlap_leave_it_as_it_was(setting: str) -> None:
     assert precision._setting() == before
 
 
+@pytest.mark.skipif(not HAS_BACKENDS, reason="this torch has no precision of a backend")
+def test_a_backend_goes_on_taking_its_precision_from_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends, matmul = torch.backends, torch.backends.cuda.matmul
+    matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    backends.fp32_precision = "tf32"
+    try:
+        assert matmul.fp32_precision == "tf32"
+        with precision.full_float32():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        backends.fp32_precision = "none"
+
+
+def test_a_setting_that_comes_in_the_middle_is_kept_and_without_effect() -> None:
+    with precision.full_float32():
+        torch.set_float32_matmul_precision("high")
+        with precision.full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high"
+
+
 @lowered
 def test_compiled(setting: str) -> None:
     hidden, weight, labels = (value.detach() for value in problem())

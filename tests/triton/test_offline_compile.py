@@ -3,7 +3,6 @@ and the loops over the logits are short enough to be bound by memory."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,15 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from benchmarks import sass
 from fastpref.losses import LOSS_TYPES
 from fastpref_kernels.triton import launches, linear, logprobs, preference, product, reward, rlhf
+from tests.triton.linkers import TRITON, skip_without_linker
 
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-LINKERS = (os.environ.get("TRITON_HIP_LLD_PATH", ""), "/opt/rocm/llvm/bin/ld.lld")
 TARGETS = tuple(sass.TARGETS)
 ALL_STATS = 31
 
@@ -165,8 +162,7 @@ CASES = {**ALIGNED, **TILES, **UNALIGNED, **LOSSES, **PRODUCTS}
 
 @cache
 def programs(name: str, target: str) -> tuple[sass.Program, ...]:
-    if target.startswith("gfx") and TRITON < (3, 6) and not any(map(os.path.exists, LINKERS)):
-        pytest.skip("Triton 3.4 links AMD's code by the ld.lld of ROCm, which is not installed")
+    skip_without_linker(target)
     with sass.compiling(target) as compiled:
         {**CASES, **WIDE}[name]()
     assert compiled

@@ -9,11 +9,13 @@ import torch
 
 from benchmarks import sass
 from fastpref_kernels.triton import rlhf
+from tests.triton.linkers import skip_without_linker
 
 TARGETS = tuple(sass.TARGETS)
 
 
 def compiled(target: str, T: int, dtype: torch.dtype = torch.float32) -> list[Any]:
+    skip_without_linker(target)
     rewards = torch.zeros(4, T, dtype=dtype)
     with sass.compiling(target) as kernels:
         rlhf.gae(rewards, torch.zeros_like(rewards), rewards == 0, 1.0, 0.95)

@@ -14,6 +14,7 @@ import torch
 from fastpref.cli.check.case import Case
 from fastpref.cli.check.run import Result, chosen_cases, name_of, run
 
+PATIENCE = 5.0  # seconds for a process to end that was killed
 Job = tuple[Case, torch.device, torch.dtype]
 
 
@@ -80,8 +81,8 @@ class _Worker:
     def end(self) -> None:
         """End the process."""
         self.pipe.close()
-        self._process.terminate()
-        self._process.join()
+        self._process.kill()
+        self._process.join(PATIENCE)  # one that a driver holds on to may never end
 
 
 def _serve(pipe: Connection, threads: int) -> None:
