@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/gpu.sh`: what each of them runs, and where what it prints goes."""
+"""List the parts of `benchmarks/gpu.sh`: the command of each, its share of the time, and the file of its output."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ NOT_ENDED = 124
 RESERVE = 4.0  # seconds for the summary
 GRACE = 5.0  # seconds from the interrupt of a part to its kill
 PROBE = 30.0  # seconds for the description of the machine
-# Waits for the end of its input, which is that of this process however it ends, and then kills the group named last.
-WATCHMAN = 'while read -r group; do last=$group; done; [ -z "$last" ] || kill -s KILL -- "-$last"'
+# The cleanup process reads until this process ends, however it ends, and then kills the process group named last.
+CLEANUP = 'while read -r group; do last=$group; done; [ -z "$last" ] || kill -s KILL -- "-$last"'
 
 
 class Budget:
@@ -77,9 +77,9 @@ def show(text: bytes) -> None:
 
 
 @contextlib.contextmanager
-def watchman() -> Iterator[Callable[[str], None]]:
+def cleanup() -> Iterator[Callable[[str], None]]:
     """Yield a function that takes the process group to kill should this process be killed, "" for none."""
-    process = subprocess.Popen(["sh", "-c", WATCHMAN], stdin=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(["sh", "-c", CLEANUP], stdin=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdin is not None
 
     def watch(group: str) -> None:
@@ -193,7 +193,7 @@ def run(settings: Settings, seconds: float, parts: Sequence[Part], log: Log) -> 
             return 1
         left = seconds - RESERVE - (time.monotonic() - start)
         budget = Budget(left, {part.name: part.share for part in parts})
-        with watchman() as watch:
+        with cleanup() as watch:
             for part in parts:
                 run_part(part, settings, budget.allowed(part.name), log, watch)
                 write_summary(settings.out)  # a kill of this process leaves that of the parts so far

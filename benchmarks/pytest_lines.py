@@ -1,4 +1,4 @@
-"""A pytest plugin: a line for each test as it ends, and the traceback of one that failed, in a file.
+"""Write a line for each test to a file as it ends, with the traceback of one that failed: a pytest plugin.
 
 pytest -p benchmarks.pytest_lines --lines FILE
 

@@ -1,4 +1,4 @@
-"""Read the files that the parts of `benchmarks/gpu.sh` write: what failed, how much of what there is, and figures."""
+"""Read failures, counts and figures from the files that the parts of `benchmarks/gpu.sh` write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A case of the smoke, and its verdict: `fastpref check`'s rule, with the float64 answer made on the same device."""
+"""Judge a case of the smoke by the rule of `fastpref check`, with the float64 answer made on the same device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All cases, the most telling first."""
+"""List all cases, the most telling first."""
 
 from __future__ import annotations
 

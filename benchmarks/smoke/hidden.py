@@ -1,4 +1,4 @@
-"""The smoke of log-probs and losses from hidden states: both modes, tiles of columns, a filter, one rank."""
+"""List the cases of log-probs and losses from hidden states: both modes, tiles of columns, a filter, one rank."""
 
 from __future__ import annotations
 

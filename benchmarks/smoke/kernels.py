@@ -1,4 +1,4 @@
-"""The smoke of the kernels that work on tiles of logits from hidden states, called as their launchers are."""
+"""List the cases of the launchers that work on tiles of logits from hidden states."""
 
 from __future__ import annotations
 

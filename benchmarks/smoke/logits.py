@@ -1,4 +1,4 @@
-"""The smoke of log-probs from logits: every option, with vocabularies that enter the kernels' main loops."""
+"""List the cases of log-probs from logits: every option, with vocabularies that enter the kernels' main loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smoke of losses: every row of the table with its options, in one program and in several; and advantages."""
+"""List the cases of losses, each with its options and in one program and several, and of advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that judges cases one after another, and what starts another in its place when it is lost."""
+"""Run the process that judges cases one after another."""
 
 from __future__ import annotations
 

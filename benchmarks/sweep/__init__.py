@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu_sweep.py` varies, and how it times, judges and keeps each variant."""
+"""The cases of `benchmarks/gpu_sweep.py`, and the code that times, judges and stores them."""

@@ -1,4 +1,4 @@
-"""A variant that is timed: its name, its inputs, and how its answer is judged."""
+"""Describe a variant that is timed: its name, its inputs, and the check of its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the device itself reaches: a copy, a read, and products. Every other figure is a share of these."""
+"""Measure what the device reaches: a copy, a read, and products. Other figures are shares of these."""
 
 from __future__ import annotations
 

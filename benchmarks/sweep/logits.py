@@ -1,4 +1,4 @@
-"""Passes over logits: how many of them at a time, how many loads ahead, and how many programs a row of few."""
+"""Vary the passes over logits: the block, the loads in flight, and the programs that share a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep's rows: measured, kept in a CSV as soon as they are known, and summed up."""
+"""Measure the rows of the sweep, append each to a CSV as soon as it is known, and sum them up."""
 
 from __future__ import annotations
 

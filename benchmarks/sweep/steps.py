@@ -1,4 +1,4 @@
-"""A user's whole step: losses and log-probs from hidden states, and losses of (B,) tensors."""
+"""Time whole steps of a user: losses and log-probs from hidden states, and losses of (B,) tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From hidden states: the fold of a tile, the products around it, and both over a whole vocabulary."""
+"""Vary the fold of a tile of logits, the products around it, and both over a whole vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times by events, steps by the clock on the wall, and what a compiled kernel takes of a multiprocessor."""
+"""Time calls by events and steps by the wall clock, and read the resources of a compiled kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output that holds what a command has to say, and nothing that the libraries under it print."""
+"""Keep what libraries print out of the standard output of a command."""
 
 from __future__ import annotations
 

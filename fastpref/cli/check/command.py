@@ -42,7 +42,7 @@ def check(
         int,
         typer.Option(
             min=0,
-            help="Run the cases in this many processes; one that a case ends is a result.",
+            help="Run the cases in this many processes; a case that crashes its process counts as failed.",
             show_default="this one",
         ),
     ] = 0,

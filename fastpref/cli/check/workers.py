@@ -1,4 +1,4 @@
-"""Runs cases in several processes: kernels are compiled side by side, and a case may end its process."""
+"""Run cases in several processes, so that kernels compile side by side and a case may crash its process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The launch table: how the work of every Triton kernel is cut up.
 
 Launchers read their entry at every call and state no size of their own, so a benchmark that replaces an entry measures
-exactly what a user would run with it. Importing this module does not import Triton.
+exactly what a user would run with it. This module does not import Triton.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Launch(NamedTuple):
     Attributes:
         block: elements of one iteration.
         warps: warps of the program.
-        stages: iterations whose loads are in flight at a time; 1 loads an element when it is used.
+        stages: iterations whose loads are in flight at a time; 1 loads an element when it is used. Only the kernels of
+            `ROWS` have a loop that this applies to.
     """
 
     block: int
