@@ -176,9 +176,12 @@ def programs(name: str, target: str) -> tuple[sass.Program, ...]:
     [(name, target) for target in TARGETS for name in CASES if name not in LOSSES or target in ("sm_90", "gfx942")],
 )
 def test_nothing_spills(name: str, target: str) -> None:
-    if (name, target) == ("tile, bias, capped", "sm_80") and TRITON < (3, 6):
-        pytest.skip("Triton 3.4 keeps 8 bytes of it on the stack, 3 instructions of a pass that memory bounds")
     found = {program.name: (program.spills, program.stack) for program in programs(name, target)}
+    if (name, target) == ("tile, bias, capped", "sm_80") and TRITON not in ((3, 6), (3, 9)):
+        # Triton 3.4 and 3.8 keep 8 bytes of a pass on the stack, which memory bounds all the same.
+        spills, stack = found.pop("fold_kernel")
+        assert spills <= 3
+        assert stack <= 8
     assert found == dict.fromkeys(found, (0, 0)), "(instructions that spill, bytes of stack) of every kernel"
 
 
