@@ -15,7 +15,7 @@ NOT_HERE = 77  # the exit status of a part that this machine has no tool for
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command of a part depends on.
+    """Hold what the command of a part depends on.
 
     Attributes:
         out: the folder of the results.
@@ -95,7 +95,7 @@ def _check(settings: Settings) -> list[str]:
     return [sys.executable, "-m", "fastpref", "check", "--processes", str(len(os.sched_getaffinity(0))), *options]
 
 
-# What is known soonest comes first, and what may hang the device last.
+# The parts that answer soonest come first, and those that may hang the device come last.
 PARTS = (
     Part("smoke", 50, _smoke, "smoke.txt"),
     Part("sweep", 170, _sweep),

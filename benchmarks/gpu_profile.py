@@ -54,7 +54,7 @@ def fold(device: str) -> Call:
     return lambda: fastpref.linear_token_logprobs(hidden, weight, labels, shift=False, mode="save")
 
 
-# What makes the call, and the kernel of its launches whose counters are read.
+# By name: the function that returns the call, and the kernel whose counters are read.
 KERNELS: dict[str, tuple[Callable[[str], Call], str]] = {
     "logprobs": (logprobs, "logprobs_forward_kernel"),
     "fold": (fold, "fold_kernel"),

@@ -204,7 +204,7 @@ def run(settings: Settings, seconds: float, parts: Sequence[Part], log: Log) -> 
 
 
 def interrupt(*_: object) -> None:
-    """Raise `KeyboardInterrupt`, once: what then ends the part and writes the summary is not interrupted again."""
+    """Raise `KeyboardInterrupt` once; later signals are ignored, so that the part is ended and the summary written."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -82,6 +82,7 @@ def sweep(
         DeviceLostError: an error of a case stays with the device.
     """
     from benchmarks.sweep import rows
+    from fastpref.cli.device import works
 
     begin = time.monotonic() if begin is None else begin
     table = rows.Table(out / "sweep.csv", device)
@@ -99,7 +100,7 @@ def sweep(
         row = rows.measure(case, device, table)
         table.add(row)
         print(f"[{number}/{len(cases)}, {time.monotonic() - begin:.0f} s] {case}: {rows.said(row)}", flush=True)
-        if row["status"] != "ok" and not rows.works(device):
+        if row["status"] != "ok" and not works(device):
             raise DeviceLostError(number, seconds - (time.monotonic() - begin))
     return 0
 
@@ -138,7 +139,7 @@ def main() -> int:
             compiled = dict(zip(ahead, futures, strict=True))
         left, lost = 0, None
         gc.collect()
-        gc.freeze()  # what is imported is not looked through after every case
+        gc.freeze()  # the collection after each case then skips every object that the imports made
         try:
             left = sweep(cases, arguments.device, arguments.out, arguments.seconds, compiled, arguments.after, BEGAN)
         except DeviceLostError as error:

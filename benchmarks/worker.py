@@ -50,19 +50,15 @@ def _serve(pipe: Connection) -> None:
         try:
             pipe.send(("rows", measure(axes, device, options, lambda *said: pipe.send(said))))
         except Exception:
-            if device == "cuda" and not _device_works():
+            if not _works(device):
                 os._exit(1)
             pipe.send(("failed", traceback.format_exc()))
 
 
-def _device_works() -> bool:
-    import torch
+def _works(device: str) -> bool:
+    from fastpref.cli.device import works  # imports torch, which the process that asks does without
 
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
+    return works(device)
 
 
 class Worker:

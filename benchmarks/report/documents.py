@@ -1,4 +1,4 @@
-"""Turns the results into `docs/benchmarks.md` with its pictures, and the tables of the README and the other pages."""
+"""Turn the results into `docs/benchmarks.md` with its pictures, and the tables of the README and the other pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PICTURES = DOCS / "assets" / "benchmarks"
 
 
 def text(results: Path) -> str:
-    """What the page is to hold."""
+    """Return the text of the page."""
     return page.page(data.machines(results), page.static_rows(results))
 
 
@@ -49,6 +49,6 @@ def write(results: Path) -> None:
 
 
 def tables_of_documents() -> dict[Path, str]:
-    """What every document with generated tables is to hold, by `docs/tables.py`."""
+    """Return the text of every document with generated tables, as `docs/tables.py` makes it."""
     module = runpy.run_path(str(DOCS / "tables.py"))
     return {path: module["updated"](path) for path in module["FILES"]}

@@ -24,7 +24,7 @@ class Failure(NamedTuple):
     reason: str
 
 
-Said = Sequence[str]  # what a part printed into log.txt
+Said = Sequence[str]  # the lines that a part printed into log.txt
 
 
 def lines(path: Path) -> list[str]:

@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu_parts import LOG
 from benchmarks.report import evidence
 from benchmarks.report.evidence import Failure
 
-LOG = "log.txt"
 LONGEST = 60  # lines of the page
 GROUPS = 4  # failures of a part that are named
 WIDEST = 180  # characters of a reason

@@ -14,6 +14,7 @@ from benchmarks.smoke.worker import Answer
 from fastpref.cli.check.allowance import Verdict, judge
 from fastpref.cli.check.case import Case
 from fastpref.cli.check.evaluate import SEED, cast, evaluate, move
+from fastpref.cli.device import works
 
 LONGEST = 300  # characters of a fault
 
@@ -93,14 +94,3 @@ def _line(text: str) -> str:
     """Return the first line, cut where it is long."""
     first = text.strip().split("\n")[0]
     return first if len(first) <= LONGEST else first[:LONGEST] + "..."
-
-
-def works(device: str) -> bool:
-    """Return whether the device still runs kernels: some errors of one stay with its process."""
-    if device == "cpu":
-        return True
-    try:
-        torch.accelerator.synchronize()
-        return bool((torch.ones(2, device=device) == 1).all())
-    except Exception:
-        return False

@@ -32,7 +32,7 @@ Transform = tuple[float, float, float | None]
 
 
 class Sums(NamedTuple):
-    """What a fold finds of each row (R,), as it is at no anchor: which anchor is taken is the kernel's to choose.
+    """Hold the sums of each row (R,) without their anchor, which each implementation may choose for itself.
 
     Attributes:
         lse: the log of the sum of exp z over all columns but the label, as is everything but `total` and `label`.

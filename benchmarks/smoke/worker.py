@@ -15,7 +15,7 @@ PATIENCE = 5.0  # seconds for a process to end that was killed
 
 
 class Answer(NamedTuple):
-    """What is said of a case.
+    """Hold the verdict on a case.
 
     Attributes:
         name: the case.
@@ -104,7 +104,7 @@ class Worker:
         """Judge a case.
 
         Raises:
-            LostError: the process died, or did not answer in so many seconds.
+            LostError: the process died, or did not answer within `seconds`.
         """
         return self._answer(seconds, name)
 

@@ -106,16 +106,6 @@ def _measure(case: Case, device: str, table: Table, row: Row) -> None:
         row["of_product"] = row["tflop_per_s"] / (table.ceiling(ceilings.PRODUCT, "tflop_per_s"))
 
 
-def works(device: str) -> bool:
-    """Return whether the device still runs what it is given: some errors stay with a process."""
-    if device == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except Exception:
-            return False
-    return True
-
-
 def said(row: Row) -> str:
     """Return a row's figures in one line."""
     if "us" not in row or row["us"] == "":

@@ -20,6 +20,7 @@ from benchmarks import gpu_sweep, precompile, sass
 from benchmarks.gpu_sweep import all_cases, compile_case, sweep
 from benchmarks.sweep import rows, steps, timing
 from benchmarks.sweep.case import Case, Trial, furthest_ratio
+from fastpref.cli import device
 from fastpref_kernels.triton import launches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +158,7 @@ class TestRows:
     def test_a_case_that_breaks_the_device_is_left_behind(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(rows, "works", lambda device: False)
+        monkeypatch.setattr(device, "works", lambda device: False)
         cases = [GOOD, BROKEN[0], case("other", trial)]
         with pytest.raises(gpu_sweep.DeviceLostError) as met:
             sweep(cases, "cpu", tmp_path, 60.0)

@@ -13,6 +13,7 @@ import torch
 
 from fastpref.cli.check.case import Case
 from fastpref.cli.check.run import Result, chosen_cases, name_of, run
+from fastpref.cli.device import works
 
 PATIENCE = 5.0  # seconds for a process to end that was killed
 Job = tuple[Case, torch.device, torch.dtype]
@@ -66,14 +67,14 @@ class _Worker:
         case, device, dtype = self._job
         fields: dict[str, Any] = {"case": case, "device": str(device), "dtype": name_of(dtype)}
         try:
-            found, works = self.pipe.recv()
+            found, usable = self.pipe.recv()
             results = [Result(**fields, **result) for result in found]
         except (EOFError, ConnectionError):
             self._process.join()
-            code, works = self._process.exitcode or 0, False
+            code, usable = self._process.exitcode or 0, False
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             results = [Result(**fields, output="", fault=f"it ended its process ({how})")]
-        if not works:
+        if not usable:
             self.end()
             self._start()
         return results
@@ -96,17 +97,6 @@ def _serve(pipe: Connection, threads: int) -> None:
             return
         results = run(cases[name], torch.device(device), dtype)
         # An error that stays with the device would be the result of every later case.
-        works = all(result.fault is None for result in results) or _works(torch.device(device))
+        usable = all(result.fault is None for result in results) or works(device)
         fields = ("output", "error", "allowance", "fault")
-        pipe.send(([{field: getattr(result, field) for field in fields} for result in results], works))
-
-
-def _works(device: torch.device) -> bool:
-    """Return whether a device still answers."""
-    if device.type == "cpu":
-        return True
-    try:
-        torch.get_device_module(device).synchronize()
-    except RuntimeError:
-        return False
-    return True
+        pipe.send(([{field: getattr(result, field) for field in fields} for result in results], usable))

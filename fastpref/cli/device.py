@@ -1,0 +1,17 @@
+"""Ask a device whether it still works."""
+
+from __future__ import annotations
+
+import torch
+
+
+def works(device: torch.device | str) -> bool:
+    """Return whether a device still runs kernels: some errors of one stay with its process."""
+    where = torch.device(device)
+    if where.type == "cpu":
+        return True
+    try:
+        torch.get_device_module(where).synchronize()
+        return bool((torch.ones(2, device=where) == 1).all())
+    except Exception:
+        return False
