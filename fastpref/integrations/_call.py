@@ -1,4 +1,4 @@
-"""One call of an attached model that is to be scored: its options, and what stands in for its head meanwhile."""
+"""One scored call of an attached model: its options, and the copy of the model that runs with another head."""
 
 from __future__ import annotations
 
@@ -15,28 +15,52 @@ from fastpref._checks import describe
 from fastpref._results import run_time_tuple
 from fastpref._sharding import is_dtensor, whole
 from fastpref.integrations import _head
+from fastpref.integrations._stand_in import graft, leads_to, paths_to, rebind, run_users_hooks, stand_in, users_hooks
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 
 _SCORING = ("ignore_index", "shift", "temperature", "stats", "mode", "chunk_rows", "filter_eps")
 _SEQUENCE = ("cu_seqlens", "ld_alpha", "shared_lengths")
-# What a model's config says, and what would leave out logits that labels score.
-_REFUSED = ("logit_scale", "softcap", "inplace_backward", "logits_to_keep", "num_logits_to_keep")
+# Keywords of models' forwards and of these functions that a scored call cannot follow, and why.
+_REFUSED = {
+    "logit_scale": "attach takes it, once for the model",
+    "softcap": "attach takes it, once for the model",
+    "inplace_backward": "no logits exist",
+    "logits_to_keep": "every label is scored",
+    "num_logits_to_keep": "every label is scored",
+    "skip_logits": "no logits exist",
+    "num_items_in_batch": "it divides a loss, and a scored call returns log-probs or what its function makes of them",
+}
 
 
-def _scoring_function(fastpref: object, kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _labels(kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """Take the labels that a call scores from `kwargs`, and whether they are shifted already."""
+    labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    if shifted is not None:  # as a transformers model, which then does not look at labels
+        if kwargs.get("shift"):
+            raise ValueError("shift_labels are shifted already; got shift=True too")
+        return shifted, True
+    if labels is None:
+        raise ValueError("fastpref scores labels: pass labels=, aligned with input_ids, or shift_labels=; got none")
+    return labels, False
+
+
+def _scoring_function(fastpref: object, shifted: bool, kwargs: dict[str, Any]) -> Callable[..., Any]:
     """The function of hidden states, weight, labels and bias that a call asks for; takes its options from `kwargs`."""
-    refused = [name for name in _REFUSED if name in kwargs]
-    if refused:
-        raise ValueError(f"with fastpref every label is scored, as the config says; got {', '.join(refused)}")
+    for name, reason in _REFUSED.items():
+        value = kwargs.get(name)
+        if value is not None and not (name.endswith("logits_to_keep") and isinstance(value, int) and value == 0):
+            raise ValueError(f"a scored call takes no {name}: {reason}; got {name}={describe(value)}")
     if callable(fastpref):
         options = [name for name in (*_SCORING, *_SEQUENCE, "reduction") if name in kwargs]
         if options:
             raise ValueError(f"how to score is what the function given as fastpref says; got {', '.join(options)} too")
-        return fastpref
+        return functools.partial(fastpref, shift=False) if shifted else fastpref
     if fastpref is not True:
         raise TypeError(f"fastpref must be a bool, or a function to score with; got {describe(fastpref)}")
     reduction = kwargs.pop("reduction", None) or "none"
     options = {name: kwargs.pop(name) for name in _SCORING if name in kwargs}
+    if shifted:
+        options["shift"] = False
     given = {name: kwargs.pop(name) for name in _SEQUENCE if name in kwargs}
     if reduction != "none":
         return functools.partial(linear_sequence_logprobs, reduction=reduction, **given, **options)
@@ -57,30 +81,27 @@ def _unsliced(hidden: Tensor) -> Tensor:
 
 
 class Call:
-    """One scored call of a model: what stands in for its head's forward, and what the head was given and gave."""
+    """One scored call of a model: the forwards of its head's copy, and what the head was given and gave."""
 
     def __init__(self, model: Any, fastpref: object, kwargs: dict[str, Any]) -> None:
-        self.function = _scoring_function(fastpref, kwargs)
+        self.labels, shifted = _labels(kwargs)
+        self.function = _scoring_function(fastpref, shifted, kwargs)
         self.name = "logprobs" if fastpref is True else "scored"  # of what is one tensor
-        self.labels = kwargs.pop("labels", None)
-        if self.labels is None:
-            raise ValueError("fastpref scores labels: pass labels=, aligned with input_ids; got none")
-        self.transform = _head.logit_transform(model.config)
-        self.patch, self.head, self.outermost = model._fastpref, _head.find(model), model.get_output_embeddings()
+        self.model, self.patch = model, model._fastpref
+        self.transform = {**_head.logit_transform(model.config), **self.patch.transform}
+        self.head, self.outermost = _head.find(model), model.get_output_embeddings()
         # What dropout draws cannot be held against another draw.
         drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in self.head.modules())
         self.verifies = self.patch.verify and not drops
         self.calls, self.seen = 0, []
 
-    def run(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's own forward, with what its labels score where its logits were."""
-        # The last hook, so that every other, those of FSDP and ZeRO among them, is given what is scored.
-        with (
-            _head.replaced_forward(self.head, self.score) as self.own_head,
-            _head.replaced_forward(self.outermost, self.enter) as self.inside,
-            _head.last_hook(self.outermost, self.take),
-        ):
-            output = own(*args, **kwargs)
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `forward`, the one of the model's class, and return what its labels score where its logits were."""
+        if not self.patch.paths or not all(leads_to(self.model, path, self.outermost) for path in self.patch.paths):
+            self.patch.paths = paths_to(self.model, self.outermost)
+        made = graft(self.model, self.patch.paths, stand_in(self.outermost, self.enter, self.take))
+        own = functools.partial(forward, made) if self.patch.own is None else rebind(self.patch.own, made)
+        output = own(*args, **kwargs)
         if not hasattr(output, "logits"):
             raise ValueError(f"fastpref needs the model's named outputs, return_dict=True; got {type(output)}")
         if self.calls != 1 or len(self.seen) != 1:
@@ -101,18 +122,21 @@ class Call:
         return result
 
     def enter(self, hidden: Tensor, **kwargs: Any) -> Any:
-        """In place of the outermost head's forward: that, or `score` if there is no other inside."""
+        """Run in place of the outermost head's forward, around `score`."""
         if kwargs:  # PEFT's, that choose an adapter for each sequence
             raise NotImplementedError(f"a head that is called with {', '.join(kwargs)} cannot be scored")
-        return self.inside(hidden)
+        if self.head is self.outermost:
+            return self.score(hidden)
+        return stand_in(self.head, self.score, _head.check_hooks)(hidden)
 
     def score(self, hidden: Tensor) -> Any:
-        """In place of the head's forward: what its product would have been scored to."""
+        """Score what the head is given, in place of its forward."""
         self.calls += 1
         if self.verifies:
+            own = getattr(self.head, "_old_forward" if hasattr(self.head, "_hf_hook") else "forward")
             with torch.no_grad():
                 # Not scored rows: every rank of a sharded model must run the head as often as the others.
-                self.rows = whole(self.own_head(hidden.flatten(0, -2)[:8]))
+                self.rows = whole(own(hidden.flatten(0, -2)[:8]))
         return _head.multiply(self.head, hidden, self.of_weight)
 
     def of_weight(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -129,10 +153,15 @@ class Call:
             raise TypeError(f"fastpref must score to a tensor, or a named tuple of tensors; got {describe(scored)}")
         return scored._make(value.clone() for value in scored)
 
-    def take(self, head: nn.Module, args: tuple[Any, ...], scored: Any) -> Tensor:
-        """The hook that keeps what was scored, and gives the model a row or a few to go on with as its logits."""
+    def take(self, head: Any, args: tuple[Any, ...], scored: Any) -> Tensor:
+        """Keep what was scored, and return a row or a few for the model to go on with as its logits."""
         hidden = whole(args[0])
         self.seen.append((_unsliced(hidden), scored))
+        vocabulary = getattr(self.head, "base_layer", self.head).out_features
         if self.verifies:
-            return _head.with_ramp(self.rows)[None]
-        return hidden.new_zeros(1, 1, getattr(self.head, "base_layer", self.head).out_features)
+            logits = _head.with_ramp(self.rows)[None]
+        elif users_hooks(head):
+            logits = _head.with_ramp(hidden.new_zeros(0, vocabulary))[None]
+        else:
+            return hidden.new_zeros(1, 1, vocabulary)
+        return run_users_hooks(head, args, logits)

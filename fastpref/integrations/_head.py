@@ -1,42 +1,60 @@
 """The head of a transformers causal LM: which module it is, what it multiplies, and what the config makes of that.
 
-A head is an `nn.Linear`, plain LoRA on one, or PEFT's copy of one that is trained whole: what is known to be a product,
-which log-probs can be made from.
+A head is an `nn.Linear`, plain LoRA on one, one with PEFT's trainable tokens, or PEFT's copy of one that is trained
+whole: what is known to be a product, which log-probs can be made from.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastpref.integrations._stand_in import run_users_hooks, stand_in, users_hooks
+
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_LORA = re.compile(r"base_layer\.(weight|bias)|lora_A\.[^.]+\.weight|lora_B\.[^.]+\.(weight|bias)")
+_ADAPTERS = {  # the attribute that tells a kind of PEFT's layers, and the parameters that such a layer may have
+    "lora_A": re.compile(r"base_layer\.(weight|bias)|lora_A\.[^.]+\.weight|lora_B\.[^.]+\.(weight|bias)"),
+    "trainable_tokens_delta": re.compile(r"base_layer\.weight|trainable_tokens_delta\.[^.]+"),
+}
 
 
 def find(model: Any) -> nn.Module:
-    """The module that makes the logits. `NotImplementedError` unless it is a linear one, or LoRA on one."""
+    """Return the module that makes the logits.
+
+    Raises:
+        NotImplementedError: it is not a linear one, nor plain LoRA or trainable tokens on one.
+    """
     head = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # PEFT's copy that is trained whole
         active, copies = head.active_adapters, head.modules_to_save
         plain = head.disable_adapters or not active or any(name not in copies for name in active)
         head = head.original_module if plain else copies[active[0]]
+    head = getattr(head, "token_adapter", head)  # PEFT's trainable tokens
     if hasattr(head, "base_layer"):
-        unknown = [parameter for parameter, _ in head.named_parameters() if not _LORA.fullmatch(parameter)]
-        if unknown or not hasattr(head, "lora_A") or getattr(head, "lora_variant", None):
-            raise NotImplementedError(f"{_name(model, head)} is not plain LoRA, {', '.join(unknown)}: {head}")
+        known = next((names for kind, names in _ADAPTERS.items() if hasattr(head, kind)), None)
+        unknown = [name for name, _ in head.named_parameters() if known is None or not known.fullmatch(name)]
+        if unknown or getattr(head, "lora_variant", None):
+            raise NotImplementedError(
+                f"{_name(model, head)} must be plain LoRA or PEFT's trainable tokens on an nn.Linear; got "
+                f"{', '.join(unknown)} in {head}"
+            )
     linear = getattr(head, "base_layer", head)
     # A quantised linear layer, or one that does more, has a forward or parameters of its own.
     names = {parameter for parameter, _ in linear.named_parameters()}
     if type(linear).forward is not nn.Linear.forward or not names <= {"weight", "bias"}:
-        raise NotImplementedError(f"{_name(model, head)} must be a plain nn.Linear, or LoRA on one; got {linear}")
+        raise NotImplementedError(
+            f"{_name(model, head)} must be a plain nn.Linear, or LoRA or trainable tokens on one; got {linear}"
+        )
+    for module in (head, linear):
+        own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+        if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+            raise NotImplementedError(f"{_name(model, head)} must have the forward of its class; got {own}")
     return head
 
 
@@ -59,43 +77,8 @@ def logit_transform(config: Any) -> dict[str, Any]:
     return {"logit_scale": scale, "softcap": softcap}
 
 
-# Both of these write to the module's own dict and leave other dicts as they are. So they hold within one replica of
-# DataParallel, which shares its hooks' dict with all others in other threads, and `torch.compile` can trace them.
-
-
-@contextmanager
-def replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Within it, calling the module runs `function` in place of its forward, between its hooks. Gives the forward."""
-    # accelerate's hooks are a forward around the one it keeps.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    before, forward = module.__dict__.get(name), getattr(module, name)
-    module.__dict__[name] = function
-    try:
-        yield forward
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
-
-
-@contextmanager
-def last_hook(module: Any, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """Within it, `hook(module, args, output)` runs on the module's output, after all its other hooks.
-
-    Tensor parallelism's own hook, which places logits as a layout says, is left out: log-probs are whole on every rank.
-    """
-    hooks = module._forward_hooks
-    others = [item for item in hooks.items() if getattr(item[1], "__module__", "") != "torch.distributed.tensor._api"]
-    module._forward_hooks = OrderedDict([*others, ("fastpref", hook)])
-    try:
-        yield
-    finally:
-        module._forward_hooks = hooks
-
-
 def multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
-    """`function(hidden, weight, bias)` of what the head multiplies; call it in place of the head's forward.
+    """Return `function(hidden, weight, bias)` of what the head multiplies; call it in place of the head's forward.
 
     LoRA is one product more: [h, s·A(h)] @ [W, B]ᵀ. Added to W, in bf16, most of a small s·B@A would be rounded away.
     A frozen W is copied into [W, B], and the backward makes the gradient of [W, B] whole to keep that of B alone: what
@@ -106,14 +89,16 @@ def multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tens
     if head.disable_adapters and head.merged:
         head.unmerge()  # as its own forward does
     skips = head.disable_adapters or head.merged
-    adapters = [] if skips else [name for name in head.active_adapters if name in head.lora_A]
+    chosen = [] if skips else head.active_adapters
+    adapters = [name for name in chosen if name in getattr(head, "lora_A", ())]
 
     def within(modules: Sequence[nn.Module], hidden: Tensor) -> Any:
-        """Inside the calls of all modules whose weights are read, because their hooks may be what gathers them."""
+        """Run inside the calls of all modules whose weights are read, because their hooks may be what gathers them."""
         if modules:
-            with replaced_forward(modules[0], partial(within, modules[1:])):
-                return modules[0](hidden)
+            return stand_in(modules[0], partial(within, modules[1:]), check_hooks)(hidden)
         linear = head.base_layer
+        if hasattr(head, "trainable_tokens_delta") and chosen:
+            return function(hidden, head.get_merged_weights(chosen), None)
         columns, weights, bias = [hidden], [linear.weight], linear.bias
         for name in adapters:
             down, up, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
@@ -128,6 +113,14 @@ def multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tens
         return function(torch.cat(columns, -1), torch.cat(weights, 1), bias)
 
     return within([head.base_layer, *(head.lora_B[name] for name in adapters)], hidden)
+
+
+def check_hooks(linear: Any, args: Any, output: Any) -> None:
+    """Raise `NotImplementedError` where a forward hook of a linear module does more than to cast its output."""
+    del output
+    if users_hooks(linear):
+        weight = linear.weight
+        run_users_hooks(linear, args, with_ramp(weight.new_zeros(0, linear.out_features, dtype=args[0].dtype))[None])
 
 
 def with_ramp(rows: Tensor) -> Tensor:
@@ -147,6 +140,7 @@ def check_transform(logits: Tensor, products: Tensor, *, logit_scale: float, sof
         if off[-1] <= allowed and not (off > allowed).any():
             return
     raise NotImplementedError(
-        f"this model's logits are not hidden @ weight.T, times {logit_scale}, capped at {softcap}, as its config has "
-        "it: its forward makes something else of them, and fastpref cannot score it"
+        f"this model's logits are not hidden @ weight.T, times logit_scale={logit_scale}, capped at softcap={softcap}: "
+        "its forward makes something else of them. Where it scales or caps them, but not as its config says, state "
+        "what it does: attach(model, logit_scale=..., softcap=...)"
     )

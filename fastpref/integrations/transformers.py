@@ -11,17 +11,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from fastpref._checks import check_positive
 from fastpref.integrations import _head
 from fastpref.integrations._call import Call
+from fastpref.integrations._stand_in import rebind
 
 _WRAPPERS = ("module", "_fsdp_wrapped_module", "_orig_mod")  # where DDP and DeepSpeed, FSDP, and compile keep a model
 
 
-def attach(model: Any, *, verify: bool = True) -> Any:
+def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None, softcap: float | None = None) -> Any:
     """Teach a transformers causal LM to return log-probs in place of logits, which it then never makes.
 
     `model(input_ids, ..., labels=labels, fastpref=True)` returns a named tuple: `logprobs`, the statistics asked for,
@@ -61,12 +64,32 @@ def attach(model: Any, *, verify: bool = True) -> Any:
         NotImplementedError: the head is not one that can be computed; at a scored call, the model makes of its logits
             something else than its config says, or PEFT's `adapter_names` choose adapters of the head by the sequence.
     """
+    transform = _stated(logit_scale, softcap)
     inner = _causal_lm(model)
     _head.find(inner)
     if not isinstance(inner, _Attached):
-        inner._fastpref = _Patch(inner.__dict__.pop("forward", None), verify)
+        own = inner.__dict__.get("forward")
+        if own is not None:
+            rebind(own, inner)  # raises now rather than at a scored call
+            del inner.__dict__["forward"]
+        inner._fastpref = _Patch(own, verify, transform)
         inner.__class__ = _attached(type(inner))
+    elif transform:
+        inner._fastpref = dataclasses.replace(inner._fastpref, verify=verify, transform=transform)
     return model
+
+
+def _stated(logit_scale: float | None, softcap: float | None) -> dict[str, Any]:
+    """Return the parts of the logits' transform that are not left to the config."""
+    stated: dict[str, Any] = {}
+    if logit_scale is not None:
+        check_positive("logit_scale", logit_scale)
+        stated["logit_scale"] = float(logit_scale)
+    if softcap is not None:
+        if softcap != math.inf:
+            check_positive("softcap", softcap)
+        stated["softcap"] = None if softcap == math.inf else float(softcap)
+    return stated
 
 
 def detach(model: Any) -> Any:
@@ -98,8 +121,10 @@ def detach(model: Any) -> Any:
 
 @dataclasses.dataclass
 class _Patch:
-    own: Callable[..., Any] | None  # an instance's own forward, such as accelerate's; None: the class's
-    verify: bool
+    own: Callable[..., Any] | None = None  # an instance's own forward, such as accelerate's; None: the class's
+    verify: bool = True
+    transform: dict[str, Any] = dataclasses.field(default_factory=dict)  # what replaces the config's
+    paths: tuple[tuple[str, ...], ...] = ()  # where the model last held its head
 
 
 class _Attached:
@@ -111,7 +136,7 @@ class _Attached:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # of type(model)(config) or type(model).from_pretrained
         super().__init__(*args, **kwargs)
-        self._fastpref = _Patch(None, True)
+        self._fastpref = _Patch()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "_own_class" not in vars(type(self)):  # a class made of this one, such as FSDP2's
@@ -131,8 +156,9 @@ def _attached(cls: Any) -> type:
     # DataParallel, and replaced unseen by whatever patches forward next.
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, fastpref: bool | Callable[..., Any] = False, **kwargs: Any) -> Any:
-        own = self._fastpref.own or functools.partial(cls.forward, self)
-        return own(*args, **kwargs) if fastpref is False else Call(self, fastpref, kwargs).run(own, args, kwargs)
+        if fastpref is False:
+            return (self._fastpref.own or functools.partial(cls.forward, self))(*args, **kwargs)
+        return Call(self, fastpref, kwargs).run(cls.forward, args, kwargs)
 
     # Its signature stays the model's, because trainers choose a batch's columns by it. What follows __wrapped__, as
     # accelerate's unwrap_model does, would lose this forward.

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -19,6 +20,17 @@ from torch import Tensor, nn
 import fastpref
 from fastpref import detach, reference
 from fastpref.integrations import _head
+from tests.fastpref.integrations.attached import (
+    IDS,
+    LABELS,
+    MODELS,
+    assert_as_own_logits,
+    assert_close,
+    build,
+    gradients,
+    lora,
+    with_lora,
+)
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -30,65 +42,7 @@ pytestmark = [
 traced_whole = pytest.mark.skipif(
     torch.__version__ < (2, 12), reason=f"torch {torch.__version__} breaks the graph of an attached model"
 )
-SIZES = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-# What each does to its logits is far from nothing at these sizes.
-MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-MODELS = {
-    "Llama": {},
-    "Qwen3": {"tie_word_embeddings": True},
-    "Gemma2": {"final_logit_softcapping": 0.3},
-    "GPT2": {"n_inner": 24},
-    "Cohere": {"logit_scale": 0.25},
-    "Granite": {"logits_scaling": 4.0},
-    "HyperCLOVAX": {"logits_scaling": 4.0},
-    "MiniCPM3": {"dim_model_base": 4, "num_key_value_heads": 2, **MLA},
-}
 TRANSFORMED = ("Gemma2", "Cohere", "Granite", "HyperCLOVAX")
-LABELS = torch.tensor([[-100, -100, 7, 1, 60, 0, 22], [-100, 3, 3, 9, 60, -100, -100]])
-IDS = torch.tensor([[5, 8, 7, 1, 60, 0, 22], [4, 3, 3, 9, 60, 0, 0]])
-
-
-def build(name: str = "Llama", **config: Any) -> Any:
-    """A model with random weights, in float64, whose logits spread by about 1."""
-    if not hasattr(transformers, f"{name}Config"):
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    made = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS.get(name, {}), **config})
-    model = transformers.AutoModelForCausalLM.from_config(made).double().eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def gradients(model: nn.Module, values: Tensor) -> dict[str, Tensor]:
-    weights = torch.linspace(-1, 2, values.numel(), dtype=values.dtype).view_as(values)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = torch.autograd.grad(
-        values, list(trained.values()), weights if values.dim() else None, retain_graph=True, allow_unused=True,
-        materialize_grads=True,
-    )  # fmt: skip
-    return dict(zip(trained, found, strict=True))
-
-
-def assert_close(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
-
-
-def assert_as_own_logits(model: Any, *, seed: int = 0, **options: Any) -> Any:
-    """Hold log-probs, statistics and every gradient against the model's own logits. Returns ours."""
-    torch.manual_seed(seed)
-    theirs = reference.token_logprobs(model(IDS).logits, LABELS, stats=("entropy", "lse"))
-    torch.manual_seed(seed)
-    ours = fastpref.attach(model)(IDS, labels=LABELS, fastpref=True, stats=("entropy", "lse"), **options)
-    for field in ("logprobs", "entropy", "lse"):
-        assert_close(getattr(ours, field), getattr(theirs, field))
-    expected, found = gradients(model, theirs.logprobs), gradients(model, ours.logprobs)
-    assert any(value.abs().max() > 1e-3 for value in expected.values())
-    assert_close(found, expected)
-    return ours
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,20 +70,28 @@ def test_a_forward_that_does_more_is_seen_and_leaves_the_model_whole(post: Calla
     model = build()
     own = model.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = own(*args, **kwargs)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own.__func__(self, *args, **kwargs)
         output.logits = post(output.logits)
         return output
 
-    model.forward = forward
+    model.forward = patched = MethodType(forward, model)
     fastpref.attach(model)
     for _ in range(2):
         with pytest.raises(NotImplementedError, match="something else"):
             model(IDS, labels=LABELS, fastpref=True)
-    assert "forward" not in model.lm_head.__dict__
-    assert not model.lm_head._forward_hooks
     assert_close(model(IDS).logits, post(own(IDS).logits))
-    assert detach(model).forward is forward
+    assert detach(model).forward == patched
+
+
+def test_a_forward_that_holds_the_model_is_refused() -> None:
+    """It would run the model itself, whose head makes logits, and not the copy that scores."""
+    model = build()
+    model.forward = patched = wrapped(model.forward)
+    with pytest.raises(NotImplementedError, match=r"holds the module.*attach before"):
+        fastpref.attach(model)
+    assert model.forward is patched
+    assert not hasattr(model, "_fastpref")
 
 
 def test_sequences_ld_and_packing() -> None:
@@ -164,6 +126,12 @@ def test_tied_head_has_both_gradients() -> None:
     assert (both[5] - once[5]).abs().max() > 1e-3
 
 
+def managing(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that looks like one of DeepSpeed's, which gather a module's weights and let them go."""
+    hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    return hook
+
+
 def test_head_hooks_run_around_the_log_probs() -> None:
     """As under ZeRO-3: the weight is there between the head's hooks alone, and gone before the model goes on."""
     model = fastpref.attach(build())
@@ -171,14 +139,16 @@ def test_head_hooks_run_around_the_log_probs() -> None:
     weight, seen = model.lm_head.weight.data, []
 
     def gather(module: nn.Module, args: Any) -> None:
+        assert module is model.lm_head  # FSDP2 keeps account of the modules that its hooks are called with
         module.weight.data = weight
 
     def release(module: nn.Module, args: Any, output: Any) -> None:
+        assert module is model.lm_head
         seen.append(output)
         module.weight.data = torch.empty(0, dtype=weight.dtype)
 
     model.lm_head.register_forward_pre_hook(gather)
-    model.lm_head.register_forward_hook(release)
+    model.lm_head.register_forward_hook(managing(release))
     model.lm_head.weight.data = torch.empty(0, dtype=weight.dtype)
     with torch.no_grad():
         ours = model(IDS, labels=LABELS, fastpref=True, stats=("lse",))
@@ -188,10 +158,10 @@ def test_head_hooks_run_around_the_log_probs() -> None:
     assert len(model.lm_head._forward_hooks) == 1
 
 
-def test_a_hook_that_replaces_the_log_probs_is_followed() -> None:
+def test_a_managing_hook_that_replaces_the_log_probs_is_followed() -> None:
     """ZeRO-3 gives every output a new tensor, whose gradient gathers the weight again."""
     model = fastpref.attach(build())
-    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    model.lm_head.register_forward_hook(managing(lambda module, args, output: 2 * output))
     ours = model(IDS, labels=LABELS, fastpref=True).logprobs
     assert_close(ours, 2 * reference.token_logprobs(F.linear(model.model(IDS)[0], model.lm_head.weight), LABELS))
 
@@ -451,18 +421,6 @@ def test_bf16_and_autocast_pass_the_check(name: str) -> None:
         assert found.dtype == torch.float32
         assert not model._fastpref.verify
         torch.testing.assert_close(found.double(), truth, rtol=0.1, atol=0.1)
-
-
-def lora(*targets: str, **options: Any) -> Any:
-    sizes = {"r": 3, "lora_alpha": 7, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    return peft.LoraConfig(target_modules=list(targets), **sizes, **options)
-
-
-def with_lora(model: Any = None, *, targets: tuple[str, ...] = ("lm_head", "q_proj"), **options: Any) -> Any:
-    model = build("Gemma2", tie_word_embeddings=False) if model is None else model
-    made = peft.get_peft_model(model, lora(*targets, **options)).eval()
-    model.model.norm.weight.requires_grad_()  # something to train where no adapter is on
-    return made
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}])
@@ -735,7 +693,7 @@ def test_compile_with_a_function() -> None:
             "given as fastpref says; got shift, stats too",
         ),
         (pair_loss, {"reduction": "sum", "ld_alpha": 0.5}, ValueError, "got ld_alpha, reduction too"),
-        (pair_loss, {"softcap": 3.0}, ValueError, "as the config says; got softcap"),
+        (pair_loss, {"softcap": 3.0}, ValueError, "attach takes it, once for the model; got softcap=float 3.0"),
         ("yes", {}, TypeError, "fastpref must be a bool, or a function to score with; got str 'yes'"),
         (lambda *args, **_: [1.0], {}, TypeError, r"a named tuple of tensors; got list \[1.0\]"),
         (lambda *args, **_: fastpref.KTOResult(args[0], 3), {}, TypeError, "a named tuple of tensors; got"),
