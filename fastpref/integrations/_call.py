@@ -100,10 +100,17 @@ class Call:
         if not self.patch.paths or not all(leads_to(self.model, path, self.outermost) for path in self.patch.paths):
             self.patch.paths = paths_to(self.model, self.outermost)
         made = graft(self.model, self.patch.paths, stand_in(self.outermost, self.enter, self.take))
-        own = functools.partial(forward, made) if self.patch.own is None else rebind(self.patch.own, made)
-        output = own(*args, **kwargs)
+        if self.patch.own is None:
+            output = forward(made, *args, **kwargs)
+        else:
+            output = rebind(self.patch.own, self.patch.owner, made)(*args, **kwargs)
         if not hasattr(output, "logits"):
             raise ValueError(f"fastpref needs the model's named outputs, return_dict=True; got {type(output)}")
+        if self.calls == 0 and self.patch.own is not None:
+            raise NotImplementedError(
+                f"the model's forward was replaced before attach by {self.patch.own}, which holds the model in a way "
+                "that cannot be followed; attach first, and replace it then"
+            )
         if self.calls != 1 or len(self.seen) != 1:
             raise NotImplementedError(f"a head must be called once to be scored; this one was {self.calls} times")
         (hidden, scored), *_ = self.seen

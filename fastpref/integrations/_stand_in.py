@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -21,20 +21,30 @@ _RUNTIMES = ("torch.distributed.", "deepspeed.", "accelerate.")
 _LAYOUTS = ("torch.distributed.tensor._api", "transformers.integrations.tensor_parallel")
 
 
-def rebind(forward: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-    """Return `forward`, a bound method or a partial as accelerate makes one, for `module` in place of its own module.
+def rebind(value: Any, module: nn.Module, made: nn.Module) -> Any:
+    """Return `value`, or a copy of it that holds `made` where it holds `module`.
 
-    Raises:
-        NotImplementedError: `forward` is another kind of function, whose module cannot be exchanged.
+    Forwards that were put on a module hold it in one of these ways: a bound method, a partial, as accelerate makes one,
+    and a function around either, as TRL's and most patches are.
     """
-    if isinstance(forward, MethodType):
-        return functools.partial(forward.__func__, module)  # not a method, which torch.compile cannot make
-    if isinstance(forward, functools.partial) and forward.args and isinstance(forward.args[0], nn.Module):
-        return functools.partial(forward.func, module, *forward.args[1:], **forward.keywords)
-    raise NotImplementedError(
-        f"the forward of a {type(module).__name__} was replaced by a function that holds the module, {forward}; "
-        "call attach before it is replaced, or replace it by a method: types.MethodType(function, model)"
-    )
+    if value is module:
+        return made
+    if isinstance(value, MethodType):
+        # A partial and not a method, which torch.compile cannot make.
+        owner = rebind(value.__self__, module, made)
+        return value if owner is value.__self__ else functools.partial(rebind(value.__func__, module, made), owner)
+    if isinstance(value, functools.partial):
+        function, *args = (rebind(part, module, made) for part in (value.func, *value.args))
+        return functools.partial(function, *args, **value.keywords)
+    if isinstance(value, FunctionType) and value.__closure__:
+        found = [cell.cell_contents for cell in value.__closure__]
+        cells = tuple(rebind(held, module, made) for held in found)
+        if any(new is not old for new, old in zip(cells, found, strict=True)):
+            closure = tuple(map(CellType, cells))
+            copied = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+            copied.__kwdefaults__ = value.__kwdefaults__
+            return copied
+    return value
 
 
 def _copy(module: nn.Module) -> Any:
@@ -42,7 +52,7 @@ def _copy(module: nn.Module) -> Any:
     made.__dict__.update(module.__dict__)
     made.__dict__["_compiled_call_impl"] = None  # of nn.Module.compile, and bound to the module
     if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward that they run around here
-        made.__dict__["_old_forward"] = rebind(module.__dict__["_old_forward"], made)
+        made.__dict__["_old_forward"] = rebind(module.__dict__["_old_forward"], module, made)
     return made
 
 
@@ -85,7 +95,7 @@ def stand_in(module: nn.Module, forward: Callable[..., Any], last: Callable[...,
     made = _copy(module)
     made.__dict__["_old_forward" if hasattr(module, "_hf_hook") else "forward"] = forward
     if hasattr(module, "_hf_hook"):
-        made.__dict__["forward"] = rebind(module.__dict__["forward"], made)
+        made.__dict__["forward"] = rebind(module.__dict__["forward"], module, made)
     before = {key: _with_module(hook, module) for key, hook in module._forward_pre_hooks.items()}
     managing = _hooks(module, lambda where: where.startswith(_RUNTIMES) and not where.startswith(_LAYOUTS))
     after = {key: _with_module(hook, module) for key, hook in managing.items()}
@@ -150,7 +160,7 @@ def graft(model: nn.Module, paths: Sequence[Sequence[str]], made: nn.Module) -> 
         assert child is not None
         copied = graft(child, rest, made)
         if "forward" in child.__dict__:
-            copied.__dict__["forward"] = rebind(child.__dict__["forward"], copied)
+            copied.__dict__["forward"] = rebind(child.__dict__["forward"], child, copied)
         for hooks in ("_forward_pre_hooks", "_forward_hooks"):
             copied.__dict__[hooks] = OrderedDict(
                 (key, _with_module(hook, child)) for key, hook in child.__dict__[hooks].items()

@@ -1,9 +1,9 @@
 """Log-probs of a transformers causal LM without its logits: `attach(model)`, then `model(..., fastpref=True)`.
 
-The model's own forward runs, and with it whatever hooks into it: DDP, FSDP, ZeRO, accelerate. Only the forward of its
-head, the output embeddings, is another for that call: it makes log-probs from the weight, or what a function given as
-`fastpref` makes of it, such as a loss. The model then goes on with one row of zeros for logits. A head used outside its
-module's call would miss the hooks that gather its weight.
+A scored call runs the model's own forward, and with it whatever hooks into it: DDP, FSDP, ZeRO, accelerate. It runs on
+a shallow copy of the model, whose head, the output embeddings, has another forward: it makes log-probs from the weight,
+or what a function given as `fastpref` makes of it, such as a loss. The copy goes on with one row of zeros for logits.
+A head used outside its module's call would miss the hooks that gather its weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 from fastpref._checks import check_positive
 from fastpref.integrations import _head
 from fastpref.integrations._call import Call
-from fastpref.integrations._stand_in import rebind
 
 _WRAPPERS = ("module", "_fsdp_wrapped_module", "_orig_mod")  # where DDP and DeepSpeed, FSDP, and compile keep a model
 
@@ -31,17 +30,21 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
     `last_hidden_state` (what the head was given), and the model's own outputs except `loss` and `logits`: `aux_loss`,
     `past_key_values`, `hidden_states` and so on. It also takes `linear_token_logprobs`' ignore_index, shift,
     temperature, stats, mode, chunk_rows and filter_eps; and with `reduction="sum"` or "mean", which makes log-probs of
-    sequences, `linear_sequence_logprobs`' cu_seqlens, ld_alpha and shared_lengths. A softcap or scale of the logits is
-    the config's. Everything else goes to the model as ever, and a call without `fastpref` is as it was.
+    sequences, `linear_sequence_logprobs`' cu_seqlens, ld_alpha and shared_lengths. `shift_labels`, which transformers
+    passes under context parallelism, are scored as they are. Everything else goes to the model as ever, and a call
+    without `fastpref` is as it was. No call changes the model, so threads may share it.
 
     `fastpref` may also be a function, called where the head's product would be: `fastpref(hidden, weight, labels,
-    bias, logit_scale=..., softcap=...)` with hidden (B, T, H), weight (V, H), labels (B, T), and bias (V,) or None. It
-    returns a named tuple of tensors, whose fields are the first of what the model returns, or one tensor, which the
-    model returns as `scored`. How to score is then its own affair, and the options above are refused. So a loss that
-    makes its gradients in the forward stays where DDP, FSDP and ZeRO expect it, inside the model's:
-    `fastpref=functools.partial(linear_preference_loss, loss_fn=loss_fn, group_size=2)`.
+    bias=..., logit_scale=..., softcap=...)` with hidden (B, T, H), weight (V, H), labels (B, T), and bias (V,) or None;
+    with `shift_labels` also `shift=False`. It returns a named tuple of tensors, whose fields are the first of what the
+    model returns, or one tensor, which the model returns as `scored`. The function says how to score, and the options
+    above are refused. So a loss that makes its gradients in the forward stays where DDP, FSDP and ZeRO expect it,
+    inside the model's: `fastpref=functools.partial(linear_preference_loss, loss_fn=loss_fn, group_size=2)`.
 
-    LoRA on the head is computed, dropout too. So is a head that PEFT trains whole. Of other heads only `nn.Linear` is.
+    LoRA on the head is computed, dropout too. So is a head that PEFT trains whole, or some tokens of. Of other heads
+    only `nn.Linear` is. Forward hooks on the head may cast its output, and may not change it. The documentation's page
+    on `attach` lists all that is refused, and why.
+
     To train LoRA on the head costs what to train the head costs: one more product of it in the backward, 2·N·V·(H + r)
     flops for N scored rows, and its V × (H + r) sums while it runs; also a copy of the weight, kept for the backward.
 
@@ -49,30 +52,33 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
 
     Args:
         model: a causal LM, or a PEFT model of one. Attach before DDP, FSDP or compile wrap it, and before anything else
-            replaces its `forward` by what does not call the one it had: such a forward is not told of `fastpref`.
+            replaces its `forward` by an object other than a function.
             `torch.compile` traces plain and scored calls whole, but for the check of the first scored one: with
             `fullgraph=True`, score once before compiling, or attach with `verify=False`. Before torch 2.12 a scored
             call breaks the graph, and `fullgraph=True` raises.
         verify: at the first scored call, hold what is known of this model's logits against its own head on eight rows,
             and against what its own forward makes of one row of logits between −1000 and 1000.
+        logit_scale: what the model multiplies its logits by, > 0. None: as its config says.
+        softcap: what it then caps them at, > 0; inf: no cap. None: as its config says.
 
     Returns:
-        `model`, its class replaced. Attaching again changes nothing; `detach` undoes it.
+        `model`, its class replaced. Attaching again changes nothing but a `logit_scale` or `softcap` that is given;
+        `detach` undoes it.
 
     Raises:
         TypeError: not a decoder with a head, or already wrapped.
-        NotImplementedError: the head is not one that can be computed; at a scored call, the model makes of its logits
-            something else than its config says, or PEFT's `adapter_names` choose adapters of the head by the sequence.
+        ValueError: `logit_scale` or `softcap` is out of range; at a scored call, labels are missing, or a keyword is
+            given that it cannot follow.
+        NotImplementedError: the head is not one that can be computed; at a scored call, the model makes something else
+            of its logits, a hook of the head does more than to cast them, the forward was replaced before by what is no
+            function, or PEFT's `adapter_names` choose adapters of the head by the sequence.
     """
     transform = _stated(logit_scale, softcap)
     inner = _causal_lm(model)
     _head.find(inner)
     if not isinstance(inner, _Attached):
-        own = inner.__dict__.get("forward")
-        if own is not None:
-            rebind(own, inner)  # raises now rather than at a scored call
-            del inner.__dict__["forward"]
-        inner._fastpref = _Patch(own, verify, transform)
+        own = inner.__dict__.pop("forward", None)
+        inner._fastpref = _Patch(own, None if own is None else inner, verify, transform)
         inner.__class__ = _attached(type(inner))
     elif transform:
         inner._fastpref = dataclasses.replace(inner._fastpref, verify=verify, transform=transform)
@@ -122,6 +128,7 @@ def detach(model: Any) -> Any:
 @dataclasses.dataclass
 class _Patch:
     own: Callable[..., Any] | None = None  # an instance's own forward, such as accelerate's; None: the class's
+    owner: Any = None  # the model that `own` holds
     verify: bool = True
     transform: dict[str, Any] = dataclasses.field(default_factory=dict)  # what replaces the config's
     paths: tuple[tuple[str, ...], ...] = ()  # where the model last held its head

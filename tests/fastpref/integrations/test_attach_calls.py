@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -108,6 +109,67 @@ def test_an_exception_leaves_the_model_as_it_was(make: Callable[[], Any], error:
     assert_close(model(IDS).logits, logits)
     assert_close(model(IDS, labels=LABELS, fastpref=True).logprobs, reference.token_logprobs(logits, LABELS))
     assert_unchanged(model, before)
+
+
+def around_a_method(model: Any) -> Callable[..., Any]:
+    own = model.forward
+    return lambda *args, **kwargs: own(*args, **kwargs)
+
+
+def as_trl(model: Any) -> Callable[..., Any]:
+    """A method whose function holds the forward that it replaces."""
+    own = model.forward
+
+    def forward(self: Any, *args: Any, extra: bool = False, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if not extra else self
+
+    return MethodType(forward, model)
+
+
+def as_accelerate(model: Any) -> Callable[..., Any]:
+    model._old_forward = model.forward
+    return functools.update_wrapper(functools.partial(lambda module, *a, **k: module._old_forward(*a, **k), model), own)
+
+
+def around_the_model(model: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: type(model)._own_class.forward(model, *args, **kwargs)
+
+
+def own(*args: Any, **kwargs: Any) -> None:
+    """A forward for `functools.update_wrapper` to look at."""
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("patch", [around_a_method, as_trl, as_accelerate, around_the_model])
+def test_a_forward_patched_before_attach_is_run(patch: Callable[[Any], Any], nested: bool) -> None:
+    model = build()
+    model.forward = forward = patch(model)
+    if nested:
+        model.forward = forward = around_a_method(model)
+    fastpref.attach(model)
+    before = states(model)
+    assert_as_own_logits(model)
+    assert_unchanged(model, before)
+    assert fastpref.detach(model).forward is forward
+
+
+class Opaque:
+    def __init__(self, model: Any) -> None:
+        self.own = model.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.own(*args, **kwargs)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_forward_that_cannot_be_followed_is_refused(verify: bool) -> None:
+    model = build()
+    model.forward = Opaque(model)
+    logits = model(IDS).logits
+    fastpref.attach(model, verify=verify)
+    with pytest.raises(NotImplementedError, match=r"replaced before attach by .*Opaque"):
+        model(IDS, labels=LABELS, fastpref=True)
+    assert_close(model(IDS).logits, logits)
 
 
 def test_a_scoring_function_may_call_the_model() -> None:
