@@ -97,9 +97,10 @@ class Call:
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `forward`, the one of the model's class, and return what its labels score where its logits were."""
-        if not self.patch.paths or not all(leads_to(self.model, path, self.outermost) for path in self.patch.paths):
-            self.patch.paths = paths_to(self.model, self.outermost)
-        made = graft(self.model, self.patch.paths, stand_in(self.outermost, self.enter, self.take))
+        paths = self.patch.paths
+        if not paths or not all(leads_to(self.model, path, self.outermost) for path in paths):
+            paths = paths_to(self.model, self.outermost)
+        made = graft(self.model, paths, stand_in(self.outermost, self.enter, self.take))
         if self.patch.own is None:
             output = forward(made, *args, **kwargs)
         else:

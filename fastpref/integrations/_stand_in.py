@@ -134,7 +134,7 @@ def _same(found: Any, logits: Tensor) -> bool:
     return bool(((found.double() - logits.double()).abs() <= allowed).all())
 
 
-def paths_to(model: nn.Module, module: nn.Module) -> tuple[tuple[str, ...], ...]:
+def paths_to(model: Any, module: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Return every path of attribute names by which `model` holds `module`."""
     names = [name for name, found in model.named_modules(remove_duplicate=False) if found is module]
     return tuple(tuple(name.split(".")) for name in names)

@@ -19,6 +19,7 @@ from typing import Any
 from fastpref._checks import check_positive
 from fastpref.integrations import _head
 from fastpref.integrations._call import Call
+from fastpref.integrations._stand_in import paths_to
 
 _WRAPPERS = ("module", "_fsdp_wrapped_module", "_orig_mod")  # where DDP and DeepSpeed, FSDP, and compile keep a model
 
@@ -78,7 +79,8 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
     _head.find(inner)
     if not isinstance(inner, _Attached):
         own = inner.__dict__.pop("forward", None)
-        inner._fastpref = _Patch(own, None if own is None else inner, verify, transform)
+        paths = paths_to(inner, inner.get_output_embeddings())
+        inner._fastpref = _Patch(paths, own, None if own is None else inner, verify, transform)
         inner.__class__ = _attached(type(inner))
     elif transform:
         inner._fastpref = dataclasses.replace(inner._fastpref, verify=verify, transform=transform)
@@ -127,11 +129,11 @@ def detach(model: Any) -> Any:
 
 @dataclasses.dataclass
 class _Patch:
+    paths: tuple[tuple[str, ...], ...]  # where the model holds its head
     own: Callable[..., Any] | None = None  # an instance's own forward, such as accelerate's; None: the class's
     owner: Any = None  # the model that `own` holds
     verify: bool = True
     transform: dict[str, Any] = dataclasses.field(default_factory=dict)  # what replaces the config's
-    paths: tuple[tuple[str, ...], ...] = ()  # where the model last held its head
 
 
 class _Attached:
@@ -143,7 +145,8 @@ class _Attached:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # of type(model)(config) or type(model).from_pretrained
         super().__init__(*args, **kwargs)
-        self._fastpref = _Patch()
+        model: Any = self
+        self._fastpref = _Patch(paths_to(model, model.get_output_embeddings()))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "_own_class" not in vars(type(self)):  # a class made of this one, such as FSDP2's
