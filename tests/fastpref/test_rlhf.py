@@ -19,12 +19,14 @@ from fastpref import (
     gae,
     kl_shaped_rewards,
     masked_whiten,
+    nn,
     ppo_loss,
     ppo_policy_loss,
     ppo_value_loss,
     ptx_loss,
     reference,
 )
+from fastpref.integrations import openrlhf
 from fastpref_kernels import gae as scan
 from tests.tolerance import DTYPES, assert_accurate
 
@@ -775,6 +777,31 @@ class TestPolicyLoss:
         assert result.loss.item() == pytest.approx(-math.exp(60) / 2, rel=1e-5)
         assert result.clip_fraction == 0
         assert torch.autograd.grad(result.loss, logps)[0].isfinite().all()
+
+    @every_reduction
+    @pytest.mark.parametrize("options", [{"clip": (0.1, 0.4)}, {"clip": [0.4, 0.1], "dual_clip": 1.3}], ids=str)
+    def test_function_module_and_adapter_are_one(self, options: dict[str, Any], reduction: str) -> None:
+        (logps, old, advantages), mask = LOSSES[0].example(6, 8), holey(6, 8)
+        logps.requires_grad_()
+        low, high = options["clip"]
+        wanted = ppo_policy_loss(logps, old, advantages, mask, reduction=reduction, **options)
+        (gradient,) = torch.autograd.grad(wanted.loss, logps)
+        clipped = ppo_policy_loss(logps, old, advantages, mask, **options).clip_fraction
+        adapter = openrlhf.PolicyLoss(low, high, options.get("dual_clip"), token_level_loss=reduction == "token")
+        for loss_fn in (nn.PPOPolicyLoss(**options, reduction=reduction), adapter):
+            loss, reported, *_ = loss_fn(logps, old, advantages, mask)
+            assert loss == wanted.loss
+            assert reported == clipped
+            assert torch.equal(torch.autograd.grad(loss, logps)[0], gradient)
+        total = mask.sum() if reduction == "token" else mask.any(1).sum()
+        totals = {"batch_num_tokens": total, "global_batch_size": total}
+        close(
+            nn.PPOPolicyLoss(**options, reduction=reduction)(logps, old, advantages, mask, **totals).loss, wanted.loss
+        )
+
+    def test_the_module_shows_its_clips(self) -> None:
+        wanted = "PPOPolicyLoss(clip=(0.2, 0.28), dual_clip=3.0)"
+        assert repr(nn.PPOPolicyLoss(clip=(0.2, 0.28), dual_clip=3.0)) == wanted
 
 
 class TestValueLoss:

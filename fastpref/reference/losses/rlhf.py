@@ -156,7 +156,7 @@ def masked_mean(x: Tensor, mask: Tensor, reduction: str, denominator: Tensor | f
     if isinstance(denominator, Tensor):
         denominator = denominator.detach().to(x.dtype)
         return total / denominator.masked_fill(denominator == 0, 1.0)
-    return total / (denominator or 1)
+    return total / float(denominator or 1)
 
 
 def kl_shaped_rewards(
