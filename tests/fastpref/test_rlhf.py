@@ -673,10 +673,12 @@ class TestPolicyLoss:
         assert loss.item() == pytest.approx(-advantage * (1 + clip))
         assert torch.autograd.grad(loss, logps)[0].item() == 0
 
-    def test_at_the_old_policy_it_is_the_policy_gradient(self) -> None:
+    @pytest.mark.parametrize("clip", [0.2, (0.0, 0.28), (0.2, 0.0)])
+    def test_at_the_old_policy_it_is_the_policy_gradient(self, clip: Any) -> None:
+        """A bound of 0 too, at which every ratio is."""
         logps, advantages = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
         mask = torch.ones(3, 4, dtype=torch.bool)
-        loss, kl, clipped = ppo_policy_loss(logps, logps.detach(), advantages, mask)
+        loss, kl, clipped = ppo_policy_loss(logps, logps.detach(), advantages, mask, clip=clip, dual_clip=3.0)
         (gradient,) = torch.autograd.grad(loss, logps)
         close(gradient, -advantages / 12)
         close(loss, -advantages.mean())
@@ -748,10 +750,10 @@ class TestPolicyLoss:
 
     @pytest.mark.parametrize(
         ("ratio", "advantage", "share"),
-        [(0.5, -1.0, 1.0), (0.5, 1.0, 1.0), (1.5, 1.0, 1.0), (1.5, -1.0, 1.0), (3.0, -1.0, 0.5), (3.0, 1.0, 0.0)],
+        [(0.5, -1.0, 1.0), (0.5, 1.0, 1.0), (1.5, 1.0, 1.0), (1.5, -1.0, 1.0), (3.0, -1.0, 1.0), (3.0, 1.0, 0.0)],
     )
     def test_gradients_at_ties(self, ratio: float, advantage: float, share: float) -> None:
-        """At a bound of the clip the slope is that of −Aρ, and at the dual clip half of it."""
+        """At a bound that has a part in the loss the slope is that of −Aρ."""
         logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64).requires_grad_()
         ratio = logps.exp().item()
         clip = (1 - ratio if ratio < 1 else 0.2, ratio - 1 if 1 < ratio < 2 else 0.2)
@@ -803,6 +805,14 @@ class TestPolicyLoss:
         wanted = "PPOPolicyLoss(clip=(0.2, 0.28), dual_clip=3.0)"
         assert repr(nn.PPOPolicyLoss(clip=(0.2, 0.28), dual_clip=3.0)) == wanted
 
+    @pytest.mark.parametrize("dual_clip", [None, 3.0])
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    def test_a_nan_that_counts_is_seen(self, place: int, dual_clip: float | None) -> None:
+        tensors = list(torch.zeros(3, 1, 2))
+        tensors[place][0, 1] = math.nan
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        assert ppo_policy_loss(*tensors, mask, dual_clip=dual_clip).loss.isnan()
+
 
 class TestValueLoss:
     @pytest.mark.parametrize(
@@ -821,6 +831,20 @@ class TestValueLoss:
         assert result.loss.item() == pytest.approx(loss)
         assert result.clip_fraction.item() == clipped
         assert torch.autograd.grad(result.loss, values)[0].item() == pytest.approx(slope)
+
+    @pytest.mark.parametrize("value", [0.25, -0.25])
+    @pytest.mark.parametrize("target", [1.0, -1.0, 0.25])
+    def test_gradients_at_ties(self, value: float, target: float) -> None:
+        """At a bound the slope is that of (v − R)²."""
+        values, mask = torch.tensor([[value]]).requires_grad_(), torch.ones(1, 1, dtype=torch.bool)
+        loss = ppo_value_loss(values, torch.zeros(1, 1), torch.tensor([[target]]), mask, clip=0.25).loss
+        assert torch.autograd.grad(loss, values)[0].item() == value - target
+
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    def test_a_nan_that_counts_is_seen(self, place: int) -> None:
+        tensors = list(torch.zeros(3, 1, 2))
+        tensors[place][0, 1] = math.nan
+        assert ppo_value_loss(*tensors, torch.ones(1, 2, dtype=torch.bool)).loss.isnan()
 
 
 class TestPpoLoss:

@@ -255,8 +255,8 @@ def ppo_policy_loss(
     """Compute PPO's clipped surrogate, the masked mean of max(−Aρ, −A·clip(ρ, 1 − low, 1 + high)), ρ = π/π_old.
 
     It is equation 7 of arXiv 1707.06347, with a bound of its own on either side. With `dual_clip=c`, a token's loss
-    where A < 0 is the smaller of that and −A·c (arXiv 1912.09729), so that a ratio above c no longer counts there. At
-    1 − low and 1 + high the gradient is that of −Aρ. At c it is half of that, as in OpenRLHF and verl.
+    where A < 0 is the smaller of that and −A·c (arXiv 1912.09729), so that a ratio above c no longer counts there. At a
+    bound itself the gradient is that of −Aρ.
 
     Args:
         logps: (B, T), log π of the sampled tokens, nats, any floating dtype; computed in float32 (float64 for float64).
@@ -291,10 +291,13 @@ def ppo_policy_loss(
         bounded = torch.where(advantages < 0, log_ratio.clamp(max=1 + math.log(dual_clip)), bounded)
     ratio = bounded.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
-    losses = torch.maximum(unclipped, clipped)
+    # Not torch.maximum and torch.minimum: they halve a gradient at a tie, and what clamp adds there depends on torch.
+    is_clipped = clipped > unclipped
+    losses = torch.where(is_clipped, clipped, unclipped)
     if dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
-    reported = (log_ratio.detach() ** 2 / 2, (clipped > unclipped).to(losses.dtype))
+        largest = -advantages * dual_clip
+        losses = torch.where((advantages < 0) & (losses > largest), largest, losses)
+    reported = (log_ratio.detach() ** 2 / 2, is_clipped.to(losses.dtype))
     return PPOPolicyLoss(*(masked_mean(x, mask, reduction, denominator) for x in (losses, *reported)))
 
 
@@ -328,7 +331,8 @@ def ppo_value_loss(
     values, old_values, returns = counted(mask, values, old_values.detach(), returns.detach())
     unclipped = (values - returns) ** 2
     clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
-    losses = torch.maximum(unclipped, clipped) / 2
+    # As in `ppo_policy_loss`, not torch.maximum. In this order a NaN in `old_values` is not passed over.
+    losses = torch.where(clipped <= unclipped, unclipped, clipped) / 2
     outside = (clipped > unclipped).to(losses.dtype)
     return PPOValueLoss(*(masked_mean(x, mask, reduction, denominator) for x in (losses, outside)))
 
