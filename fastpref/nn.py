@@ -477,8 +477,8 @@ class _PPOLoss(_Loss):
 class PPOPolicyLoss(_PPOLoss):
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) as a module over `fastpref.ppo_policy_loss`.
 
-    It takes the place of OpenRLHF's `PolicyLoss` (`actor_loss_fn`), is called as that is, and returns what that has
-    returned since 0.11.2. Of that one's options it has the clips and the reduction.
+    It takes the place of OpenRLHF's `PolicyLoss` (`actor_loss_fn`), is called as that is, and returns as many values in
+    the same order, as of 0.11.2. Of that one's options it has the clips and the reduction.
 
     Args:
         clip: how far from 1 the ratio may be: a number above 0 for both sides, or a pair (low, high) of numbers that

@@ -436,19 +436,19 @@ class AdaptiveKLController:
         """Move the coefficient.
 
         Args:
-            kl: the mean KL of the last samples; a tensor () is read, which waits for its device.
+            kl: the mean KL of the last samples; a tensor of one element is read, which waits for its device.
             n: how many samples they were.
 
         Raises:
             TypeError: `kl` or n is not a number.
-            ValueError: `kl` is NaN or a tensor of another shape, or n is below 0 or not finite.
+            ValueError: `kl` is NaN or a tensor of several elements, or n is below 0 or not finite.
         """
         if isinstance(kl, Tensor):
-            if kl.dim() or kl.is_complex():
-                raise ValueError(f"kl must be a number or a real tensor (); got {describe(kl)}")
+            if kl.numel() != 1 or kl.is_complex():
+                raise ValueError(f"kl must be a number or a real tensor of one element; got {describe(kl)}")
             kl = float(kl)
         if not isinstance(kl, numbers.Real) or isinstance(kl, bool):
-            raise TypeError(f"kl must be a number or a real tensor (); got {describe(kl)}")
+            raise TypeError(f"kl must be a number or a real tensor of one element; got {describe(kl)}")
         if math.isnan(kl):
             raise ValueError(f"kl must be a number, not NaN; got {describe(kl)}")
         samples = check_finite("n", n, least=0.0)
