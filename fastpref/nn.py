@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpref._checks import describe
+from fastpref._checks import check_finite, check_int, describe
 from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.losses.preference import dpo_loss, implicit_reward, kto_loss
 from fastpref.losses.reward import best_of_k_loss, pairwise_reward_loss, plackett_luce_loss, ranking_loss
@@ -443,9 +443,12 @@ class PlackettLuceLoss(_Loss):
         return plackett_luce_loss(rewards, ranks, mask=mask, **self.options)
 
 
-def _bool_mask(mask: Tensor | None, like: Tensor) -> Tensor:
-    """OpenRLHF's mask, which is None, bool, or integers that are 1 where a token counts, as bool."""
-    if mask is None:
+def bool_mask(mask: Any, like: Any) -> Any:
+    """Return OpenRLHF's mask as bool: None is all of `like`, and a number that is not 0 is True.
+
+    What is no tensor is returned as it is, for the loss to refuse by name.
+    """
+    if mask is None and isinstance(like, Tensor):
         return torch.ones_like(like, dtype=torch.bool)
     return mask.bool() if isinstance(mask, Tensor) else mask
 
@@ -453,32 +456,45 @@ def _bool_mask(mask: Tensor | None, like: Tensor) -> Tensor:
 class _PPOLoss(_Loss):
     """A clipped loss of tokens, whose mean may be over a whole step's, on all ranks."""
 
-    def __init__(self, *, clip: float = 0.2, reduction: str = "token") -> None:
-        super().__init__(clip=clip, reduction=reduction)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         x = _empty(1)
         self.forward(x, x, x)
 
     def _denominator(
         self, dp_size: int, batch_num_tokens: Tensor | float | None, global_batch_size: Tensor | float | None
     ) -> Tensor | float | None:
-        total = batch_num_tokens if self.options["reduction"] == "token" else global_batch_size
-        return None if total is None else total / dp_size
+        dp_size = check_int("dp_size", dp_size, least=1)
+        if self.options["reduction"] == "token":
+            name, total = "batch_num_tokens", batch_num_tokens
+        else:
+            name, total = "global_batch_size", global_batch_size
+        if total is None:
+            return None
+        return (total if isinstance(total, Tensor) else check_finite(name, total, least=0.0)) / dp_size
 
 
 class PPOPolicyLoss(_PPOLoss):
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) as a module over `fastpref.ppo_policy_loss`.
 
-    In the place of OpenRLHF's `PolicyLoss` (`actor_loss_fn`), with its call and what it unpacks since 0.11.2. Of that
-    one's options it has a clip that is the same on both sides, and the reduction.
+    It takes the place of OpenRLHF's `PolicyLoss` (`actor_loss_fn`), is called as that is, and returns as many values in
+    the same order, as of 0.11.2. Of that one's options it has the clips and the reduction.
 
     Args:
-        clip: how far from 1 the ratio may be, above 0.
+        clip: how far from 1 the ratio may be: a number above 0 for both sides, or a pair (low, high) of numbers that
+            are 0 or more and not both 0.
+        dual_clip: None, or a number above 1, which bounds the ratio where an advantage is below 0 (arXiv 1912.09729).
         reduction: "token" for the mean over all tokens, "sequence" for the mean over sequences of each one's own mean.
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, an option of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
+
+    def __init__(
+        self, *, clip: float | Sequence[float] = 0.2, dual_clip: float | None = None, reduction: str = "token"
+    ) -> None:
+        super().__init__(clip=clip, dual_clip=dual_clip, reduction=reduction)
 
     def forward(
         self,
@@ -510,13 +526,14 @@ class PPOPolicyLoss(_PPOLoss):
             TypeError: a wrong dtype.
             ValueError: shapes or devices differ.
         """
-        mask = _bool_mask(action_mask, logps)
+        mask = bool_mask(action_mask, logps)
         denominator = self._denominator(dp_size, batch_num_tokens, global_batch_size)
         result = reported = ppo_policy_loss(logps, old_logps, advantages, mask, denominator=denominator, **self.options)
         # Over this batch's own tokens, whatever divides the loss: OpenRLHF weights what it logs by their number.
         if denominator is not None or self.options["reduction"] != "token":
             with torch.no_grad():
-                reported = ppo_policy_loss(logps, old_logps, advantages, mask, clip=self.options["clip"])
+                options = {**self.options, "reduction": "token"}
+                reported = ppo_policy_loss(logps, old_logps, advantages, mask, **options)
         return PPOPolicy(result.loss, reported.clip_fraction, reported.approx_kl)
 
 
@@ -530,9 +547,12 @@ class PPOValueLoss(_PPOLoss):
         reduction: as in `PPOPolicyLoss`.
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, an option of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
+
+    def __init__(self, *, clip: float = 0.2, reduction: str = "token") -> None:
+        super().__init__(clip=clip, reduction=reduction)
 
     def forward(
         self,
@@ -563,5 +583,5 @@ class PPOValueLoss(_PPOLoss):
             ValueError: shapes or devices differ.
         """
         denominator = self._denominator(dp_size, batch_num_tokens, global_batch_size)
-        mask = _bool_mask(action_mask, values)
+        mask = bool_mask(action_mask, values)
         return ppo_value_loss(values, old_values, returns, mask, denominator=denominator, **self.options).loss

@@ -24,6 +24,7 @@ from fastpref._results import PreferenceLoss
 from fastpref.integrations._seam import Seam
 from fastpref.logprobs import token_logprobs
 from fastpref.losses.rlhf import gae
+from fastpref.reference.losses.rlhf import bounded_log_ratio, check_tokens, counted, masked_mean
 
 SUPPORTED = ">=0.9.3,<0.12"
 """The versions of OpenRLHF whose scoring is known."""
@@ -118,9 +119,9 @@ class LogExpLoss(PairWiseLoss):
 
 
 class PolicyLoss(nn.Module):
-    """`fastpref.nn.PPOPolicyLoss` (arXiv 1707.06347). `NotImplementedError` for what that does not compute.
+    """Compute OpenRLHF's clipped surrogate by `fastpref.nn.PPOPolicyLoss` (arXiv 1707.06347, dual clip 1912.09729).
 
-    That is a clip that differs on its two sides, a dual clip, GSPO, and a correction of the rollout's log-probs.
+    GSPO and the corrections of the rollout's log-probs raise `NotImplementedError`: fastpref does not compute them.
     """
 
     def __init__(
@@ -130,32 +131,36 @@ class PolicyLoss(nn.Module):
         is_correction_threshold: Any = (0.5, 5.0),
     ) -> None:  # fmt: skip
         super().__init__()
-        options = (clip_eps_low == clip_eps_high, dual_clip, policy_loss_type, is_correction_level)
-        if options != (True, None, "ppo", "off"):
+        if (policy_loss_type, is_correction_level) != ("ppo", "off"):
             raise NotImplementedError(
-                "PolicyLoss computes one clip on both sides, and no dual clip, GSPO or correction; got "
-                f"{clip_eps_low=}, {clip_eps_high=}, {dual_clip=}, {policy_loss_type=}, {is_correction_level=}"
+                "PolicyLoss computes policy_loss_type='ppo' with is_correction_level='off', no GSPO and no correction; "
+                f"got {policy_loss_type=}, {is_correction_level=}"
             )
-        self.loss = losses.PPOPolicyLoss(clip=clip_eps_low, reduction="token" if token_level_loss else "sequence")
+        self.loss = losses.PPOPolicyLoss(
+            clip=(clip_eps_low, clip_eps_high), dual_clip=dual_clip,
+            reduction="token" if token_level_loss else "sequence",
+        )  # fmt: skip
 
     def forward(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """(loss, clip_ratio, ppo_kl, None, None), scalars; arguments and errors as `fastpref.nn.PPOPolicyLoss`'.
+        """Return (loss, clip_ratio, ppo_kl, None, None), scalars.
 
-        ppo_kl is OpenRLHF's, the mean of log π_old − log π.
+        The arguments and errors are those of `fastpref.nn.PPOPolicyLoss`. As in OpenRLHF, the loss takes a log-ratio
+        beyond ±20 as ±20, without a gradient; clip_ratio is the share of tokens where the clipped branch is the larger,
+        whatever the dual clip does; and ppo_kl is the mean of log π_old − log π.
         """
+        mask = losses.bool_mask(action_mask, log_probs)
+        check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+        log_ratio = bounded_log_ratio(log_probs, old_log_probs)
         result = self.loss(
-            log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size, batch_num_tokens,
+            log_ratio, torch.zeros_like(log_ratio), advantages, mask, rollout_log_probs, dp_size, batch_num_tokens,
             global_batch_size,
         )  # fmt: skip
-        kl = (old_log_probs - log_probs).detach()
-        if action_mask is not None:
-            kl = kl.masked_fill(action_mask == 0, 0.0)
-        count = kl.numel() if action_mask is None else (action_mask != 0).sum().clamp(min=1)
-        return result.loss, result.clip_fraction, kl.sum() / count, None, None
+        new, old = counted(mask, log_probs.detach(), old_log_probs.detach())
+        return result.loss, result.clip_fraction, masked_mean(old - new, mask, "token", None), None, None
 
 
 class ValueLoss(nn.Module):

@@ -14,19 +14,18 @@ plain PyTorch, and `patch` against modules that stand in for verl's; 0.9.1's own
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastpref._checks import check_choice
+from fastpref._checks import check_choice, check_finite
 from fastpref.integrations._seam import Seam
 from fastpref.linear_logprobs import linear_token_logprobs
 from fastpref.logprobs import token_logprobs
 from fastpref.losses.rlhf import gae, masked_whiten, ppo_policy_loss, ppo_value_loss
-from fastpref.reference.losses.rlhf import counted, masked_mean
+from fastpref.reference.losses.rlhf import bounded_log_ratio, check_tokens, counted, masked_mean
 
 SUPPORTED = ">=0.9,<0.10"
 """The versions of verl whose scoring is known."""
@@ -110,19 +109,22 @@ def _policy_loss(
     old: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor, clips: tuple[Any, Any, Any], dual: float,
     mean: dict[str, Any], weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Loss, and the means over tokens of: clipped, log π_old − log π, capped by the dual clip."""
+    """Return the loss, the share of tokens clipped, the mean of log π_old − log π, and the share beyond the dual clip.
+
+    As in verl, a log-ratio beyond ±20 is taken as ±20, without a gradient.
+    """
+    check_tokens(mask, log_prob=logps, old_log_prob=old, advantages=advantages)
+    dual = check_finite("clip_ratio_c", dual, least=1.0, exclusive=True)
     clip, low, high = clips
-    low, high = clip if low is None else low, clip if high is None else high
-    if low != high or dual <= 1 + low:
-        raise NotImplementedError(f"one clip for both sides, below the dual one's; got {low}, {high} and {dual}")
-    # The dual clip (arXiv 1912.09729) bounds a bad token's ratio, beyond which its loss is flat.
-    bounded = torch.where(advantages < 0, torch.minimum(logps, old + math.log(dual)), logps)
+    options = {"clip": (clip if low is None else low, clip if high is None else high), "dual_clip": dual}
+    log_ratio = bounded_log_ratio(logps, old)
+    old = torch.zeros_like(log_ratio)
     weighted = advantages if weights is None else advantages * weights
-    loss = ppo_policy_loss(bounded, old, weighted, mask, clip=low, **mean).loss
+    loss = ppo_policy_loss(log_ratio, old, weighted, mask, **options, **mean).loss
     with torch.no_grad():
-        reported = ppo_policy_loss(bounded, old, advantages, mask, clip=low)
-        gaps, capped = counted(mask, old - logps, (bounded < logps).float())
-        return loss, reported.clip_fraction, *(masked_mean(x, mask, "token", None) for x in (gaps, capped))
+        reported = ppo_policy_loss(log_ratio, old, advantages, mask, **options)
+        gaps, held = counted(mask, -log_ratio, ((advantages < 0) & (log_ratio.exp() > dual)).float())
+        return loss, reported.clip_fraction, *(masked_mean(x, mask, "token", None) for x in (gaps, held))
 
 
 def compute_policy_loss(
@@ -130,10 +132,11 @@ def compute_policy_loss(
     cliprange_low: float | None = None, cliprange_high: float | None = None, clip_ratio_c: float = 3.0,
     loss_agg_mode: str = "token-mean",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`ppo_policy_loss` with a dual clip: (loss, clipped fraction, log-ratio's mean, capped fraction), scalars.
+    """Compute `ppo_policy_loss` with a dual clip: (loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower), scalars.
 
-    Tensors are (B, T); a token whose response_mask is 0 does not count. `NotImplementedError` where the two clips
-    differ, `ValueError` and `TypeError` as in `ppo_policy_loss`.
+    Tensors are (B, T), and a token whose response_mask is 0 does not count. pg_clipfrac is the share of tokens where
+    the clipped branch is the larger, ppo_kl the mean of log π_old − log π, and pg_clipfrac_lower the share of tokens
+    with a negative advantage and a ratio above clip_ratio_c. Raises as `ppo_policy_loss` does.
     """
     mask = response_mask.bool()
     clips, mean = (cliprange, cliprange_low, cliprange_high), _mean(mask, loss_agg_mode)

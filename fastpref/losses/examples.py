@@ -108,9 +108,10 @@ def whitened(generator: torch.Generator, sequences: int) -> Arguments:
 
 
 def policy_step(generator: torch.Generator, sequences: int) -> Arguments:
-    """A step of the policy's loss."""
+    """Return a step of the policy's loss, with bounds that differ and a dual clip."""
     advantages = _normal(generator, sequences, TOKENS)
-    return (*_policies(generator, sequences), advantages, _counted(generator, sequences)), {}
+    options = {"clip": (0.2, 0.28), "dual_clip": 1.5}
+    return (*_policies(generator, sequences), advantages, _counted(generator, sequences)), options
 
 
 def value_step(generator: torch.Generator, sequences: int) -> Arguments:
@@ -119,9 +120,9 @@ def value_step(generator: torch.Generator, sequences: int) -> Arguments:
 
 
 def ppo_step(generator: torch.Generator, sequences: int) -> Arguments:
-    """A step of both."""
-    (*policy, mask), _ = policy_step(generator, sequences)
-    return (*policy, *_values(generator, sequences), mask), {}
+    """Return a step of both."""
+    (*policy, mask), options = policy_step(generator, sequences)
+    return (*policy, *_values(generator, sequences), mask), options
 
 
 def pretraining(generator: torch.Generator, sequences: int) -> Arguments:

@@ -58,8 +58,8 @@ def gae(
         reaches its own sequence alone.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or γ or λ is not a number.
         ValueError: shapes or devices differ, or γ or λ is not in [0, 1].
     """
-    check_gae(rewards, values, mask, gamma, lam)
+    gamma, lam = check_gae(rewards, values, mask, gamma, lam)
     return torch.ops.fastpref.gae(rewards.detach(), values.detach(), mask, gamma, lam)

@@ -179,7 +179,7 @@ RLHF: tuple[Entry, ...] = (
     _rlhf_row(
         rlhf.ppo_policy_loss,
         examples.policy_step,
-        "max(−Aρ, −A·clip(ρ, 1 ± ε)), ρ = π/π_old",
+        "max(−Aρ, −A·clip(ρ, 1 − low, 1 + high)), with dual_clip=c at most −A·c where A < 0; ρ = π/π_old",
         "1707.06347",
         "the policy's gradient, until a token has moved far enough",
     ),

@@ -19,12 +19,14 @@ from fastpref import (
     gae,
     kl_shaped_rewards,
     masked_whiten,
+    nn,
     ppo_loss,
     ppo_policy_loss,
     ppo_value_loss,
     ptx_loss,
     reference,
 )
+from fastpref.integrations import openrlhf
 from fastpref_kernels import gae as scan
 from tests.tolerance import DTYPES, assert_accurate
 
@@ -56,13 +58,20 @@ def over(function: Callable[..., float], *tensors: Tensor) -> Rows:
 
 
 def policy_oracle(
-    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2, **mean: Any
-) -> list[float]:
+    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: Any = 0.2, dual_clip: float | None = None,
+    **mean: Any,
+) -> list[float]:  # fmt: skip
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
+
     def branches(logp: float, old: float, advantage: float) -> tuple[float, float]:
         ratio = math.exp(logp - old)
-        return -advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip)
+        return -advantage * ratio, -advantage * min(max(ratio, 1 - low), 1 + high)
 
-    losses = over(lambda *x: max(branches(*x)), logps, old, advantages)
+    def loss(logp: float, old: float, advantage: float) -> float:
+        single = max(branches(logp, old, advantage))
+        return min(single, -advantage * dual_clip) if dual_clip is not None and advantage < 0 else single
+
+    losses = over(loss, logps, old, advantages)
     kl = over(lambda logp, old: (logp - old) ** 2 / 2, logps, old)
     clipped = over(lambda *x: float(branches(*x)[1] > branches(*x)[0]), logps, old, advantages)
     return [mean_oracle(x, mask.tolist(), **mean) for x in (losses, kl, clipped)]
@@ -81,9 +90,10 @@ def value_oracle(
 
 def ppo_oracle(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
-    mask: Tensor, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1, **mean: Any,
+    mask: Tensor, clip: Any = 0.2, dual_clip: float | None = None, value_clip: float = 0.2, value_coef: float = 0.1,
+    **mean: Any,
 ) -> list[float]:  # fmt: skip
-    policy, kl, clipped = policy_oracle(logps, old_logps, advantages, mask, clip, **mean)
+    policy, kl, clipped = policy_oracle(logps, old_logps, advantages, mask, clip, dual_clip, **mean)
     value, _ = value_oracle(values, old_values, returns, mask, value_clip, **mean)
     return [policy + value_coef * value, policy, value, kl, clipped]
 
@@ -128,6 +138,14 @@ def whiten_oracle(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return out
 
 
+def ppo_policy_loss_of_a_pair(*tensors: Tensor, **mean: Any) -> fastpref.losses.PPOPolicyLoss:
+    return ppo_policy_loss(*tensors, clip=(0.1, 0.4), dual_clip=1.3, **mean)
+
+
+def pair_oracle(*tensors: Tensor, **mean: Any) -> list[float]:
+    return policy_oracle(*tensors, clip=(0.1, 0.4), dual_clip=1.3, **mean)
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss that is a masked mean: `scales` are what its (B, T) arguments are multiples of a normal of."""
@@ -149,6 +167,7 @@ class Loss:
 
 LOSSES = (
     Loss(ppo_policy_loss, policy_oracle, (0.3, 0.3, 1.0), (0,)),
+    Loss(ppo_policy_loss_of_a_pair, pair_oracle, (0.3, 0.3, 1.0), (0,)),
     Loss(ppo_value_loss, value_oracle, (0.5, 0.5, 1.0), (0,)),
     Loss(ppo_loss, ppo_oracle, (0.3, 0.3, 1.0, 0.5, 0.5, 1.0), (0, 3)),
     Loss(ptx_loss, ptx_oracle, (2.0,), (0,)),
@@ -318,15 +337,20 @@ class TestProperties:
     @given(
         batch=token_batches(), loss=st.sampled_from(LOSSES), reduction=st.sampled_from(["token", "sequence"]),
         denominator=st.sampled_from([None, 3, 0.25]), clip=st.sampled_from([0.05, 0.2, 3.0]),
+        pair=st.sampled_from([None, (0.05, 0.4), [0.4, 0.05], (0.0, 0.3), (0.3, 0), (1.0, 10.0)]),
+        dual_clip=st.sampled_from([None, 1.1, 3]),
     )  # fmt: skip
     def test_losses(
-        self, batch: tuple[int, int, Tensor, int], loss: Loss, reduction: str, denominator: float | None, clip: float
-    ) -> None:
+        self, batch: tuple[int, int, Tensor, int], loss: Loss, reduction: str, denominator: float | None, clip: float,
+        pair: Any, dual_clip: float | None,
+    ) -> None:  # fmt: skip
         B, T, mask, seed = batch
         tensors = loss.example(B, T, seed=seed)
-        options = {"reduction": reduction, "denominator": denominator}
-        if loss.function is not ptx_loss:
+        options: dict[str, Any] = {"reduction": reduction, "denominator": denominator}
+        if loss.function is ppo_value_loss:
             options["clip"] = clip
+        elif loss.function in (ppo_policy_loss, ppo_loss):
+            options |= {"clip": pair or clip, "dual_clip": dual_clip}
         got = [value.item() for value in fields(loss.function(*tensors, mask, **options))]
         assert got == pytest.approx(loss.oracle(*tensors, mask, **options), rel=1e-10, abs=1e-13)
 
@@ -649,14 +673,145 @@ class TestPolicyLoss:
         assert loss.item() == pytest.approx(-advantage * (1 + clip))
         assert torch.autograd.grad(loss, logps)[0].item() == 0
 
-    def test_at_the_old_policy_it_is_the_policy_gradient(self) -> None:
+    @pytest.mark.parametrize("clip", [0.2, (0.0, 0.28), (0.2, 0.0)])
+    def test_at_the_old_policy_it_is_the_policy_gradient(self, clip: Any) -> None:
+        """A bound of 0 too, at which every ratio is."""
         logps, advantages = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
         mask = torch.ones(3, 4, dtype=torch.bool)
-        loss, kl, clipped = ppo_policy_loss(logps, logps.detach(), advantages, mask)
+        loss, kl, clipped = ppo_policy_loss(logps, logps.detach(), advantages, mask, clip=clip, dual_clip=3.0)
         (gradient,) = torch.autograd.grad(loss, logps)
         close(gradient, -advantages / 12)
         close(loss, -advantages.mean())
         assert kl.item() == clipped.item() == 0
+
+    @pytest.mark.parametrize(
+        ("ratio", "advantage", "loss", "slope", "clipped"),
+        [
+            (2.0, 2.0, -2.6, 0.0, 1),  # above 1 + high
+            (1.25, 2.0, -2.5, -2.5, 0),  # within, where 1 + low is not
+            (0.5, -2.0, 1.8, 0.0, 1),  # below 1 − low
+            (0.85, -2.0, 1.8, 0.0, 1),  # as well, where 1 − high is not
+            (0.95, -2.0, 1.9, 1.9, 0),
+            (2.5, -2.0, 5.0, 5.0, 0),
+            (4.0, -2.0, 6.0, 0.0, 0),  # above the dual clip
+            (4.0, 2.0, -2.6, 0.0, 1),  # which has no part where A > 0
+            (4.0, 0.0, 0.0, 0.0, 0),
+        ],
+    )
+    def test_a_pair_and_a_dual_clip_by_hand(
+        self, ratio: float, advantage: float, loss: float, slope: float, clipped: int
+    ) -> None:
+        logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64).requires_grad_()
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        result = ppo_policy_loss(
+            logps, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, clip=(0.1, 0.3), dual_clip=3.0
+        )
+        assert result.loss.item() == pytest.approx(loss)
+        assert result.clip_fraction.item() == clipped
+        (gradient,) = torch.autograd.grad(result.loss, logps)
+        assert gradient.item() == pytest.approx(slope)
+
+    @pytest.mark.parametrize("dual_clip", [None, 3.0])
+    @pytest.mark.parametrize("clip", [(0.1, 0.4), (0.4, 0.1), (1.0, 10.0), (5.0, 0.2), (0.0, 0.3), (0.3, 0.0)])
+    def test_against_the_formula(self, clip: tuple[float, float], dual_clip: float | None) -> None:
+        """Values and gradients, in float64, of the two branches written as one clamp of the ratio per sign of A."""
+        row = LOSSES[0]
+        (logps, old, advantages), mask = row.example(40, 30), holey(40, 30)
+        logps = (4 * logps).requires_grad_()
+        ratio = (logps - old).exp()
+        good, bad = ratio.clamp(max=1 + clip[1]), ratio.clamp(min=1 - clip[0], max=dual_clip)
+        losses = -advantages * torch.where(advantages > 0, good, bad)
+        wanted = losses[mask].mean()
+        result = ppo_policy_loss(logps, old, advantages, mask, clip=clip, dual_clip=dual_clip)
+        close(result.loss, wanted, rtol=1e-13, atol=1e-13)
+        close(torch.autograd.grad(result.loss, logps), torch.autograd.grad(wanted, logps), rtol=1e-13, atol=1e-16)
+        outside = torch.where(advantages > 0, ratio > 1 + clip[1], ratio < 1 - clip[0])[mask]
+        close(result.clip_fraction, outside.double().mean())
+        assert outside.any()
+
+    def test_each_bound_is_of_one_sign_alone(self) -> None:
+        """Of log-ratios far on both sides, `high` moves the losses where A > 0, `low` and the dual clip where A < 0."""
+        logps, old = torch.tensor([[-3.0], [3.0]]), torch.zeros(2, 1)
+        mask = torch.ones(2, 1, dtype=torch.bool)
+
+        def loss(sign: int, **options: Any) -> float:
+            return ppo_policy_loss(logps, old, torch.full((2, 1), float(sign)), mask, **options).loss.item()
+
+        assert loss(1, clip=(0.2, 0.2)) == loss(1, clip=(0.4, 0.2)) == loss(1, clip=(0.4, 0.2), dual_clip=2.0)
+        assert loss(1, clip=(0.2, 0.2)) > loss(1, clip=(0.2, 0.4))
+        assert loss(-1, clip=(0.2, 0.2)) == loss(-1, clip=(0.2, 0.4))
+        assert loss(-1, clip=(0.2, 0.2)) > loss(-1, clip=(0.4, 0.2)) > loss(-1, clip=(0.4, 0.2), dual_clip=2.0)
+
+    @pytest.mark.parametrize("pair", [(0.3, 0.3), [0.3, 0.3]])
+    def test_a_pair_of_one_number_is_the_number(self, pair: Any) -> None:
+        row = LOSSES[0]
+        tensors, mask = row.example(4, 6), holey(4, 6)
+        assert ppo_policy_loss(*tensors, mask, clip=pair) == ppo_policy_loss(*tensors, mask, clip=0.3)
+
+    @pytest.mark.parametrize(
+        ("ratio", "advantage", "share"),
+        [(0.5, -1.0, 1.0), (0.5, 1.0, 1.0), (1.5, 1.0, 1.0), (1.5, -1.0, 1.0), (3.0, -1.0, 1.0), (3.0, 1.0, 0.0)],
+    )
+    def test_gradients_at_ties(self, ratio: float, advantage: float, share: float) -> None:
+        """At a bound that has a part in the loss the slope is that of −Aρ."""
+        logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64).requires_grad_()
+        ratio = logps.exp().item()
+        clip = (1 - ratio if ratio < 1 else 0.2, ratio - 1 if 1 < ratio < 2 else 0.2)
+        loss = ppo_policy_loss(
+            logps, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), clip=clip,
+            dual_clip=ratio if ratio > 2 else 3.0,
+        ).loss  # fmt: skip
+        assert torch.autograd.grad(loss, logps)[0].item() == pytest.approx(-advantage * ratio * share)
+
+    @pytest.mark.parametrize("clip", [0.2, (0.2, 10.0)])
+    @pytest.mark.parametrize("log_ratio", [100.0, 1e4, math.inf])
+    def test_a_ratio_that_overflows_where_the_dual_clip_holds_it(self, log_ratio: float, clip: Any) -> None:
+        logps, mask = torch.tensor([[log_ratio]]).requires_grad_(), torch.ones(1, 1, dtype=torch.bool)
+        result = ppo_policy_loss(logps, torch.zeros(1, 1), torch.tensor([[-2.0]]), mask, clip=clip, dual_clip=3)
+        assert result.loss.item() == 6
+        assert result.clip_fraction.item() == 0
+        assert torch.autograd.grad(result.loss, logps)[0].item() == 0
+
+    @pytest.mark.parametrize("clip", [1e30, (1e30, 1e30), (0.2, 1e30)])
+    def test_the_largest_clip_clips_nothing(self, clip: Any) -> None:
+        logps, mask = torch.tensor([[60.0, 0.5]]).requires_grad_(), torch.ones(1, 2, dtype=torch.bool)
+        result = ppo_policy_loss(logps, torch.zeros(1, 2), torch.ones(1, 2), mask, clip=clip, dual_clip=1e29)
+        assert result.loss.item() == pytest.approx(-math.exp(60) / 2, rel=1e-5)
+        assert result.clip_fraction == 0
+        assert torch.autograd.grad(result.loss, logps)[0].isfinite().all()
+
+    @every_reduction
+    @pytest.mark.parametrize("options", [{"clip": (0.1, 0.4)}, {"clip": [0.4, 0.1], "dual_clip": 1.3}], ids=str)
+    def test_function_module_and_adapter_are_one(self, options: dict[str, Any], reduction: str) -> None:
+        (logps, old, advantages), mask = LOSSES[0].example(6, 8), holey(6, 8)
+        logps.requires_grad_()
+        low, high = options["clip"]
+        wanted = ppo_policy_loss(logps, old, advantages, mask, reduction=reduction, **options)
+        (gradient,) = torch.autograd.grad(wanted.loss, logps)
+        clipped = ppo_policy_loss(logps, old, advantages, mask, **options).clip_fraction
+        adapter = openrlhf.PolicyLoss(low, high, options.get("dual_clip"), token_level_loss=reduction == "token")
+        for loss_fn in (nn.PPOPolicyLoss(**options, reduction=reduction), adapter):
+            loss, reported, *_ = loss_fn(logps, old, advantages, mask)
+            assert loss == wanted.loss
+            assert reported == clipped
+            assert torch.equal(torch.autograd.grad(loss, logps)[0], gradient)
+        total = mask.sum() if reduction == "token" else mask.any(1).sum()
+        totals = {"batch_num_tokens": total, "global_batch_size": total}
+        close(
+            nn.PPOPolicyLoss(**options, reduction=reduction)(logps, old, advantages, mask, **totals).loss, wanted.loss
+        )
+
+    def test_the_module_shows_its_clips(self) -> None:
+        wanted = "PPOPolicyLoss(clip=(0.2, 0.28), dual_clip=3.0)"
+        assert repr(nn.PPOPolicyLoss(clip=(0.2, 0.28), dual_clip=3.0)) == wanted
+
+    @pytest.mark.parametrize("dual_clip", [None, 3.0])
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    def test_a_nan_that_counts_is_seen(self, place: int, dual_clip: float | None) -> None:
+        tensors = list(torch.zeros(3, 1, 2))
+        tensors[place][0, 1] = math.nan
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        assert ppo_policy_loss(*tensors, mask, dual_clip=dual_clip).loss.isnan()
 
 
 class TestValueLoss:
@@ -677,14 +832,29 @@ class TestValueLoss:
         assert result.clip_fraction.item() == clipped
         assert torch.autograd.grad(result.loss, values)[0].item() == pytest.approx(slope)
 
+    @pytest.mark.parametrize("value", [0.25, -0.25])
+    @pytest.mark.parametrize("target", [1.0, -1.0, 0.25])
+    def test_gradients_at_ties(self, value: float, target: float) -> None:
+        """At a bound the slope is that of (v − R)²."""
+        values, mask = torch.tensor([[value]]).requires_grad_(), torch.ones(1, 1, dtype=torch.bool)
+        loss = ppo_value_loss(values, torch.zeros(1, 1), torch.tensor([[target]]), mask, clip=0.25).loss
+        assert torch.autograd.grad(loss, values)[0].item() == value - target
+
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    def test_a_nan_that_counts_is_seen(self, place: int) -> None:
+        tensors = list(torch.zeros(3, 1, 2))
+        tensors[place][0, 1] = math.nan
+        assert ppo_value_loss(*tensors, torch.ones(1, 2, dtype=torch.bool)).loss.isnan()
+
 
 class TestPpoLoss:
     def test_is_its_parts(self) -> None:
         row = next(loss for loss in LOSSES if loss.function is ppo_loss)
         tensors, mask = row.example(4, 6), holey(4, 6)
         options: dict[str, Any] = {"reduction": "sequence", "denominator": 3}
-        result = ppo_loss(*tensors, mask, clip=0.1, value_clip=0.4, value_coef=0.7, **options)
-        policy = ppo_policy_loss(*tensors[:3], mask, clip=0.1, **options)
+        clips: dict[str, Any] = {"clip": (0.1, 0.3), "dual_clip": 1.5}
+        result = ppo_loss(*tensors, mask, **clips, value_clip=0.4, value_coef=0.7, **options)
+        policy = ppo_policy_loss(*tensors[:3], mask, **clips, **options)
         value = ppo_value_loss(*tensors[3:], mask, clip=0.4, **options)
         assert result.loss == policy.loss + 0.7 * value.loss
         assert result[1:] == (policy.loss, value.loss, policy.approx_kl, policy.clip_fraction)
@@ -796,7 +966,7 @@ class TestRefusals:
 
     @every_loss
     def test_means(self, loss: Loss) -> None:
-        name = loss.name
+        name = loss.name.removesuffix("_of_a_pair")
         with pytest.raises(ValueError, match=r"^reduction must be .*'token'.*'sequence'.*'mean'"):
             self.call(name, reduction="mean")
         for wrong in (-1, math.nan, math.inf):
@@ -810,11 +980,17 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "option", "wrong", "words"),
         [
-            ("gae", "gamma", 1.1, r"\[0, 1\].*1\.1"),
-            ("gae", "gamma", None, r"\[0, 1\].*None"),
-            ("gae", "lam", -0.1, r"\[0, 1\].*-0\.1"),
-            ("reference.gae", "lam", math.nan, r"\[0, 1\].*nan"),
+            ("gae", "gamma", 1.1, r"between 0 and 1.*1\.1"),
+            ("gae", "lam", -0.1, r"between 0 and 1.*-0\.1"),
+            ("reference.gae", "lam", math.nan, r"between 0 and 1.*nan"),
             ("ppo_policy_loss", "clip", 0.0, r"above 0.*0\.0"),
+            ("ppo_policy_loss", "clip", (0, 0.0), r"above 0.*pair \(low, high\).*\(0, 0\.0\)"),
+            ("ppo_policy_loss", "clip", [0.2, -0.1], r"above 0.*pair \(low, high\).*\[0\.2, -0\.1\]"),
+            ("ppo_policy_loss", "clip", (math.inf, 0.2), r"above 0.*pair \(low, high\).*inf"),
+            ("ppo_policy_loss", "clip", (0.2, 1e39), r"up to 1e\+30.*1e\+39"),
+            ("ppo_policy_loss", "dual_clip", 1.0, r"between 1 and 1e\+30.*1\.0"),
+            ("ppo_loss", "clip", (0.2, math.nan), r"above 0.*pair \(low, high\).*nan"),
+            ("ppo_loss", "dual_clip", 0.5, r"between 1 and 1e\+30.*0\.5"),
             ("ppo_value_loss", "clip", -1.0, r"above 0.*-1"),
             ("ppo_loss", "clip", math.nan, r"above 0.*nan"),
             ("ppo_loss", "value_clip", 0.0, r"above 0.*0\.0"),
@@ -823,6 +999,7 @@ class TestRefusals:
             ("kl_shaped_rewards", "kl_coef", -0.1, r"not below 0.*-0\.1"),
             ("kl_shaped_rewards", "estimator", "k4", r"'k1'.*'k3'.*'k4'"),
             ("kl_shaped_rewards", "scores", torch.zeros(4), r"\(3,\).*\(4,\)"),
+            ("kl_shaped_rewards", "scores", torch.zeros(3, 1), r"\(3,\).*\(3, 1\).*scores\.squeeze\(-1\)"),
             ("kl_shaped_rewards", "scores", torch.zeros(3, device="meta"), r"cpu.*meta"),
         ],
     )

@@ -7,6 +7,8 @@ every mask True where a token counts: what lies elsewhere, a NaN too, reaches ne
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor
 
 from fastpref._checks import (
     FLOATING,
+    check_bool,
     check_choice,
     check_finite,
     check_positive,
     check_same_device,
     check_tensor,
+    check_vector,
     describe,
 )
 from fastpref.reference.losses.preference import widen
@@ -27,6 +31,10 @@ ESTIMATORS = ("k1", "k2", "k3")
 REDUCTIONS = ("token", "sequence")
 # The largest change of an adaptive KL coefficient, as a share, over `horizon` samples.
 MAX_CHANGE = 0.2
+# The largest bound of a clip: 1 plus a larger one is not a float32.
+MAX_CLIP = 1e30
+# The largest log-ratio of two policies, either way, in OpenRLHF's and verl's losses.
+MAX_LOG_RATIO = 20.0
 
 
 class PPOPolicyLoss(NamedTuple):
@@ -35,7 +43,8 @@ class PPOPolicyLoss(NamedTuple):
     Attributes:
         loss: the only differentiable field.
         approx_kl: the mean of ½(log π − log π_old)², an estimate of KL(π_old‖π) in nats.
-        clip_fraction: the share of tokens where the clipped branch is the larger.
+        clip_fraction: the share of tokens where the clipped branch is the larger, −A·clip(ρ, 1 − low, 1 + high) > −Aρ.
+            The tokens that `dual_clip` bounds are not among them: where A < 0, only a ratio below 1 − low is.
     """
 
     loss: Tensor
@@ -95,20 +104,44 @@ def check_mean(mask: Tensor, reduction: str, denominator: Tensor | float | None)
             raise ValueError(f"denominator must be None, a number or a real tensor (); got {describe(denominator)}")
         check_same_device("denominator", denominator, "mask", mask)
     elif denominator is not None:
-        check_finite("denominator", denominator, least=0)
+        check_finite("denominator", denominator, least=0.0)
 
 
-def check_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> None:
-    """Check `gae`'s arguments."""
+def check_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[float, float]:
+    """Check `gae`'s arguments and return γ and λ."""
     check_tokens(mask, rewards=rewards, values=values)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if value is None or not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1]; got {value!r}")
+    return check_finite("gamma", gamma, least=0.0, most=1.0), check_finite("lam", lam, least=0.0, most=1.0)
+
+
+def check_clip(clip: object) -> tuple[float, float]:
+    """Return `clip`, a number above 0 or a pair (low, high), as a pair, or raise if it is neither."""
+    bounds = clip if isinstance(clip, Sequence) and len(clip) == 2 else (clip, clip)
+    try:
+        low, high = [check_finite("clip", bound, least=0.0, most=MAX_CLIP) for bound in bounds]
+        if low == high == 0:
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            "clip must be a number above 0, or a pair (low, high) of numbers, 0 or more and not both 0, "
+            f"up to {MAX_CLIP:g}; got {describe(clip)}"
+        ) from None
+    return low, high
+
+
+def check_dual_clip(dual_clip: float | None) -> float | None:
+    """Return `dual_clip` as a float, or None for None, and raise unless a number is above 1."""
+    return None if dual_clip is None else check_finite("dual_clip", dual_clip, least=1.0, most=MAX_CLIP, exclusive=True)
 
 
 def counted(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common dtype, float32 at the least, and 0 where a token does not count."""
     return tuple(tensor.masked_fill(~mask, 0.0) for tensor in widen(*tensors))
+
+
+def bounded_log_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """Return log π − log π_old within ±20, in float32 at the least. Beyond, its gradient is zero."""
+    logps, old_logps = widen(logps, old_logps.detach())
+    return (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def masked_mean(x: Tensor, mask: Tensor, reduction: str, denominator: Tensor | float | None) -> Tensor:
@@ -123,7 +156,7 @@ def masked_mean(x: Tensor, mask: Tensor, reduction: str, denominator: Tensor | f
     if isinstance(denominator, Tensor):
         denominator = denominator.detach().to(x.dtype)
         return total / denominator.masked_fill(denominator == 0, 1.0)
-    return total / (denominator or 1)
+    return total / float(denominator or 1)
 
 
 def kl_shaped_rewards(
@@ -146,16 +179,13 @@ def kl_shaped_rewards(
         (B, T) float32 (float64 for float64), detached; 0 where a token does not count, and no score where none does.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     check_tokens(mask, logps=logps, ref_logps=ref_logps)
-    check_tensor("scores", scores, FLOATING, "a floating-point tensor (B,)")
-    if scores.shape != logps.shape[:1]:
-        raise ValueError(f"scores must be (B,) = ({logps.shape[0]},), one a sequence; got {describe(scores)}")
-    check_same_device("scores", scores, "logps", logps)
+    check_vector("scores", scores, FLOATING, "a floating-point tensor (B,)", like=("logps", logps))
     check_choice("estimator", estimator, ESTIMATORS)
-    check_finite("kl_coef", kl_coef, least=0)
+    kl_coef = check_finite("kl_coef", kl_coef, least=0.0)
     scores, logps, ref_logps = widen(scores.detach(), logps.detach(), ref_logps.detach())
     d = (logps - ref_logps).masked_fill(~mask, 0.0)
     if estimator == "k1":
@@ -173,7 +203,7 @@ def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """`fastpref.gae` in plain PyTorch."""
-    check_gae(rewards, values, mask, gamma, lam)
+    gamma, lam = check_gae(rewards, values, mask, gamma, lam)
     rewards, values = widen(rewards.detach(), values.detach())
     advantages = torch.zeros_like(rewards)
     advantage = next_value = rewards.new_zeros(rewards.shape[0])
@@ -201,7 +231,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
         x's shape, float32 (float64 for float64), differentiable; 0 where an element does not count.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ.
     """
     check_tensor("x", x, FLOATING, "a floating-point tensor")
@@ -209,6 +239,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
     if mask.shape != x.shape:
         raise ValueError(f"mask must have x's shape {tuple(x.shape)}; got {describe(mask)}")
     check_same_device("mask", mask, "x", x)
+    check_bool("shift_mean", shift_mean)
     (x,) = counted(mask, x)
     count = mask.sum().clamp(min=1)
     mean = x.sum() / count
@@ -218,17 +249,23 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
 
 
 def ppo_policy_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2,
-    reduction: str = "token", denominator: Tensor | float | None = None,
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip: float | Sequence[float] = 0.2,
+    dual_clip: float | None = None, reduction: str = "token", denominator: Tensor | float | None = None,
 ) -> PPOPolicyLoss:  # fmt: skip
-    """PPO's clipped surrogate: masked mean of max(−Aρ, −A·clip(ρ, 1 ± clip)), ρ = π/π_old (arXiv 1707.06347, eq. 7).
+    """Compute PPO's clipped surrogate, the masked mean of max(−Aρ, −A·clip(ρ, 1 − low, 1 + high)), ρ = π/π_old.
+
+    It is equation 7 of arXiv 1707.06347, with a bound of its own on either side. With `dual_clip=c`, a token's loss
+    where A < 0 is the smaller of that and −A·c (arXiv 1912.09729), so that a ratio above c no longer counts there. At a
+    bound itself the gradient is that of −Aρ.
 
     Args:
         logps: (B, T), log π of the sampled tokens, nats, any floating dtype; computed in float32 (float64 for float64).
         old_logps: (B, T), the same under the policy that sampled them. Carries no gradient.
         advantages: (B, T), A, as `gae` gives them, whitened or not. Carries no gradient.
         mask: (B, T) bool, True where a token counts.
-        clip: how far from 1 the ratio may be, above 0.
+        clip: how far from 1 the ratio may be: a number above 0 for both sides, or a pair (low, high) of numbers that
+            are 0 or more and not both 0. A `low` of 1 or more does not clip, because a ratio is never below 0.
+        dual_clip: None, or c above 1, which bounds the ratio where A < 0. `high` has no effect there.
         reduction: "token" for the mean over all tokens, "sequence" for the mean over sequences of each one's own mean;
             a sequence without a token is in neither.
         denominator: None, or a number or tensor () to divide by instead of the count of tokens, or of sequences: the
@@ -239,20 +276,28 @@ def ppo_policy_loss(
         PPOPolicyLoss(loss, approx_kl, clip_fraction), scalars; a mean over nothing is 0.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     check_tokens(mask, logps=logps, old_logps=old_logps, advantages=advantages)
     check_mean(mask, reduction, denominator)
-    check_positive("clip", clip)
+    low, high = check_clip(clip)
+    dual_clip = check_dual_clip(dual_clip)
     logps, old_logps, advantages = counted(mask, logps, old_logps.detach(), advantages.detach())
     log_ratio = logps - old_logps
-    # Beyond the clip, where a ratio has no part in the loss, it may overflow, and 0·inf is a gradient of NaN.
-    bounded = torch.where(advantages >= 0, log_ratio.clamp(max=1 + math.log1p(clip)), log_ratio)
+    # Beyond the bounds, where a ratio has no part in the loss, it may overflow, and 0·inf is a gradient of NaN.
+    bounded = torch.where(advantages >= 0, log_ratio.clamp(max=1 + math.log1p(high)), log_ratio)
+    if dual_clip is not None:
+        bounded = torch.where(advantages < 0, log_ratio.clamp(max=1 + math.log(dual_clip)), bounded)
     ratio = bounded.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    losses = torch.maximum(unclipped, clipped)
-    reported = (log_ratio.detach() ** 2 / 2, (clipped > unclipped).to(losses.dtype))
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
+    # Not torch.maximum and torch.minimum: they halve a gradient at a tie, and what clamp adds there depends on torch.
+    is_clipped = clipped > unclipped
+    losses = torch.where(is_clipped, clipped, unclipped)
+    if dual_clip is not None:
+        largest = -advantages * dual_clip
+        losses = torch.where((advantages < 0) & (losses > largest), largest, losses)
+    reported = (log_ratio.detach() ** 2 / 2, is_clipped.to(losses.dtype))
     return PPOPolicyLoss(*(masked_mean(x, mask, reduction, denominator) for x in (losses, *reported)))
 
 
@@ -277,24 +322,25 @@ def ppo_value_loss(
         PPOValueLoss(loss, clip_fraction), scalars; a mean over nothing is 0.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     check_tokens(mask, values=values, old_values=old_values, returns=returns)
     check_mean(mask, reduction, denominator)
-    check_positive("clip", clip)
+    clip = check_positive("clip", clip)
     values, old_values, returns = counted(mask, values, old_values.detach(), returns.detach())
     unclipped = (values - returns) ** 2
     clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
-    losses = torch.maximum(unclipped, clipped) / 2
+    # As in `ppo_policy_loss`, not torch.maximum. In this order a NaN in `old_values` is not passed over.
+    losses = torch.where(clipped <= unclipped, unclipped, clipped) / 2
     outside = (clipped > unclipped).to(losses.dtype)
     return PPOValueLoss(*(masked_mean(x, mask, reduction, denominator) for x in (losses, outside)))
 
 
 def ppo_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
-    mask: Tensor, *, clip: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.1, reduction: str = "token",
-    denominator: Tensor | float | None = None,
+    mask: Tensor, *, clip: float | Sequence[float] = 0.2, dual_clip: float | None = None, value_clip: float = 0.2,
+    value_coef: float = 0.1, reduction: str = "token", denominator: Tensor | float | None = None,
 ) -> PPOLoss:  # fmt: skip
     """Policy and value loss of a shared trunk: `ppo_policy_loss` + c·`ppo_value_loss` (arXiv 1909.08593).
 
@@ -308,7 +354,8 @@ def ppo_loss(
         old_values: (B, T), the values when the tokens were sampled. Carries no gradient.
         returns: (B, T), as `gae` gives them. Carries no gradient.
         mask: (B, T) bool, True where a token counts.
-        clip: how far from 1 the ratio of the policies may be, above 0.
+        clip: how far from 1 the ratio of the policies may be, a number or a pair, as in `ppo_policy_loss`.
+        dual_clip: None, or what bounds the ratio where an advantage is below 0, as in `ppo_policy_loss`.
         value_clip: how far a value may move from its old one, above 0, in the rewards' units.
         value_coef: c, 0 or more.
         reduction: as in `ppo_policy_loss`.
@@ -318,7 +365,7 @@ def ppo_loss(
         PPOLoss(loss, policy_loss, value_loss, approx_kl, clip_fraction), scalars; a mean over nothing is 0.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     check_tokens(
@@ -326,9 +373,9 @@ def ppo_loss(
         returns=returns,
     )  # fmt: skip
     check_positive("value_clip", value_clip)
-    check_finite("value_coef", value_coef, least=0)
+    value_coef = check_finite("value_coef", value_coef, least=0.0)
     mean = {"reduction": reduction, "denominator": denominator}
-    policy = ppo_policy_loss(logps, old_logps, advantages, mask, clip=clip, **mean)
+    policy = ppo_policy_loss(logps, old_logps, advantages, mask, clip=clip, dual_clip=dual_clip, **mean)
     value = ppo_value_loss(values, old_values, returns, mask, clip=value_clip, **mean)
     loss = policy.loss + value_coef * value.loss
     return PPOLoss(loss, policy.loss.detach(), value.loss.detach(), policy.approx_kl, policy.clip_fraction)
@@ -352,12 +399,12 @@ def ptx_loss(
         The loss, a scalar; a mean over nothing is 0.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     check_tokens(mask, token_logps=token_logps)
     check_mean(mask, reduction, denominator)
-    check_finite("gamma", gamma, least=0)
+    gamma = check_finite("gamma", gamma, least=0.0)
     (token_logps,) = counted(mask, token_logps)
     return -gamma * masked_mean(token_logps, mask, reduction, denominator)
 
@@ -376,30 +423,34 @@ class AdaptiveKLController:
         value: c, for `kl_shaped_rewards`' `kl_coef`.
 
     Raises:
-        ValueError: an argument is not a finite number above 0.
+        TypeError: an argument is not a number.
+        ValueError: an argument is not finite, or not above 0.
     """
 
     def __init__(self, init: float, target: float, horizon: float) -> None:
-        check_positive("init", init)
-        check_positive("target", target)
-        check_positive("horizon", horizon)
-        self.value = init
-        self.target = target
-        self.horizon = horizon
+        self.value = check_positive("init", init)
+        self.target = check_positive("target", target)
+        self.horizon = check_positive("horizon", horizon)
 
     def update(self, kl: Tensor | float, n: int) -> None:
         """Move the coefficient.
 
         Args:
-            kl: the mean KL of the last samples; a tensor () is read, which waits for its device.
+            kl: the mean KL of the last samples; a tensor of one element is read, which waits for its device.
             n: how many samples they were.
 
         Raises:
-            ValueError: `kl` is NaN, or n is below 0 or not finite.
+            TypeError: `kl` or n is not a number.
+            ValueError: `kl` is NaN or a tensor of several elements, or n is below 0 or not finite.
         """
-        kl = float(kl)
+        if isinstance(kl, Tensor):
+            if kl.numel() != 1 or kl.is_complex():
+                raise ValueError(f"kl must be a number or a real tensor of one element; got {describe(kl)}")
+            kl = float(kl)
+        if not isinstance(kl, numbers.Real) or isinstance(kl, bool):
+            raise TypeError(f"kl must be a number or a real tensor of one element; got {describe(kl)}")
         if math.isnan(kl):
-            raise ValueError(f"kl must be a number; got {kl!r}")
-        check_finite("n", n, least=0)
-        error = min(max(kl / self.target - 1, -MAX_CHANGE), MAX_CHANGE)
-        self.value *= 1 + error * n / self.horizon
+            raise ValueError(f"kl must be a number, not NaN; got {describe(kl)}")
+        samples = check_finite("n", n, least=0.0)
+        error = min(max(float(kl) / self.target - 1, -MAX_CHANGE), MAX_CHANGE)
+        self.value *= 1 + error * samples / self.horizon

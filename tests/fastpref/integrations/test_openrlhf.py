@@ -127,28 +127,84 @@ def aggregated(losses: Tensor, mask: Tensor, by_token: bool, totals: dict[str, f
     return means.sum() / (totals.get("global_batch_size") or (lengths > 0).sum()) * totals.get("dp_size", 1)
 
 
+def surrogate(
+    logps: Tensor, old: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """OpenRLHF's formula: the losses of tokens, and where they are clipped."""
+    ratio = (logps - old).clamp(-20, 20).exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    gains = torch.min(plain, clipped)
+    if dual_clip is not None:
+        gains = torch.where(advantages < 0, torch.max(gains, dual_clip * advantages), gains)
+    return -gains, clipped < plain
+
+
+CLIPS = [(0.3, 0.3, None), (0.1, 0.4, None), (0.4, 0.1, None), (0.2, 0.28, 1.5), (1.0, 10.0, 3.0), (0.0, 0.3, 1.1)]
+
+
 @pytest.mark.parametrize("totals", TOTALS, ids=["local", "global"])
 @pytest.mark.parametrize("by_token", [True, False])
-def test_policy_loss(by_token: bool, totals: dict[str, float]) -> None:
+@pytest.mark.parametrize("clips", CLIPS, ids=str)
+def test_policy_loss(clips: tuple[Any, ...], by_token: bool, totals: dict[str, float]) -> None:
     logps, old, advantages = randn(3, 5, grad=True), randn(3, 5), randn(3, 5)
-    ratio = (logps - old).exp()
-    plain, clipped = ratio * advantages, ratio.clamp(0.7, 1.3) * advantages
-    loss_fn = ours.PolicyLoss(0.3, 0.3, token_level_loss=by_token)
+    advantages[0, 3] = 0
+    losses, clipped = surrogate(logps, old, advantages, *clips)
+    loss_fn = ours.PolicyLoss(*clips, token_level_loss=by_token)
     loss, clip_ratio, kl, *rest = loss_fn(logps, old, advantages, MASK, None, **totals)
-    assert_alike(loss, aggregated(-torch.min(plain, clipped), MASK, by_token, totals), logps)
-    torch.testing.assert_close(clip_ratio, ((clipped < plain) * MASK).sum() / MASK.sum(), check_dtype=False)
+    assert_alike(loss, aggregated(losses, MASK, by_token, totals), logps)
+    torch.testing.assert_close(clip_ratio, (clipped * MASK).sum() / MASK.sum(), check_dtype=False)
     torch.testing.assert_close(kl, (((old - logps) * MASK).sum() / MASK.sum()).detach())
     assert rest == [None, None]
     _, _, kl, *_ = loss_fn(logps, old, advantages)
     torch.testing.assert_close(kl, (old - logps).mean().detach())
 
 
-@pytest.mark.parametrize("option", [
-    {"clip_eps_high": 0.28}, {"dual_clip": 3.0}, {"policy_loss_type": "gspo"}, {"is_correction_level": "token"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_policy_loss_of_far_policies(dual_clip: float | None) -> None:
+    """A log-ratio beyond ±20 is taken as ±20, without a gradient; but not in ppo_kl."""
+    logps = torch.tensor([[30.0, 30.0, -30.0, -30.0, 1.0]]).double().requires_grad_()
+    old, advantages = torch.zeros(1, 5).double(), torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0]]).double()
+    losses, _ = surrogate(logps, old, advantages, 0.2, 0.28, dual_clip)
+    loss, _, kl, *_ = ours.PolicyLoss(0.2, 0.28, dual_clip)(logps, old, advantages)
+    assert_alike(loss, losses.mean(), logps)
+    assert kl == -logps.detach().mean()
+    old[0, 0] = float("-inf")
+    assert ours.PolicyLoss(0.2, 0.28, dual_clip)(logps, old, advantages)[0] == loss
+
+
+def test_policy_loss_reads_no_masked_token() -> None:
+    logps, old, advantages = randn(3, 5, grad=True), randn(3, 5), randn(3, 5)
+    loss_fn, results = ours.PolicyLoss(0.1, 0.4, 1.5), []
+    for harm in (False, True):
+        tensors = [x.masked_fill(MASK == 0, float("nan")) if harm else x for x in (logps, old, advantages)]
+        loss, clip_ratio, kl, *_ = loss_fn(*tensors, MASK)
+        results.append([loss, clip_ratio, kl, *torch.autograd.grad(loss, logps)])
+    for clean, harmed in zip(*results, strict=True):
+        assert torch.equal(clean, harmed)
+
+
+@pytest.mark.parametrize("option", [{"policy_loss_type": "gspo"}, {"is_correction_level": "token"}], ids=str)
 def test_a_policy_loss_that_is_not_computed_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(option))):
         ours.PolicyLoss(**option)
+
+
+@pytest.mark.parametrize(("option", "error", "words"), [
+    ({"clip_eps_low": -0.1}, ValueError, r"^clip must be .*pair \(low, high\).*\(-0\.1, 0\.2\)"),
+    ({"clip_eps_high": "0.28"}, TypeError, r"^clip must be .*pair \(low, high\).*\(0\.2, '0\.28'\)"),
+    ({"dual_clip": 1.0}, ValueError, r"^dual_clip must be .*1\.0"),
+], ids=str)  # fmt: skip
+def test_a_clip_out_of_range_is_refused(option: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        ours.PolicyLoss(**option)
+
+
+def test_what_is_refused_has_openrlhfs_name() -> None:
+    x = randn(3, 5)
+    with pytest.raises(ValueError, match=r"^old_log_probs must have log_probs's shape \(3, 5\).*\(3, 4\)"):
+        ours.PolicyLoss()(x, x[:, :4], x, MASK)
+    with pytest.raises(TypeError, match=r"^log_probs must be .*list"):
+        ours.PolicyLoss()([[0.0]], x, x)
 
 
 @pytest.mark.parametrize("totals", TOTALS, ids=["local", "global"])

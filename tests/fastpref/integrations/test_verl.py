@@ -121,24 +121,47 @@ def mean(x: Tensor) -> Tensor:
     return ((x * MASK).sum() / MASK.sum()).detach()
 
 
+def surrogate(
+    logps: Tensor, old: Tensor, advantages: Tensor, low: float, high: float, dual: float
+) -> tuple[Tensor, list[Tensor]]:
+    """verl's formula: the losses of tokens, and its three means."""
+    log_ratio = (logps - old).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
+    single = torch.maximum(plain, clipped)
+    losses = torch.where(advantages < 0, torch.minimum(single, -dual * advantages), single)
+    return losses, [mean(clipped > plain), mean(-log_ratio), mean((single > -dual * advantages) & (advantages < 0))]
+
+
+# The bounds, and the options that say so beside a clip of 0.3.
+CLIPS: list[tuple[tuple[float, float, float], dict[str, float]]] = [
+    ((0.3, 0.3, 3.0), {}),
+    ((0.3, 0.4, 3.0), {"high": 0.4}),
+    ((0.1, 0.3, 10), {"low": 0.1, "dual": 10}),
+    ((0.2, 0.28, 1.2), {"low": 0.2, "high": 0.28, "dual": 1.2}),
+    ((1.0, 10.0, 3.0), {"low": 1.0, "high": 10.0}),
+]
+
+
 @pytest.mark.parametrize("totals", TOTALS, ids=["local", "global"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_policy_losses(mode: str, totals: dict[str, Any], weighted: bool) -> None:
+@pytest.mark.parametrize("clips", CLIPS, ids=lambda clips: str(clips[0]))
+def test_policy_losses(clips: Any, mode: str, totals: dict[str, Any], weighted: bool) -> None:
+    bounds, given = clips
     logps, old, advantages = randn(3, 5, grad=True), randn(3, 5), randn(3, 5)
     weights = torch.rand(3, 5, dtype=torch.float64).masked_fill(torch.rand(3, 5) < 0.3, 0.0) if weighted else None
     with torch.no_grad():
-        logps[0, 0], advantages[0, 0] = old[0, 0] + 2, -1.0  # beyond the dual clip
-    ratio = (logps - old).exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(0.7, 1.3)
-    single = torch.maximum(plain, clipped)
-    losses = torch.where(advantages < 0, torch.minimum(single, -3.0 * advantages), single)
-    reported = [mean(clipped > plain), mean(old - logps), mean((single > -3.0 * advantages) & (advantages < 0))]
+        logps[0, 0], advantages[0, 0] = old[0, 0] + 3, -1.0  # beyond the dual clip
+        logps[1, 1], logps[1, 2] = old[1, 1] + 30, old[1, 2] - 30
+        advantages[0, 1] = 0.0
+    losses, reported = surrogate(logps, old, advantages, *bounds)
     assert reported[2] > 0
     losses = losses if weights is None else losses * weights
     config = SimpleNamespace(
-        clip_ratio=0.3, clip_ratio_low=None, clip_ratio_high=None, global_batch_info=totals, get=lambda name, to: to
-    )
+        clip_ratio=0.3, clip_ratio_low=given.get("low"), clip_ratio_high=given.get("high"), global_batch_info=totals,
+        get=lambda name, default: given.get({"clip_ratio_c": "dual"}[name], default),
+    )  # fmt: skip
     loss, metrics = ours.compute_policy_loss_vanilla(
         old_log_prob=old, log_prob=logps, advantages=advantages, response_mask=MASK.bool(), loss_agg_mode=mode,
         config=config, rollout_is_weights=weights,
@@ -148,17 +171,34 @@ def test_policy_losses(mode: str, totals: dict[str, Any], weighted: bool) -> Non
     assert list(metrics) == names
     assert list(metrics.values()) == pytest.approx([x.item() for x in reported], rel=1e-6)
     if not weighted and not totals:
-        loss, *means = ours.compute_policy_loss(old, logps, advantages, MASK, 0.3, loss_agg_mode=mode)
+        names = {"low": "cliprange_low", "high": "cliprange_high", "dual": "clip_ratio_c"}
+        options = {names[name]: value for name, value in given.items()}
+        loss, *means = ours.compute_policy_loss(old, logps, advantages, MASK, 0.3, **options, loss_agg_mode=mode)
         assert_alike(loss, aggregated(losses, mode), logps)
         torch.testing.assert_close(means, reported, check_dtype=False)
 
 
+def test_policy_loss_reads_no_masked_token() -> None:
+    logps, old, advantages = randn(3, 5, grad=True), randn(3, 5), randn(3, 5)
+    results = []
+    for harm in (False, True):
+        new, *rest = (x.masked_fill(MASK == 0, float("nan")) if harm else x for x in (logps, old, advantages))
+        loss, *means = ours.compute_policy_loss(rest[0], new, rest[1], MASK, 0.2, cliprange_high=0.28)
+        results.append([loss, *means, *torch.autograd.grad(loss, logps)])
+    for clean, harmed in zip(*results, strict=True):
+        assert torch.equal(clean, harmed)
+
+
 def test_what_is_not_computed_is_refused() -> None:
     x = randn(3, 5)
-    with pytest.raises(NotImplementedError, match=r"0\.2, 0\.28"):
-        ours.compute_policy_loss(x, x, x, MASK, 0.2, cliprange_high=0.28)
-    with pytest.raises(NotImplementedError, match="below the dual one"):
-        ours.compute_policy_loss(x, x, x, MASK, 0.3, clip_ratio_c=1.2)
+    with pytest.raises(TypeError, match=r"^clip must be .*pair \(low, high\).*\(None, 0\.28\)"):
+        ours.compute_policy_loss(x, x, x, MASK, cliprange_high=0.28)
+    with pytest.raises(ValueError, match=r"^clip_ratio_c must be .*above 1; got float 1\.0"):
+        ours.compute_policy_loss(x, x, x, MASK, 0.3, clip_ratio_c=1.0)
+    with pytest.raises(TypeError, match=r"^clip_ratio_c must be .*above 1; got NoneType None"):
+        ours.compute_policy_loss(x, x, x, MASK, 0.3, clip_ratio_c=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^old_log_prob must have log_prob's shape"):
+        ours.compute_policy_loss(x[:, :4], x, x, MASK, 0.2)
     with pytest.raises(ValueError, match="loss_agg_mode"):
         ours.compute_policy_loss(x, x, x, MASK, 0.2, loss_agg_mode="mean")
     with pytest.raises(ValueError, match="batch_num_tokens is needed"):
