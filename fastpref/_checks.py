@@ -47,9 +47,9 @@ def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) ->
         raise ValueError(f"{name} must be on {like_name}'s device, {like.device}; got {describe(value)}")
 
 
-def shape_error(name: str, value: Tensor, wanted: str) -> ValueError:
-    """Return the error of a tensor that does not have the shape `wanted`, and for (B, 1) name the remedy."""
-    remedy = f": pass {name}.squeeze(-1)" if value.dim() == 2 and value.shape[1] == 1 else ""
+def shape_error(name: str, value: Tensor, wanted: str, dims: int = 1) -> ValueError:
+    """Return the error of a tensor that is not `wanted`, of `dims` dimensions; for (B, 1) it names the remedy."""
+    remedy = f": pass {name}.squeeze(-1)" if value.dim() == dims + 1 and value.shape[-1] == 1 else ""
     return ValueError(f"{name} must be {wanted}; got {describe(value)}{remedy}")
 
 
@@ -119,7 +119,7 @@ def check_finite(
     if number is not None and (least < number < most if exclusive else least <= number <= most):
         return number
     if most < LARGEST:
-        bounds = f" between {least:g} and {most:g}, both {'excluded' if exclusive else 'included'}"
+        bounds = f" between {least:g} and {most:g}, both excluded" if exclusive else f" in [{least:g}, {most:g}]"
     elif least > -LARGEST:
         bounds = f" above {least:g}" if exclusive else f", not below {least:g}"
     else:

@@ -7,7 +7,7 @@ fewest there can be, and nothing of N × V outlives its chunk. A batch that is o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -258,7 +258,7 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     shared_lengths: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
