@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpref._checks import describe
+from fastpref._checks import check_finite, check_int, describe
 from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.losses.preference import dpo_loss, implicit_reward, kto_loss
 from fastpref.losses.reward import best_of_k_loss, pairwise_reward_loss, plackett_luce_loss, ranking_loss
@@ -458,6 +458,10 @@ class _PPOLoss(_Loss):
     def _denominator(
         self, dp_size: int, batch_num_tokens: Tensor | float | None, global_batch_size: Tensor | float | None
     ) -> Tensor | float | None:
+        dp_size = check_int("dp_size", dp_size, least=1)
+        for name, count in (("batch_num_tokens", batch_num_tokens), ("global_batch_size", global_batch_size)):
+            if count is not None and not isinstance(count, Tensor):
+                check_finite(name, count, least=0.0)
         total = batch_num_tokens if self.options["reduction"] == "token" else global_batch_size
         return None if total is None else total / dp_size
 
