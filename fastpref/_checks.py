@@ -47,9 +47,9 @@ def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) ->
         raise ValueError(f"{name} must be on {like_name}'s device, {like.device}; got {describe(value)}")
 
 
-def shape_error(name: str, value: Tensor, wanted: str) -> ValueError:
-    """Return the error of a tensor that does not have the shape `wanted`, and for (B, 1) name the remedy."""
-    remedy = f": pass {name}.squeeze(-1)" if value.dim() == 2 and value.shape[1] == 1 else ""
+def shape_error(name: str, value: Tensor, wanted: str, dims: int = 1) -> ValueError:
+    """Return the error of a tensor that is not `wanted`, of `dims` dimensions; for (B, 1) it names the remedy."""
+    remedy = f": pass {name}.squeeze(-1)" if value.dim() == dims + 1 and value.shape[-1] == 1 else ""
     return ValueError(f"{name} must be {wanted}; got {describe(value)}{remedy}")
 
 
@@ -119,7 +119,7 @@ def check_finite(
     if number is not None and (least < number < most if exclusive else least <= number <= most):
         return number
     if most < LARGEST:
-        bounds = f" between {least:g} and {most:g}, both {'excluded' if exclusive else 'included'}"
+        bounds = f" between {least:g} and {most:g}, both excluded" if exclusive else f" in [{least:g}, {most:g}]"
     elif least > -LARGEST:
         bounds = f" above {least:g}" if exclusive else f", not below {least:g}"
     else:
@@ -222,15 +222,15 @@ def check_scoring(ignore_index: object, shift: object) -> int:
     return check_int("ignore_index", ignore_index)
 
 
-def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> None:
-    """Check LD-DPO's two arguments."""
-    if ld_alpha is not None:
-        check_finite("ld_alpha", ld_alpha)
+def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> float | None:
+    """Check LD-DPO's two arguments, and return `ld_alpha` as a float or None."""
+    ld_alpha = None if ld_alpha is None else check_finite("ld_alpha", ld_alpha)
     if shared_lengths is None:
-        return
+        return ld_alpha
     check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
     if ld_alpha is None:
         raise ValueError(f"shared_lengths is LD-DPO's and needs ld_alpha; got {describe(shared_lengths)} and no alpha")
+    return ld_alpha
 
 
 def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
@@ -303,10 +303,10 @@ def check_linear(
             raise TypeError(f"{name} must have {of}'s dtype, {hidden.dtype}; got {describe(value)}")
 
 
-def check_mode(mode: str, chunk_rows: int | None, filter_eps: float | None) -> None:
-    """Check what says how, and not what, a `linear_*` function computes."""
+def check_mode(mode: object, chunk_rows: object, filter_eps: object) -> tuple[int | None, float | None]:
+    """Check what says how, and not what, a `linear_*` function computes. Return the last two as an int and a float."""
     check_choice("mode", mode, MODES)
-    if chunk_rows is not None:
-        check_int("chunk_rows", chunk_rows, least=1)
-    if filter_eps is not None:
-        check_finite("filter_eps", filter_eps, least=0.0, most=1.0, exclusive=True)
+    rows = None if chunk_rows is None else check_int("chunk_rows", chunk_rows, least=1)
+    if filter_eps is None:
+        return rows, None
+    return rows, check_finite("filter_eps", filter_eps, least=0.0, most=1.0, exclusive=True)

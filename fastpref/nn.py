@@ -10,7 +10,7 @@ config: both call, and unpack what comes back, as they do with their own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,9 +97,9 @@ class DPOLoss(_Loss):
 
     Args:
         beta: β > 0, the strength of the KL constraint.
-        loss_type: one of `fastpref.losses.LOSS_TYPES`, or several, whose losses are added. torchtune's `RSOLoss` is
-            "hinge", OpenRLHF's `ipo=True` is "ipo".
-        loss_weights: one weight a loss type; None: 1 each.
+        loss_type: one of `fastpref.losses.LOSS_TYPES`, a sequence of them, or a mapping of them to their weights.
+            torchtune's `RSOLoss` is "hinge", OpenRLHF's `ipo=True` is "ipo".
+        loss_weights: one weight for each of a sequence of loss types; None: 1 each, or those of the mapping.
         label_smoothing: ε in [0, 1], the probability that a pair's label is flipped.
         reduction: "mean", "sum" or "none". torchtune takes the mean of what it gets, which the mean leaves as it is.
         length_normalize: divide what is compared by the completions' lengths.
@@ -114,7 +114,7 @@ class DPOLoss(_Loss):
         sft_reduction: "token" or "sequence", of that term.
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range or has no place in any of the loss types.
     """
 
@@ -122,7 +122,7 @@ class DPOLoss(_Loss):
         self,
         *,
         beta: float = 0.1,
-        loss_type: str | Sequence[str] = "sigmoid",
+        loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
         loss_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -177,7 +177,7 @@ class DPOLoss(_Loss):
             ref_rejected_logps: (B,) log π_ref(rejected|x), likewise.
             chosen_lengths: (B,) numbers of the chosen completions' tokens, for what divides by them.
             rejected_lengths: (B,) numbers of the rejected completions' tokens, likewise.
-            margin: a number or (B,), in the place of the constructor's.
+            margin: a number or (B,), integers too, in the place of the constructor's.
             weights: (B,), multiplies the pairs' losses.
 
         Returns:
@@ -209,7 +209,7 @@ class KTOLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -255,7 +255,7 @@ class KTOSplitLoss(KTOLoss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -313,7 +313,7 @@ class PairwiseRewardLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -327,7 +327,7 @@ class PairwiseRewardLoss(_Loss):
         Args:
             chosen: (B,) rewards of the preferred answers, any floating dtype.
             rejected: (B,) rewards of the others.
-            margin: a number or (B,), in the place of the constructor's; integers too, as data sets have them.
+            margin: a number or (B,), integers too, in the place of the constructor's.
 
         Returns:
             The loss, a scalar, or (B,) with "none".
@@ -336,11 +336,8 @@ class PairwiseRewardLoss(_Loss):
             TypeError: a tensor of a wrong dtype.
             ValueError: shapes or devices differ.
         """
-        if margin is None:
-            margin = self.options["margin"]
-        elif isinstance(margin, Tensor) and margin.dtype in (torch.int32, torch.int64):
-            margin = margin.float()
-        return pairwise_reward_loss(chosen, rejected, **{**self.options, "margin": margin})
+        options = {**self.options, "margin": self.options["margin"] if margin is None else margin}
+        return pairwise_reward_loss(chosen, rejected, **options)
 
 
 class BestOfKLoss(_Loss):
@@ -350,7 +347,7 @@ class BestOfKLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or one of a wrong type.
         ValueError: an option is out of range.
     """
 
@@ -383,7 +380,7 @@ class RankingLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or one of a wrong type.
         ValueError: an option is out of range.
     """
 
@@ -416,7 +413,7 @@ class PlackettLuceLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or one of a wrong type.
         ValueError: an option is out of range.
     """
 
