@@ -980,9 +980,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "option", "wrong", "words"),
         [
-            ("gae", "gamma", 1.1, r"between 0 and 1.*1\.1"),
-            ("gae", "lam", -0.1, r"between 0 and 1.*-0\.1"),
-            ("reference.gae", "lam", math.nan, r"between 0 and 1.*nan"),
+            ("gae", "gamma", 1.1, r"in \[0, 1\].*1\.1"),
+            ("gae", "lam", -0.1, r"in \[0, 1\].*-0\.1"),
+            ("reference.gae", "lam", math.nan, r"in \[0, 1\].*nan"),
             ("ppo_policy_loss", "clip", 0.0, r"above 0.*0\.0"),
             ("ppo_policy_loss", "clip", (0, 0.0), r"above 0.*pair \(low, high\).*\(0, 0\.0\)"),
             ("ppo_policy_loss", "clip", [0.2, -0.1], r"above 0.*pair \(low, high\).*\[0\.2, -0\.1\]"),
