@@ -16,6 +16,7 @@ from fastpref.cli.check.evaluate import GRADIENT, SEED, cast, evaluate, move
 from fastpref.cli.check.linear_cases import linear_cases
 from fastpref.cli.check.logprobs_cases import logprobs_cases
 from fastpref.cli.check.loss_cases import loss_cases
+from fastpref.cli.check.product_cases import product_cases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Result:
 
 def chosen_cases(pattern: str | None) -> list[Case]:
     """All cases, or those whose name has the pattern in it, or matches it as a glob."""
-    every = (*logprobs_cases(), *linear_cases(), *loss_cases())
+    every = (*product_cases(), *logprobs_cases(), *linear_cases(), *loss_cases())
     return [case for case in every if pattern is None or pattern in case.name or fnmatch(case.name, pattern)]
 
 
