@@ -17,6 +17,7 @@ from fastpref.cli.check.linear_cases import linear_cases
 from fastpref.cli.check.logprobs_cases import logprobs_cases
 from fastpref.cli.check.loss_cases import loss_cases
 from fastpref.cli.check.product_cases import product_cases
+from fastpref_kernels.precision import full_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ def run(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
 
     try:
         with case.within(device):
-            with _one_thread():
+            # The environment may have lowered the precision of eager's products, and so what ours are measured by.
+            with _one_thread(), full_float32():
                 leaves, constants = case.draw(torch.Generator().manual_seed(SEED))
                 leaves, constants = cast(leaves, dtype), cast(constants, dtype)
                 exact = cast(leaves, torch.float64), cast(constants, torch.float64)
