@@ -89,7 +89,7 @@ ROUTES = {
     "used": Route(DTYPES, _used),
     "MKL": Route((torch.bfloat16,), functools.partial(_bf16, "MKL"), "the instruction AMX_BF16, or a torch with MKL"),
     "oneDNN blocks": Route(
-        (torch.bfloat16,), functools.partial(_bf16, "oneDNN"), "the instruction AVX512_BF16, or a torch with oneDNN"
+        (torch.bfloat16,), functools.partial(_bf16, "oneDNN"), "the instruction AVX512_BF16, or the brgemm of a newer torch"
     ),
     "oneDNN": Route((torch.float32,), _onednn, "a torch with oneDNN"),
 }
