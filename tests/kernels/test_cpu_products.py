@@ -211,7 +211,7 @@ class TestWhichProduct:
         if rounds is not None:
             monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", rounds)
         monkeypatch.setattr(cpu_linear, "_is_intel", lambda: False)
-        monkeypatch.setattr(cpu_linear, "_onednn_rounds", cpu_linear._onednn_rounds.__wrapped__)
+        monkeypatch.setattr(cpu_linear, "onednn_rounds", cpu_linear.onednn_rounds.__wrapped__)
         monkeypatch.setattr(cpu, "native", lambda: None)
         monkeypatch.setattr(cpu_linear, "onednn_product", lambda out, a, b, add: called.append(1))
         cpu_linear.product(torch.empty(3, 2), torch.ones(3, 5).to(dtype), torch.ones(5, 2).to(dtype), False)

@@ -63,7 +63,7 @@ class Route(NamedTuple):
     Attributes:
         dtypes: of the operands that it takes.
         product: from a device, the function that multiplies, or None where the device cannot.
-        lacks: what a machine that cannot run it lacks.
+        lacks: what a machine that cannot run it lacks, an instruction first.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -81,17 +81,16 @@ def _bf16(route: str, device: torch.device) -> Product | None:
 
 
 def _onednn(device: torch.device) -> Product | None:
-    return cpu_linear.onednn_product if device.type == "cpu" and torch.backends.mkldnn.is_available() else None
+    usable = torch.backends.mkldnn.is_available() and not cpu_linear.onednn_rounds()
+    return cpu_linear.onednn_product if device.type == "cpu" and usable else None
 
 
 # "used" is what the operators call on a device. The others are what they may call on a CPU.
 ROUTES = {
     "used": Route(DTYPES, _used),
-    "MKL": Route((torch.bfloat16,), functools.partial(_bf16, "MKL"), "the instruction AMX_BF16, or a torch with MKL"),
-    "oneDNN blocks": Route(
-        (torch.bfloat16,), functools.partial(_bf16, "oneDNN"), "the instruction AVX512_BF16, or the brgemm of a newer torch"
-    ),
-    "oneDNN": Route((torch.float32,), _onednn, "a torch with oneDNN"),
+    "MKL": Route((torch.bfloat16,), functools.partial(_bf16, "MKL"), "AMX_BF16, or MKL in its torch"),
+    "oneDNN blocks": Route((torch.bfloat16,), functools.partial(_bf16, "oneDNN"), "AVX512_BF16, or a newer torch"),
+    "oneDNN": Route((torch.float32,), _onednn, "oneDNN in its torch, or its full precision"),
 }
 
 

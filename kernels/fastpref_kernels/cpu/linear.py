@@ -66,7 +66,7 @@ def _is_intel() -> bool:
 
 
 @functools.cache
-def _onednn_rounds() -> bool:
+def onednn_rounds() -> bool:
     """Return whether the environment has oneDNN round float32 operands: no call can overrule it, unlike a setting."""
     modes = [os.environ.get(name) for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")]
     return any(mode is not None and mode.upper() != "STRICT" for mode in modes)
@@ -122,7 +122,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
             native.bf16_gemm(out, a, b, add)
             return
     a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
-    prefers_onednn = not _is_intel() and torch.backends.mkldnn.is_available() and not _onednn_rounds()
+    prefers_onednn = not _is_intel() and torch.backends.mkldnn.is_available() and not onednn_rounds()
     if out.dtype == torch.float32 and prefers_onednn:
         onednn_product(out, a, b, add)
     else:
