@@ -1,4 +1,4 @@
-"""Every matrix product of a CPU alone, over layouts, strides and sizes of its operands; and what was wrong of it."""
+"""Each library's matrix product on a CPU is right alone, for operands of every layout, stride and size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastpref_kernels import cpu, linear
 from fastpref_kernels.cpu import linear as cpu_linear
 
 CPU = torch.device("cpu")
-# Every combination of what is special; and, for fewer layouts, of what is larger than a block.
+# TINY is multiplied in every pair of layouts. LARGE, which ends within a block, is multiplied in fewer of them.
 TINY = tuple(itertools.product((1, 2, 3), repeat=3))
 LARGE = ((70, 66, 1031), (1, 130, 1026), (4097, 1, 5), (1, 1, 4097))
 ALL_ROUTES = {
@@ -67,7 +67,7 @@ def test_every_layout_and_size(route: str, dtype: torch.dtype, left_layout: str)
 
 @pytest.mark.parametrize("route", ["MKL", "oneDNN blocks"])
 class TestBfloat16Gemm:
-    """What the operator refuses, with an error that names it."""
+    """The operator raises for what it cannot multiply, and its message names the operand."""
 
     @pytest.mark.parametrize(
         ("out", "left", "right", "words"),
@@ -141,7 +141,7 @@ def test_a_route_that_is_not_there_is_named() -> None:
 
 
 class TestFromHiddenStates:
-    """Sizes of 1 by which a product of bfloat16 operands was refused in silence on a processor with AMX."""
+    """MKL refuses operands of one row or column whose layout and leading dimension do not agree."""
 
     def test_one_feature(self) -> None:
         hidden, weight = torch.randn(1, 9, 1).bfloat16(), torch.randn(100, 1).bfloat16()

@@ -32,7 +32,7 @@ def transposed_rows(leaf: Tensor) -> Tensor:
 
 
 def everywhere(device: torch.device) -> bool:
-    """The `runs_on` of most."""
+    """Return True: most cases run on every device."""
     return True
 
 

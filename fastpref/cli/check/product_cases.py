@@ -1,4 +1,4 @@
-"""Matrix products alone: every route of a device, over the layouts, strides and sizes of operands and results."""
+"""Cases of matrix products alone: each library that a device may use, over layouts, strides and sizes of operands."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Products(NamedTuple):
 
 
 def multiply(product: Product, left: Tensor, right: Tensor, start: Tensor) -> Products:
-    """Write a product to a slice of a wider matrix, and add it to a matrix; both hold NaN where nothing is given.
+    """Write a product to a slice of a wider matrix that holds NaN, and add it to a copy of `start`.
 
     Raises:
         RuntimeError: something was written beside the slice.
