@@ -24,6 +24,7 @@ VARIABLES = {
     "CXX": "the C++ compiler",
     "OMP_NUM_THREADS": "threads of the C++ operators",
     "MKL_NUM_THREADS": "threads of MKL's products",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "BF16: oneDNN rounds float32 operands; fastpref then does without its products",
     "THP_MEM_ALLOC_ENABLE": "1: huge pages under torch's tensors on a CPU",
     "ATEN_CPU_CAPABILITY": "the vector instructions torch uses",
     "CUDA_VISIBLE_DEVICES": "the GPUs torch may see",

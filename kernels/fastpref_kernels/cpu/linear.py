@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,13 @@ def _is_intel() -> bool:
         return False
 
 
+@functools.cache
+def onednn_rounds() -> bool:
+    """Return whether the environment has oneDNN round float32 operands: no call can overrule it, unlike a setting."""
+    modes = [os.environ.get(name) for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")]
+    return any(mode is not None and mode.upper() != "STRICT" for mode in modes)
+
+
 def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns."""
     if x.dtype == dtype:
@@ -71,6 +79,31 @@ def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.stride(0) == 1 and x.stride(1) != 1:
         return _widened(name, x.t(), dtype).t()
     return scratch(name, tuple(x.shape), dtype, x.device).copy_(x)
+
+
+def bf16_route() -> str:
+    """Return what multiplies bfloat16 operands in this process: "MKL", "oneDNN", or "float32" of widened operands."""
+    native = cpu.native()
+    return native.bf16_routes()[0] if native and native.has_bf16_gemm() else "float32"
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Return whether lines of a matrix overlap without being the same, as only `as_strided` makes them."""
+    (step, length), (line, _) = sorted(zip(x.stride(), x.shape, strict=True))
+    return 0 < line < step * length
+
+
+def onednn_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """Compute out (M, N) = a (M, K) @ b (K, N), or += it, all of them float32, by oneDNN."""
+    if not add and not a.shape[1]:
+        out.zero_()
+    if _overlaps(b):  # which oneDNN refuses
+        b = b.contiguous()
+    # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
+    for begin in range(0, a.shape[1], SUMMED):
+        part = a[:, begin : begin + SUMMED], b[begin : begin + SUMMED].t()
+        result = torch.ops.mkldnn._linear_pointwise(*part, None, "none", [], "")
+        out.add_(result) if add or begin else out.copy_(result)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -89,16 +122,11 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
             native.bf16_gemm(out, a, b, add)
             return
     a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
-    if out.dtype == torch.float32 and not _is_intel() and torch.backends.mkldnn.is_available():
-        # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
-        for begin in range(0, a.shape[1], SUMMED):
-            part = a[:, begin : begin + SUMMED], b[begin : begin + SUMMED].t()
-            result = torch.ops.mkldnn._linear_pointwise(*part, None, "none", [], "")
-            out.add_(result) if add or begin else out.copy_(result)
-    elif add:
-        torch.addmm(out, a, b, out=out)
+    prefers_onednn = not _is_intel() and torch.backends.mkldnn.is_available() and not onednn_rounds()
+    if out.dtype == torch.float32 and prefers_onednn:
+        onednn_product(out, a, b, add)
     else:
-        torch.mm(a, b, out=out)
+        linear.library_product(out, a, b, add)
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
