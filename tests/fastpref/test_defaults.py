@@ -157,3 +157,23 @@ def test_every_public_function_is_called() -> None:
     called = {getattr(function, "__name__", "") for _, function, _, _ in calls()}
     public = {name for name in reference.__all__ if name[0].islower()}
     assert public <= called
+
+
+@pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAULTS)
+def test_an_attached_model_does_not_depend_on_them(default: Callable[[], AbstractContextManager[Any]]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = fastpref.attach(transformers.AutoModelForCausalLM.from_config(config).float().eval())
+    scored, weight = labels(), model.get_output_embeddings().weight
+    input_ids = scored.clamp(min=0)
+
+    def call() -> tuple[Tensor, Tensor]:
+        logprobs = model(input_ids=input_ids, labels=scored, fastpref=True, stats=("entropy",)).logprobs
+        return logprobs.detach(), torch.autograd.grad(logprobs.sum(), weight)[0]
+
+    wanted = call()
+    model = fastpref.attach(fastpref.detach(model))  # verified again
+    with default():
+        got = call()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)

@@ -44,13 +44,6 @@ class Numbers(NamedTuple):
     sft_weight: float
 
 
-# Options that only some types take, as they are when they are not given.
-_NOT_GIVEN = {
-    "label_smoothing": 0.0, "length_normalize": False, "margin": None, "weights": None, "f_divergence": "reverse_kl",
-    "delta": 0.0, "gamma": 0.5, "discopop_tau": 0.05,
-}  # fmt: skip
-
-
 def reduce(losses: Tensor, reduction: str) -> Tensor:
     """(B,) -> (B,), its sum, or its mean; a mean over nothing is 0."""
     if reduction == "none":
@@ -98,6 +91,9 @@ def weighted_types(
     loss_type: str | Sequence[str] | Mapping[str, float], loss_weights: Sequence[float] | None
 ) -> Weighted:
     """Return the loss types that a call names, each with its weight."""
+    if isinstance(loss_type, str) and loss_weights is None:
+        check_choice("loss_type", loss_type, LOSS_TYPES)
+        return ((LOSS_TYPES[loss_type], 1.0),)
     if isinstance(loss_type, Mapping):
         if loss_weights is not None:
             raise ValueError(
@@ -127,11 +123,6 @@ def weighted_types(
     return tuple(
         (LOSS_TYPES[name], check_finite(weights_name, weight)) for name, weight in zip(names, weights, strict=True)
     )
-
-
-def _is_given(name: str, value: Any) -> bool:
-    absent = _NOT_GIVEN[name]
-    return value is not None if absent is None else value != absent
 
 
 def check_options(
@@ -168,12 +159,17 @@ def check_options(
             raise ValueError(f"loss_type 'sft' has its weight in loss_weights; got sft_weight={sft_weight!r} as well")
     if f_divergence != "alpha" and f_alpha != 0.5:
         raise ValueError(f"f_alpha is the α of f_divergence='alpha'; got f_alpha={f_alpha!r} with {f_divergence!r}")
-    given = {
-        "label_smoothing": label_smoothing, "length_normalize": length_normalize, "margin": margin, "weights": weights,
-        "f_divergence": f_divergence, "delta": delta, "gamma": gamma, "discopop_tau": discopop_tau,
-    }  # fmt: skip
-    for name, value in given.items():
-        if name not in taken and _is_given(name, value):
+    for name, value, is_given in (
+        ("label_smoothing", label_smoothing, label_smoothing != 0.0),
+        ("length_normalize", length_normalize, length_normalize),
+        ("margin", margin, margin is not None),
+        ("weights", weights, weights is not None),
+        ("f_divergence", f_divergence, f_divergence != "reverse_kl"),
+        ("delta", delta, delta != 0.0),
+        ("gamma", gamma, gamma != 0.5),
+        ("discopop_tau", discopop_tau, discopop_tau != 0.05),
+    ):
+        if is_given and name not in taken:
             what = "" if isinstance(value, Tensor) else f"={value!r}"
             taking = ", ".join(kind.name for kind in LOSS_TYPES.values() if name in kind.takes)
             names = ", ".join(kind.name for kind, _ in types)
@@ -183,13 +179,20 @@ def check_options(
 
 def needs_reference(types: Weighted, reference_free: bool) -> bool:
     """Whether any of the types compares with the reference."""
-    return not reference_free and any(kind.reference for kind, _ in types)
+    if not reference_free:
+        for kind, _ in types:
+            if kind.reference:
+                return True
+    return False
 
 
 def needs_lengths(types: Weighted, length_normalize: bool, sft_weight: float) -> tuple[bool, bool]:
     """Whether the chosen completions' lengths enter, and whether the rejected ones' do."""
-    divides = length_normalize or any(kind.normalized for kind, _ in types)
-    return divides or bool(sft_weight) or any(kind.likelihood for kind, _ in types), divides
+    divides, likelihood = length_normalize, sft_weight > 0
+    for kind, _ in types:
+        divides = divides or kind.normalized
+        likelihood = likelihood or kind.likelihood
+    return divides or likelihood, divides
 
 
 def check_dpo(
