@@ -98,13 +98,15 @@ def ddp(step: str, tied: bool) -> None:
     hold(loss, wrapped.named_parameters(), whole_gradients(step, tied))
 
 
-@over(step=list(STEPS), tied=[False, True], head=["of the root", "a unit"])
+@over(step=list(STEPS), tied=[False, True], head=["of the root", "a unit", "a unit with the norm"])
 def fsdp2(step: str, tied: bool, head: str) -> None:
     sharded = model(tied)
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh())
     if head == "a unit" and not tied:
         fully_shard(sharded.lm_head, mesh=mesh())
+    if head == "a unit with the norm" and not tied:
+        fully_shard([sharded.model.norm, sharded.lm_head], mesh=mesh())
     fully_shard(sharded, mesh=mesh())
     loss = STEPS[step](sharded, *map(of_rank, pairs()))
     loss.backward()
