@@ -55,8 +55,9 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common dtype, float32 at the least."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
 
 
 def check_vectors(**named: Tensor | None) -> None:
