@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastpref._checks import FLOATING, check_tensor
 from fastpref._function import apply, has_values, once_differentiable
 from fastpref._sharding import Shard, resolve_group
 from fastpref.reference.logprobs import scored_targets
@@ -137,9 +138,10 @@ def sum_parts(parts: Tensor, process_group: Any) -> Tensor:
         The sum, of the same shape, on every rank.
 
     Raises:
-        TypeError: `process_group` is neither.
+        TypeError: `parts` is no floating-point tensor; `process_group` is neither.
         ValueError: a mesh of more dimensions; this rank is not of the group.
     """
+    check_tensor("parts", parts, FLOATING, "a floating-point tensor (B,) or (S,)")
     return _SummedParts.apply(parts, resolve_group(process_group))  # type: ignore[return-value]
 
 

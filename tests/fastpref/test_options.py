@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import dpo_loss, linear_dpo_loss, nn, pairwise_reward_loss, reference
+from fastpref.distributed import sum_parts
 from fastpref.losses import RLHF, TABLE
 
 PAIRS = 4
@@ -356,3 +357,11 @@ class TestLayouts:
                 sparse = (*arguments[:i], argument.to_sparse(layout=layout), *arguments[i + 1 :])
                 with pytest.raises(TypeError, match=rf"^{names[i]} must be .*; got a sparse_(coo|csr)"):
                     getattr(package, name)(*sparse)
+
+
+@pytest.mark.parametrize(
+    "parts", [[1.0], None, torch.ones(2, dtype=torch.long), torch.ones(2, 2).to_sparse()], ids=repr
+)
+def test_parts_that_are_no_numbers_are_refused(parts: Any) -> None:
+    with pytest.raises(TypeError, match=r"^parts must be a floating-point tensor .*; got "):
+        sum_parts(parts, None)

@@ -55,8 +55,9 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common dtype, float32 at the least."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple([tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors])
 
 
 def check_vectors(**named: Tensor | None) -> None:
@@ -145,9 +146,7 @@ def check_options(
         check_positive("discopop_tau", discopop_tau),
         check_finite("sft_weight", sft_weight, least=0.0),
     )
-    taken: frozenset[str] = frozenset()
     for kind, _ in types:
-        taken |= kind.takes
         if kind.name == "robust" and label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be below 1/2 for loss_type='robust'; got {label_smoothing!r}")
         if kind.name == "exo_pair" and not 0 < label_smoothing < 1:
@@ -169,7 +168,7 @@ def check_options(
         ("gamma", gamma, gamma != 0.5),
         ("discopop_tau", discopop_tau, discopop_tau != 0.05),
     ):
-        if is_given and name not in taken:
+        if is_given and not any(name in kind.takes for kind, _ in types):
             what = "" if isinstance(value, Tensor) else f"={value!r}"
             taking = ", ".join(kind.name for kind in LOSS_TYPES.values() if name in kind.takes)
             names = ", ".join(kind.name for kind, _ in types)

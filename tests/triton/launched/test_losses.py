@@ -68,8 +68,8 @@ PER_PAIR = torch.linspace(0.1, 2.0, N, dtype=torch.float64)
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "label_smoothing": [{"label_smoothing": value} for value in (0.1, 0.4)],
     "length_normalize": [{"length_normalize": True}],
-    "margin": [{"margin": 0.7}, {"margin": PER_PAIR}],
-    "weights": [{"weights": PER_PAIR}],
+    "margin": [{"margin": 0.7}, {"margin": PER_PAIR}, {"margin": torch.arange(N)}],
+    "weights": [{"weights": PER_PAIR}, {"weights": torch.arange(N, dtype=torch.int32)}],
     "f_divergence": [
         {"f_divergence": "forward_kl"},
         {"f_divergence": "js"},
@@ -103,10 +103,11 @@ def test_dpo_options(name: str) -> None:
         (("simpo", "sigmoid"), None),
         (("sft",), (0.5,)),
         (("aot", "sft"), (1.0, 0.3)),
+        ({"sigmoid": 0.5, "hinge": 3.0}, None),
     ],
 )
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_several_types(types: tuple[str, ...], weights: tuple[float, ...] | None, reduction: str) -> None:
+def test_several_types(types: Any, weights: tuple[float, ...] | None, reduction: str) -> None:
     tensors, options = example(DPO["sigmoid"], N)
     options |= {"loss_type": types, "loss_weights": weights}
     if types == ("sft",):
