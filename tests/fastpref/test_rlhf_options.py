@@ -178,3 +178,14 @@ def test_another_default_device_changes_nothing() -> None:
         with torch.device("meta"):
             found = call()
         assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("function", [fastpref.ppo_value_loss, fastpref.gae])
+def test_a_value_head_gives_one_dimension_too_many(function: Callable[..., Any], place: int) -> None:
+    count = 3 if function is fastpref.ppo_value_loss else 2
+    tensors = [*(tokens() for _ in range(count)), WHOLE]
+    tensors[place] = tensors[place].unsqueeze(-1)
+    names = list(inspect.signature(function).parameters)
+    with pytest.raises(ValueError, match=rf"^{names[place]} must be .*: pass {names[place]}\.squeeze\(-1\)"):
+        function(*tensors)

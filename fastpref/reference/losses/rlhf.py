@@ -24,6 +24,7 @@ from fastpref._checks import (
     check_tensor,
     check_vector,
     describe,
+    shape_error,
 )
 from fastpref.reference.losses.preference import widen
 
@@ -88,11 +89,11 @@ def check_tokens(mask: Tensor, **named: Tensor) -> None:
     for name, value in named.items():
         check_tensor(name, value, FLOATING, "a floating-point tensor (B, T)")
     if first.dim() != 2:
-        raise ValueError(f"{first_name} must be (B, T), a column a token; got {describe(first)}")
+        raise shape_error(first_name, first, "(B, T), a column a token", 2)
     check_tensor("mask", mask, (torch.bool,), "a bool tensor (B, T), True where a token counts")
     for name, value in (*named.items(), ("mask", mask)):
         if value.shape != first.shape:
-            raise ValueError(f"{name} must have {first_name}'s shape {tuple(first.shape)}; got {describe(value)}")
+            raise shape_error(name, value, f"(B, T) = {tuple(first.shape)}, like {first_name}", 2)
         check_same_device(name, value, first_name, first)
 
 

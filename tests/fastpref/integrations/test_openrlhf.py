@@ -201,7 +201,7 @@ def test_a_clip_out_of_range_is_refused(option: dict[str, Any], error: type[Exce
 
 def test_what_is_refused_has_openrlhfs_name() -> None:
     x = randn(3, 5)
-    with pytest.raises(ValueError, match=r"^old_log_probs must have log_probs's shape \(3, 5\).*\(3, 4\)"):
+    with pytest.raises(ValueError, match=r"^old_log_probs must be \(B, T\) = \(3, 5\), like log_probs; .*\(3, 4\)"):
         ours.PolicyLoss()(x, x[:, :4], x, MASK)
     with pytest.raises(TypeError, match=r"^log_probs must be .*list"):
         ours.PolicyLoss()([[0.0]], x, x)
