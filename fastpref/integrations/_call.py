@@ -11,11 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpref._checks import describe
+from fastpref._checks import INTEGER, check_tensor, describe
 from fastpref._results import run_time_tuple
 from fastpref._sharding import is_dtensor, whole
 from fastpref.integrations import _head
-from fastpref.integrations._stand_in import graft, leads_to, paths_to, rebind, run_users_hooks, stand_in, users_hooks
+from fastpref.integrations._rebind import rebind
+from fastpref.integrations._stand_in import (
+    forward_name,
+    graft,
+    keep_attributes,
+    leads_to,
+    paths_to,
+    run_users_hooks,
+    stand_in,
+    users_hooks,
+)
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 
 _SCORING = ("ignore_index", "shift", "temperature", "stats", "mode", "chunk_rows", "filter_eps")
@@ -38,31 +48,39 @@ def _labels(kwargs: dict[str, Any]) -> tuple[Any, bool]:
     if shifted is not None:  # as a transformers model, which then does not look at labels
         if kwargs.get("shift"):
             raise ValueError("shift_labels are shifted already; got shift=True too")
-        return shifted, True
+        labels = shifted
     if labels is None:
         raise ValueError("fastpref scores labels: pass labels=, aligned with input_ids, or shift_labels=; got none")
-    return labels, False
+    name = "labels" if shifted is None else "shift_labels"
+    check_tensor(name, labels, INTEGER, "an int64 or int32 tensor of input_ids' shape")
+    return labels, shifted is not None
 
 
 def _scoring_function(fastpref: object, shifted: bool, kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function of hidden states, weight, labels and bias that a call asks for; takes its options from `kwargs`."""
+    """Return the function of hidden states, weight, labels and bias that a call asks for.
+
+    It takes its options from `kwargs`. Whether the labels are `shifted` already is one of them.
+    """
     for name, reason in _REFUSED.items():
         value = kwargs.get(name)
-        if value is not None and not (name.endswith("logits_to_keep") and isinstance(value, int) and value == 0):
+        if value is not None and not (isinstance(value, int) and value == 0):  # 0 and False ask for nothing
             raise ValueError(f"a scored call takes no {name}: {reason}; got {name}={describe(value)}")
     if callable(fastpref):
         options = [name for name in (*_SCORING, *_SEQUENCE, "reduction") if name in kwargs]
         if options:
-            raise ValueError(f"how to score is what the function given as fastpref says; got {', '.join(options)} too")
+            raise ValueError(
+                "with a function as fastpref=, bind options of scoring to the function (functools.partial); got "
+                f"{', '.join(options)} at the call"
+            )
         return functools.partial(fastpref, shift=False) if shifted else fastpref
     if fastpref is not True:
         raise TypeError(f"fastpref must be a bool, or a function to score with; got {describe(fastpref)}")
-    reduction = kwargs.pop("reduction", None) or "none"
+    reduction = kwargs.pop("reduction", None)
     options = {name: kwargs.pop(name) for name in _SCORING if name in kwargs}
     if shifted:
         options["shift"] = False
     given = {name: kwargs.pop(name) for name in _SEQUENCE if name in kwargs}
-    if reduction != "none":
+    if reduction not in (None, "none"):
         return functools.partial(linear_sequence_logprobs, reduction=reduction, **given, **options)
     if any(value is not None for value in given.values()):
         raise ValueError(f'{", ".join(_SEQUENCE)} are of sequences, and need reduction="sum" or "mean"; got none')
@@ -70,7 +88,7 @@ def _scoring_function(fastpref: object, shifted: bool, kwargs: dict[str, Any]) -
 
 
 def _unsliced(hidden: Tensor) -> Tensor:
-    """What models slice, `hidden[:, -n:]`, where the slice is all of it: FSDP warns of outputs that are views."""
+    """Return the tensor of which `hidden` is a slice that leaves nothing out: FSDP warns of outputs that are views."""
     if torch.compiler.is_compiling() or not hidden._is_view():
         return hidden
     base = hidden._base
@@ -105,12 +123,13 @@ class Call:
             output = forward(made, *args, **kwargs)
         else:
             output = rebind(self.patch.own, self.patch.owner, made)(*args, **kwargs)
+        keep_attributes(made, self.model, paths)
         if not hasattr(output, "logits"):
             raise ValueError(f"fastpref needs the model's named outputs, return_dict=True; got {type(output)}")
         if self.calls == 0 and self.patch.own is not None:
             raise NotImplementedError(
-                f"the model's forward was replaced before attach by {self.patch.own}, which holds the model in a way "
-                "that cannot be followed; attach first, and replace it then"
+                f"the model's forward was replaced before attach by a {type(self.patch.own).__name__}, which holds the "
+                "model in a way that cannot be followed; attach first, and replace it then"
             )
         if self.calls != 1 or len(self.seen) != 1:
             raise NotImplementedError(f"a head must be called once to be scored; this one was {self.calls} times")
@@ -141,13 +160,14 @@ class Call:
         """Score what the head is given, in place of its forward."""
         self.calls += 1
         if self.verifies:
-            own = getattr(self.head, "_old_forward" if hasattr(self.head, "_hf_hook") else "forward")
+            own = getattr(self.head, forward_name(self.head))
             with torch.no_grad():
                 # Not scored rows: every rank of a sharded model must run the head as often as the others.
                 self.rows = whole(own(hidden.flatten(0, -2)[:8]))
         return _head.multiply(self.head, hidden, self.of_weight)
 
     def of_weight(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        """Return what the labels score with these hidden states, weight and bias."""
         if hasattr(weight, "__tensor_flatten__") and not is_dtensor(weight):
             raise NotImplementedError(f"the head's weight must be a plain tensor; got a {type(weight).__name__}")
         if self.verifies:
@@ -168,7 +188,7 @@ class Call:
         vocabulary = getattr(self.head, "base_layer", self.head).out_features
         if self.verifies:
             logits = _head.with_ramp(self.rows)[None]
-        elif users_hooks(head):
+        elif users_hooks(head._forward_hooks):
             logits = _head.with_ramp(hidden.new_zeros(0, vocabulary))[None]
         else:
             return hidden.new_zeros(1, 1, vocabulary)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.integrations._stand_in import run_users_hooks, stand_in, users_hooks
+from fastpref.integrations._stand_in import forward_name, run_users_hooks, stand_in, users_hooks
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -39,7 +39,8 @@ def find(model: Any) -> nn.Module:
     if hasattr(head, "base_layer"):
         known = next((names for kind, names in _ADAPTERS.items() if hasattr(head, kind)), None)
         unknown = [name for name, _ in head.named_parameters() if known is None or not known.fullmatch(name)]
-        if unknown or getattr(head, "lora_variant", None):
+        unknown += [f"lora_variant {name}" for name in getattr(head, "lora_variant", None) or ()]
+        if unknown:
             raise NotImplementedError(
                 f"{_name(model, head)} must be plain LoRA or PEFT's trainable tokens on an nn.Linear; got "
                 f"{', '.join(unknown)} in {head}"
@@ -52,7 +53,7 @@ def find(model: Any) -> nn.Module:
             f"{_name(model, head)} must be a plain nn.Linear, or LoRA or trainable tokens on one; got {linear}"
         )
     for module in (head, linear):
-        own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+        own = module.__dict__.get(forward_name(module))
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             raise NotImplementedError(f"{_name(model, head)} must have the forward of its class; got {own}")
     return head
@@ -63,7 +64,7 @@ def _name(model: nn.Module, head: nn.Module) -> str:
 
 
 def logit_transform(config: Any) -> dict[str, Any]:
-    """How a model with this config transforms its logits: `logit_scale` and `softcap`."""
+    """Return how a model with this config transforms its logits: `logit_scale` and `softcap`."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind, scale, softcap = getattr(config, "model_type", ""), 1.0, None
     # MPT's is never used; MiniCPM3 divides hidden states, before the head.
@@ -78,7 +79,7 @@ def logit_transform(config: Any) -> dict[str, Any]:
 
 
 def multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
-    """Return `function(hidden, weight, bias)` of what the head multiplies; call it in place of the head's forward.
+    """Return `function(hidden, weight, bias)` where the head would multiply; call it in place of the head's forward.
 
     LoRA is one product more: [h, s·A(h)] @ [W, B]ᵀ. Added to W, in bf16, most of a small s·B@A would be rounded away.
     A frozen W is copied into [W, B], and the backward makes the gradient of [W, B] whole to keep that of B alone: what
@@ -88,43 +89,61 @@ def multiply(head: Any, hidden: Tensor, function: Callable[[Tensor, Tensor, Tens
         return function(hidden, head.weight, head.bias)
     if head.disable_adapters and head.merged:
         head.unmerge()  # as its own forward does
-    skips = head.disable_adapters or head.merged
-    chosen = [] if skips else head.active_adapters
-    adapters = [name for name in chosen if name in getattr(head, "lora_A", ())]
+    chosen = [] if head.disable_adapters or head.merged else head.active_adapters
+    if hasattr(head, "trainable_tokens_delta"):
+        compute = partial(_multiply_tokens, head, chosen, function)
+        return _within([head.base_layer], compute, hidden)
+    adapters = [name for name in chosen if name in head.lora_A]
+    modules = [head.base_layer, *(head.lora_B[name] for name in adapters)]
+    for module in modules if adapters else ():
+        for hook in users_hooks(module._forward_pre_hooks).values():
+            raise NotImplementedError(
+                f"the head's {module} has a forward pre-hook, {hook}, and a scored call makes one product of all parts "
+                "of LoRA, whose hidden states it would change too; remove the hook, or put it on the head itself"
+            )
+    return _within(modules, partial(_multiply_lora, head, adapters, function), hidden)
 
-    def within(modules: Sequence[nn.Module], hidden: Tensor) -> Any:
-        """Run inside the calls of all modules whose weights are read, because their hooks may be what gathers them."""
-        if modules:
-            return stand_in(modules[0], partial(within, modules[1:]), check_hooks)(hidden)
-        linear = head.base_layer
-        if hasattr(head, "trainable_tokens_delta") and chosen:
-            return function(hidden, head.get_merged_weights(chosen), None)
-        columns, weights, bias = [hidden], [linear.weight], linear.bias
-        for name in adapters:
-            down, up, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
-            low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * scaling
-            columns.append(low.to(hidden.dtype))
-            weights.append(up.weight.to(linear.weight.dtype))
-            if up.bias is not None:
-                added = (up.bias * scaling).to(linear.weight.dtype)
-                bias = added if bias is None else bias + added
-        if not adapters:
-            return function(hidden, linear.weight, bias)
-        return function(torch.cat(columns, -1), torch.cat(weights, 1), bias)
 
-    return within([head.base_layer, *(head.lora_B[name] for name in adapters)], hidden)
+def _within(modules: Sequence[nn.Module], compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Run inside the calls of all modules whose weights are read, because their hooks may be what gathers them."""
+    if not modules:
+        return compute(hidden)
+    return stand_in(modules[0], partial(_within, modules[1:], compute), check_hooks)(hidden)
+
+
+def _multiply_tokens(head: Any, chosen: Sequence[str], function: Callable[..., Any], hidden: Tensor) -> Any:
+    linear = head.base_layer
+    if not chosen:
+        return function(hidden, linear.weight, linear.bias)
+    return function(hidden, head.get_merged_weights(chosen), None)  # PEFT leaves out a bias here
+
+
+def _multiply_lora(head: Any, adapters: Sequence[str], function: Callable[..., Any], hidden: Tensor) -> Any:
+    linear = head.base_layer
+    columns, weights, bias = [hidden], [linear.weight], linear.bias
+    for name in adapters:
+        down, up, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
+        low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * scaling
+        columns.append(low.to(hidden.dtype))
+        weights.append(up.weight.to(linear.weight.dtype))
+        if up.bias is not None:
+            added = (up.bias * scaling).to(linear.weight.dtype)
+            bias = added if bias is None else bias + added
+    if not adapters:
+        return function(hidden, linear.weight, bias)
+    return function(torch.cat(columns, -1), torch.cat(weights, 1), bias)
 
 
 def check_hooks(linear: Any, args: Any, output: Any) -> None:
     """Raise `NotImplementedError` where a forward hook of a linear module does more than to cast its output."""
     del output
-    if users_hooks(linear):
+    if users_hooks(linear._forward_hooks):
         weight = linear.weight
         run_users_hooks(linear, args, with_ramp(weight.new_zeros(0, linear.out_features, dtype=args[0].dtype))[None])
 
 
 def with_ramp(rows: Tensor) -> Tensor:
-    """What a head gave, (R, V), and a row from −1000 to 1000, which shows a cap or bound that those never reach."""
+    """Return a head's output (R, V) and one more row from −1000 to 1000, which shows a cap that those never reach."""
     ramp = torch.linspace(-1000, 1000, rows.shape[-1], dtype=rows.dtype, device=rows.device)
     return torch.cat([rows, ramp[None]])
 

@@ -8,51 +8,46 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from types import CellType, FunctionType, MethodType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastpref.integrations._rebind import rebind
+
 # These shard, gather and move a module's weights. They act on any output, and must see the one that has the gradients.
 _RUNTIMES = ("torch.distributed.", "deepspeed.", "accelerate.")
 # These place logits as a layout says; log-probs are whole on every rank.
 _LAYOUTS = ("torch.distributed.tensor._api", "transformers.integrations.tensor_parallel")
+# What a copy has of its own.
+_OWN = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_compiled_call_impl", "forward", "_old_forward")
 
 
-def rebind(value: Any, module: nn.Module, made: nn.Module) -> Any:
-    """Return `value`, or a copy of it that holds `made` where it holds `module`.
-
-    Forwards that were put on a module hold it in one of these ways: a bound method, a partial, as accelerate makes one,
-    and a function around either, as TRL's and most patches are.
-    """
-    if value is module:
-        return made
-    if isinstance(value, MethodType):
-        # A partial and not a method, which torch.compile cannot make.
-        owner = rebind(value.__self__, module, made)
-        return value if owner is value.__self__ else functools.partial(rebind(value.__func__, module, made), owner)
-    if isinstance(value, functools.partial):
-        function, *args = (rebind(part, module, made) for part in (value.func, *value.args))
-        return functools.partial(function, *args, **value.keywords)
-    if isinstance(value, FunctionType) and value.__closure__:
-        found = [cell.cell_contents for cell in value.__closure__]
-        cells = tuple(rebind(held, module, made) for held in found)
-        if any(new is not old for new, old in zip(cells, found, strict=True)):
-            closure = tuple(map(CellType, cells))
-            copied = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-            copied.__kwdefaults__ = value.__kwdefaults__
-            return copied
-    return value
+def forward_name(module: nn.Module) -> str:
+    """Return the name of the attribute that holds a module's own forward."""
+    # accelerate's hooks are a forward around the one they keep. Not hasattr: PEFT's wrappers pass on attributes.
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def _copy(module: nn.Module) -> Any:
     made: Any = object.__new__(type(module))  # not copy.copy, which torch.compile cannot trace
     made.__dict__.update(module.__dict__)
     made.__dict__["_compiled_call_impl"] = None  # of nn.Module.compile, and bound to the module
-    if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward that they run around here
+    if "_old_forward" in module.__dict__:
         made.__dict__["_old_forward"] = rebind(module.__dict__["_old_forward"], module, made)
+    return made
+
+
+def _callable_copy(module: nn.Module) -> Any:
+    """Return a copy to be called: with forwards of its own, and hooks that are given the module."""
+    made = _copy(module)
+    if "forward" in module.__dict__:
+        made.__dict__["forward"] = rebind(module.__dict__["forward"], module, made)
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        made.__dict__[hooks] = OrderedDict(
+            (key, _with_module(hook, module)) for key, hook in module.__dict__[hooks].items()
+        )
     return made
 
 
@@ -60,19 +55,19 @@ def _with_module(hook: Callable[..., Any], module: nn.Module) -> Callable[..., A
     return lambda _, *args: hook(module, *args)
 
 
-def _hooks(module: nn.Module, wanted: Callable[[str], bool]) -> dict[int, Callable[..., Any]]:
-    """Return the module's forward hooks that are defined where `wanted` says."""
+def _defined_in(hooks: Mapping[int, Callable[..., Any]], wanted: Callable[[str], bool]) -> dict[int, Any]:
+    """Return the hooks that are defined in a module of Python whose name is `wanted`."""
     found = {}
-    for key, hook in module._forward_hooks.items():
+    for key, hook in hooks.items():
         function: Any = hook.func if isinstance(hook, functools.partial) else hook
         if wanted(getattr(function, "__module__", None) or ""):
             found[key] = hook
     return found
 
 
-def users_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Return the module's forward hooks that neither manage its weights nor place its output on ranks."""
-    return _hooks(module, lambda where: not where.startswith((*_RUNTIMES, *_LAYOUTS)))
+def users_hooks(hooks: Mapping[int, Callable[..., Any]]) -> dict[int, Any]:
+    """Return those of a module's hooks that neither manage its weights nor place its output on ranks."""
+    return _defined_in(hooks, lambda where: not where.startswith((*_RUNTIMES, *_LAYOUTS)))
 
 
 def stand_in(module: nn.Module, forward: Callable[..., Any], last: Callable[..., Any]) -> Any:
@@ -92,15 +87,13 @@ def stand_in(module: nn.Module, forward: Callable[..., Any], last: Callable[...,
             f"the head has a backward hook, {backward[0]}, which wants the gradient of logits, and a scored call makes "
             "no logits; remove the hook for scored calls"
         )
-    made = _copy(module)
-    made.__dict__["_old_forward" if hasattr(module, "_hf_hook") else "forward"] = forward
-    if hasattr(module, "_hf_hook"):
-        made.__dict__["forward"] = rebind(module.__dict__["forward"], module, made)
-    before = {key: _with_module(hook, module) for key, hook in module._forward_pre_hooks.items()}
-    managing = _hooks(module, lambda where: where.startswith(_RUNTIMES) and not where.startswith(_LAYOUTS))
-    after = {key: _with_module(hook, module) for key, hook in managing.items()}
-    made.__dict__["_forward_pre_hooks"] = OrderedDict(before)
-    made.__dict__["_forward_hooks"] = OrderedDict([*after.items(), ("fastpref", _with_module(last, module))])
+    made = _callable_copy(module)
+    made.__dict__[forward_name(module)] = forward
+    managing = _defined_in(
+        module._forward_hooks, lambda where: where.startswith(_RUNTIMES) and not where.startswith(_LAYOUTS)
+    )
+    after = [(key, _with_module(hook, module)) for key, hook in managing.items()]
+    made.__dict__["_forward_hooks"] = OrderedDict([*after, ("fastpref", _with_module(last, module))])
     return made
 
 
@@ -112,16 +105,16 @@ def run_users_hooks(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
     Raises:
         NotImplementedError: a hook returns something else.
     """
-    for key, hook in users_hooks(module).items():
+    for key, hook in users_hooks(module._forward_hooks).items():
         kwargs = ({},) if key in module._forward_hooks_with_kwargs else ()
         given = logits.clone()
         found = hook(module, args, *kwargs, given)
         found = given if found is None else found
         if not _same(found, logits):
             raise NotImplementedError(
-                f"the head's forward hook {hook} changes the logits, and a scored call makes none that it could change;"
-                " only a hook that casts them is followed. Remove it, or say what it does: temperature= at the call, "
-                "logit_scale= or softcap= of attach"
+                f"the head's forward hook {hook} changes the logits, and a scored call follows only hooks that cast "
+                "them. Remove the hook; if it scales or caps the logits, pass temperature= at the call, or logit_scale="
+                " or softcap= to attach"
             )
         logits = found
     return logits
@@ -130,8 +123,8 @@ def run_users_hooks(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
 def _same(found: Any, logits: Tensor) -> bool:
     if not isinstance(found, Tensor) or found.shape != logits.shape or not found.is_floating_point():
         return False
-    allowed = torch.finfo(found.dtype).eps * logits.double().abs()
-    return bool(((found.double() - logits.double()).abs() <= allowed).all())
+    close = {"rtol": torch.finfo(found.dtype).eps, "atol": 0.0, "equal_nan": True}
+    return bool(torch.isclose(found.double(), logits.double(), **close).all())
 
 
 def paths_to(model: Any, module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -150,22 +143,32 @@ def leads_to(model: nn.Module, path: Sequence[str], module: nn.Module) -> bool:
 
 def graft(model: nn.Module, paths: Sequence[Sequence[str]], made: nn.Module) -> Any:
     """Return a copy of `model` that holds `made` at `paths`, with copies of the modules on the way there."""
+    copied = _copy(model)
+    copied.__dict__["_modules"] = _grafted(model, paths, made)
+    return copied
+
+
+def _grafted(model: nn.Module, paths: Sequence[Sequence[str]], made: nn.Module) -> dict[str, nn.Module | None]:
     children = dict(model._modules)
     for name in dict.fromkeys(path[0] for path in paths):
         rest = [path[1:] for path in paths if path[0] == name]
-        if not rest[0]:
-            children[name] = made
-            continue
         child = model._modules[name]
         assert child is not None
-        copied = graft(child, rest, made)
-        if "forward" in child.__dict__:
-            copied.__dict__["forward"] = rebind(child.__dict__["forward"], child, copied)
-        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-            copied.__dict__[hooks] = OrderedDict(
-                (key, _with_module(hook, child)) for key, hook in child.__dict__[hooks].items()
-            )
-        children[name] = copied
-    copied = _copy(model)
-    copied.__dict__["_modules"] = children
-    return copied
+        if rest[0]:
+            children[name] = _callable_copy(child)
+            children[name].__dict__["_modules"] = _grafted(child, rest, made)
+        else:
+            children[name] = made
+    return children
+
+
+def keep_attributes(copied: nn.Module, model: nn.Module, paths: Sequence[Sequence[str]]) -> None:
+    """Set on `model` what its forward set on `copied`, made by `graft`: attributes, not parameters or modules."""
+    for name, value in copied.__dict__.items():
+        if name not in _OWN and (name not in model.__dict__ or model.__dict__[name] is not value):
+            model.__dict__[name] = value
+    for name in dict.fromkeys(path[0] for path in paths if len(path) > 1):
+        inner, child = copied._modules[name], model._modules[name]
+        assert inner is not None
+        assert child is not None
+        keep_attributes(inner, child, [path[1:] for path in paths if path[0] == name])

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from fastpref._checks import check_positive
+from fastpref._checks import check_bool, check_positive
 from fastpref.integrations import _head
 from fastpref.integrations._call import Call
 from fastpref.integrations._stand_in import paths_to
@@ -32,8 +32,8 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
     `past_key_values`, `hidden_states` and so on. It also takes `linear_token_logprobs`' ignore_index, shift,
     temperature, stats, mode, chunk_rows and filter_eps; and with `reduction="sum"` or "mean", which makes log-probs of
     sequences, `linear_sequence_logprobs`' cu_seqlens, ld_alpha and shared_lengths. `shift_labels`, which transformers
-    passes under context parallelism, are scored as they are. Everything else goes to the model as ever, and a call
-    without `fastpref` is as it was. No call changes the model, so threads may share it.
+    passes under context parallelism, are scored as they are. All other arguments go to the model, and a call
+    without `fastpref` behaves as before. No call changes what calls share, so threads may use one model.
 
     `fastpref` may also be a function, called where the head's product would be: `fastpref(hidden, weight, labels,
     bias=..., logit_scale=..., softcap=...)` with hidden (B, T, H), weight (V, H), labels (B, T), and bias (V,) or None;
@@ -42,38 +42,40 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
     above are refused. So a loss that makes its gradients in the forward stays where DDP, FSDP and ZeRO expect it,
     inside the model's: `fastpref=functools.partial(linear_preference_loss, loss_fn=loss_fn, group_size=2)`.
 
-    LoRA on the head is computed, dropout too. So is a head that PEFT trains whole, or some tokens of. Of other heads
-    only `nn.Linear` is. Forward hooks on the head may cast its output, and may not change it. The documentation's page
-    on `attach` lists all that is refused, and why.
+    The head may be an `nn.Linear`, LoRA on one (with dropout), or one that PEFT trains through `modules_to_save` or
+    `trainable_token_indices`. Forward hooks on the head may cast its output, and may not change it: that is checked at
+    every call, which waits for the device, and in a compiled model breaks the graph. The documentation's page on
+    `attach` lists all that is refused, and why.
 
-    To train LoRA on the head costs what to train the head costs: one more product of it in the backward, 2·N·V·(H + r)
+    Training LoRA on the head costs as much as training the head: one more product of it in the backward, 2·N·V·(H + r)
     flops for N scored rows, and its V × (H + r) sums while it runs; also a copy of the weight, kept for the backward.
 
     The model's class becomes a subclass of it, of the same name, so a copy, pickle or replica of the model scores too.
 
     Args:
-        model: a causal LM, or a PEFT model of one. Attach before DDP, FSDP or compile wrap it, and before anything else
-            replaces its `forward` by an object other than a function.
+        model: a causal LM, or a PEFT model of one. Attach before DDP, FSDP or compile wrap it. A `forward` that was put
+            on it before must be a method, a partial or a function.
             `torch.compile` traces plain and scored calls whole, but for the check of the first scored one: with
             `fullgraph=True`, score once before compiling, or attach with `verify=False`. Before torch 2.12 a scored
             call breaks the graph, and `fullgraph=True` raises.
-        verify: at the first scored call, hold what is known of this model's logits against its own head on eight rows,
-            and against what its own forward makes of one row of logits between −1000 and 1000.
-        logit_scale: what the model multiplies its logits by, > 0. None: as its config says.
-        softcap: what it then caps them at, > 0; inf: no cap. None: as its config says.
+        verify: whether to check at the first scored call, on eight rows of the batch and one row from −1000 to 1000,
+            that the model's logits are `hidden @ weight.T`, scaled and capped as stated here or by its config.
+        logit_scale: what the model multiplies its logits by, above 0. None: as its config says.
+        softcap: what it then caps them at, above 0; inf: no cap. None: as its config says.
 
     Returns:
-        `model`, its class replaced. Attaching again changes nothing but a `logit_scale` or `softcap` that is given;
-        `detach` undoes it.
+        `model`, its class replaced. Attaching again changes only a `logit_scale` or `softcap` that is given, and then
+        `verify` holds for the next scored call. `detach` undoes it.
 
     Raises:
-        TypeError: not a decoder with a head, or already wrapped.
+        TypeError: not a decoder with a head, already wrapped, or an option of a wrong type.
         ValueError: `logit_scale` or `softcap` is out of range; at a scored call, labels are missing, or a keyword is
             given that it cannot follow.
         NotImplementedError: the head is not one that can be computed; at a scored call, the model makes something else
             of its logits, a hook of the head does more than to cast them, the forward was replaced before by what is no
             function, or PEFT's `adapter_names` choose adapters of the head by the sequence.
     """
+    check_bool("verify", verify)
     transform = _stated(logit_scale, softcap)
     inner = _causal_lm(model)
     _head.find(inner)
@@ -83,6 +85,7 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
         inner._fastpref = _Patch(paths, own, None if own is None else inner, verify, transform)
         inner.__class__ = _attached(type(inner))
     elif transform:
+        transform = {**inner._fastpref.transform, **transform}
         inner._fastpref = dataclasses.replace(inner._fastpref, verify=verify, transform=transform)
     return model
 

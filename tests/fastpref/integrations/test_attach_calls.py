@@ -1,10 +1,11 @@
-"""Calls of attached models that threads, exceptions and the scoring function itself could disturb; hooks; keywords."""
+"""Calls of attached models in threads, within each other and cut short, and forwards that were patched before."""
 
 from __future__ import annotations
 
 import functools
-import inspect
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
@@ -16,15 +17,12 @@ from torch import Tensor, nn
 
 import fastpref
 from fastpref import reference
-from fastpref.integrations import _call
 from tests.fastpref.integrations.attached import (
     IDS,
     LABELS,
     assert_as_own_logits,
     assert_close,
     build,
-    gradients,
-    lora,
     with_lora,
 )
 
@@ -35,23 +33,22 @@ pytestmark = pytest.mark.filterwarnings(
 )  # PEFT reads it
 
 
-def states(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what every module holds, each dict copied, so that any change of it shows."""
+def states(model: nn.Module) -> dict[str, Any]:
+    """Return what every module holds by name, and what it holds in dicts, so that any change of it shows."""
+    found: dict[str, Any] = {}
+    for place, module in model.named_modules():
+        for name, value in vars(module).items():
+            found[f"{place}.{name}"] = value
+            if isinstance(value, dict):
+                found |= {f"{place}.{name}[{key}]": held for key, held in value.items()}
+    return found
 
-    def held(value: Any) -> Any:
-        return list(value.items()) if isinstance(value, dict) else value
 
-    return {name: {key: held(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     after = states(model)
     assert after.keys() == before.keys()
-    for name, held in before.items():
-        assert after[name].keys() == held.keys(), name
-        for key, value in held.items():
-            same = after[name][key] is value or (isinstance(value, list) and len(value) == len(after[name][key]))
-            assert same or key == "_fastpref", f"{name}.{key}"
+    for name, value in before.items():
+        assert after[name] is value, name
 
 
 @pytest.mark.parametrize("make", [build, lambda: with_lora(build())], ids=["plain", "LoRA"])
@@ -139,8 +136,57 @@ def own(*args: Any, **kwargs: Any) -> None:
     """A forward for `functools.update_wrapper` to look at."""
 
 
+def that_counts(model: Any) -> Callable[..., Any]:
+    own, calls = model.forward, 0
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        forward.calls = calls  # type: ignore[attr-defined]
+        return own(*args, **kwargs)
+
+    return forward
+
+
+def that_hold_each_other(model: Any) -> Callable[..., Any]:
+    own = model.forward
+
+    def first(*args: Any, depth: int = 0, **kwargs: Any) -> Any:
+        return second(*args, depth=depth + 1, **kwargs) if depth < 2 else own(*args, **kwargs)
+
+    def second(*args: Any, **kwargs: Any) -> Any:
+        return first(*args, **kwargs)
+
+    return first
+
+
+def with_an_empty_cell(model: Any) -> Callable[..., Any]:
+    own = model.forward
+    if own is None:
+        later = 1
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if kwargs is not None else later
+
+    return forward
+
+
+def in_a_default(model: Any) -> Callable[..., Any]:
+    return lambda *args, own=model.forward, **kwargs: own(*args, **kwargs)
+
+
+def in_a_keyword(model: Any) -> Callable[..., Any]:
+    return functools.partial(lambda *args, own, **kwargs: own(*args, **kwargs), own=model.forward)
+
+
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("patch", [around_a_method, as_trl, as_accelerate, around_the_model])
+@pytest.mark.parametrize(
+    "patch",
+    [
+        around_a_method, as_trl, as_accelerate, around_the_model, that_counts, that_hold_each_other,
+        with_an_empty_cell, in_a_default, in_a_keyword,
+    ],
+)  # fmt: skip
 def test_a_forward_patched_before_attach_is_run(patch: Callable[[Any], Any], nested: bool) -> None:
     model = build()
     model.forward = forward = patch(model)
@@ -151,6 +197,56 @@ def test_a_forward_patched_before_attach_is_run(patch: Callable[[Any], Any], nes
     assert_as_own_logits(model)
     assert_unchanged(model, before)
     assert fastpref.detach(model).forward is forward
+
+
+def test_a_patch_keeps_its_own_state() -> None:
+    model = build()
+    model.forward = forward = that_counts(model)
+    fastpref.attach(model)
+    for _ in range(3):
+        model(IDS, labels=LABELS, fastpref=True)
+    model(IDS)
+    assert forward.calls == 4  # type: ignore[attr-defined]
+
+
+def test_what_a_forward_sets_on_the_model_is_kept() -> None:
+    model = build()
+    forward = type(model).forward
+
+    class Counts(type(model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps = getattr(self, "steps", 0) + 1
+            return forward(self, *args, **kwargs)
+
+    model.__class__ = Counts
+    fastpref.attach(model)
+    for _ in range(2):
+        model(IDS, labels=LABELS, fastpref=True)
+    assert model.steps == 2
+    assert fastpref.detach(model).steps == 2
+
+
+@pytest.mark.parametrize("make", [build, lambda: with_lora(build())], ids=["plain", "LoRA"])
+def test_a_call_leaves_nothing_for_the_garbage_collector(make: Callable[[], Any]) -> None:
+    model = fastpref.attach(make())
+    model(IDS, labels=LABELS, fastpref=True)
+    gc.collect()
+    gc.disable()
+    try:
+        ours = model(IDS, labels=LABELS, fastpref=True)
+        held = [weakref.ref(ours.logprobs), weakref.ref(ours.last_hidden_state)]
+        del ours
+        assert all(ref() is None for ref in held)
+    finally:
+        gc.enable()
+
+
+def test_accelerate_dispatches_a_model_whose_head_peft_trains() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build()
+    accelerate.hooks.add_hook_to_module(model.lm_head, accelerate.hooks.AlignDevicesHook(io_same_device=True))
+    model = with_lora(model, targets=("q_proj",), modules_to_save=["lm_head"])
+    assert_as_own_logits(fastpref.attach(model))
 
 
 class Opaque:
@@ -222,121 +318,6 @@ def test_a_head_inside_another_model_is_scored() -> None:
     assert_unchanged(outer, before)
 
 
-def halve(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output / 2
-
-
-def halve_in_place(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.div_(2)
-
-
-def mask_padding(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return torch.cat([output[..., :60], torch.full_like(output[..., 60:], -torch.inf)], -1)
-
-
-def clamp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.clamp(-50, 50)
-
-
-def halve_with_kwargs(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-    return output / 2
-
-
-@pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("hook", [halve, halve_in_place, mask_padding, clamp, halve_with_kwargs])
-def test_a_hook_that_changes_the_logits_is_refused(hook: Callable[..., Any], late: bool, verify: bool) -> None:
-    model = fastpref.attach(build(), verify=verify)
-    if late:
-        model(IDS, labels=LABELS, fastpref=True)
-    handle = model.lm_head.register_forward_hook(hook, with_kwargs=hook is halve_with_kwargs)
-    for stats in ((), ("entropy",)):
-        with pytest.raises(NotImplementedError, match=f"(?s)forward hook .*{hook.__name__}.*changes the logits"):
-            model(IDS, labels=LABELS, fastpref=True, stats=stats)
-    handle.remove()
-    assert_as_own_logits(model)
-
-
-def upcast(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.float()
-
-
-def upcast_with_kwargs(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-    assert kwargs == {}
-    return output.float()
-
-
-@pytest.mark.parametrize("with_kwargs", [False, True])
-@pytest.mark.parametrize("stats", [(), ("entropy", "lse")])
-def test_a_hook_that_casts_the_logits_is_followed(with_kwargs: bool, stats: tuple[str, ...]) -> None:
-    model = fastpref.attach(build().bfloat16())
-    hook = upcast_with_kwargs if with_kwargs else upcast
-    model.lm_head.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=True)
-    assert model(IDS).logits.dtype == torch.float32
-    for _ in range(2):
-        ours = model(IDS, labels=LABELS, fastpref=True, stats=stats)
-        hidden = model.model(IDS).last_hidden_state
-        theirs = reference.token_logprobs(hidden.float() @ model.lm_head.weight.float().T, LABELS)
-        torch.testing.assert_close(ours[0], theirs)
-
-
-def test_a_hook_that_casts_serves_a_loss() -> None:
-    model = fastpref.attach(build())
-    model.lm_head.register_forward_hook(upcast)
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **transform: Any) -> Any:
-        return fastpref.linear_dpo_loss(hidden, weight, labels, bias=bias, loss_type="cpo", **transform)
-
-    ours = model(IDS, labels=LABELS, fastpref=loss)
-    theirs = reference.sequence_logprobs(model(IDS).logits, LABELS)
-    torch.testing.assert_close(ours.chosen_logps, theirs[:1], check_dtype=False)
-
-
-def test_a_hook_that_reads_sees_the_hidden_states() -> None:
-    model, seen = fastpref.attach(build()), []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output.shape)))
-    ours = model(IDS, labels=LABELS, fastpref=True)
-    ((module, hidden, shape),) = seen
-    assert module is model.lm_head
-    assert_close(hidden, ours.last_hidden_state)
-    assert shape[-1] == 61
-
-
-@pytest.mark.parametrize("part", ["base_layer", "lora_B.default"])
-def test_hooks_inside_lora_on_the_head(part: str) -> None:
-    """LLaMA-Factory upcasts the head before PEFT wraps it, so its hook is on the base layer."""
-    model = with_lora(build())
-    module = model.get_base_model().lm_head.get_submodule(part)
-    module.register_forward_hook(lambda module, args, output: output.double())
-    assert_as_own_logits(fastpref.attach(model))
-    module.register_forward_hook(halve)
-    with pytest.raises(NotImplementedError, match="changes the logits"):
-        model(IDS, labels=LABELS, fastpref=True)
-
-
-def test_hooks_on_a_head_that_peft_trains_whole() -> None:
-    model = with_lora(build(), targets=("q_proj",), modules_to_save=["lm_head"])
-    copied = model.get_base_model().lm_head.modules_to_save["default"]
-    copied.register_forward_hook(lambda module, args, output: output.double())
-    assert_as_own_logits(fastpref.attach(model))
-    copied.register_forward_hook(halve)
-    with pytest.raises(NotImplementedError, match="changes the logits"):
-        model(IDS, labels=LABELS, fastpref=True)
-
-
-@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-@pytest.mark.parametrize("part", ["", "base_layer", "lora_B.default"])
-def test_a_backward_hook_on_the_head_is_refused(register: str, part: str) -> None:
-    model = build() if part == "" else with_lora(build())
-    head = fastpref.attach(model).get_output_embeddings()
-    handle = getattr(head.get_submodule(part), register)(lambda *args: None)
-    with pytest.raises(NotImplementedError, match=r"backward hook.*gradient of logits"):
-        model(IDS, labels=LABELS, fastpref=True)
-    model(IDS).logits.sum().backward()
-    handle.remove()
-    assert_as_own_logits(model)
-
-
 @pytest.mark.parametrize("part", ["", "base_layer"])
 def test_a_patched_forward_of_the_head_is_refused(part: str) -> None:
     model = fastpref.attach(build() if part == "" else with_lora(build()), verify=False)
@@ -345,147 +326,3 @@ def test_a_patched_forward_of_the_head_is_refused(part: str) -> None:
     module.forward = lambda hidden: 2 * forward(hidden)
     with pytest.raises(NotImplementedError, match=r"lm_head.*must have the forward of its class"):
         model(IDS, labels=LABELS, fastpref=True)
-
-
-SHIFTED = torch.cat([LABELS[:, 1:], torch.full((2, 1), -100)], 1)
-
-
-def test_shift_labels_are_scored_as_they_are() -> None:
-    """Context parallelism gives each rank a shard of the sequence, and of the labels that were shifted before."""
-    model = fastpref.attach(build())
-    logits = model(IDS).logits
-    expected = reference.token_logprobs(logits, SHIFTED, shift=False)
-    for labels in ({}, {"labels": LABELS}, {"shift": False}):
-        assert_close(model(IDS, shift_labels=SHIFTED, fastpref=True, **labels).logprobs, expected)
-    summed = model(IDS, shift_labels=SHIFTED, labels=LABELS, fastpref=True, reduction="sum").logprobs
-    assert_close(summed, reference.sequence_logprobs(logits, LABELS))
-    score = functools.partial(fastpref.linear_sequence_logprobs, reduction="mean")
-    assert_close(
-        model(IDS, shift_labels=SHIFTED, fastpref=score).scored,
-        reference.sequence_logprobs(logits, LABELS, reduction="mean"),
-    )
-    with pytest.raises(ValueError, match="shifted already; got shift=True"):
-        model(IDS, shift_labels=SHIFTED, fastpref=True, shift=True)
-
-
-@pytest.mark.parametrize("function", [True, fastpref.linear_token_logprobs])
-@pytest.mark.parametrize(
-    ("keyword", "value"),
-    [
-        ("num_items_in_batch", torch.tensor(3)), ("logits_to_keep", 3), ("logits_to_keep", torch.tensor([1, 2])),
-        ("num_logits_to_keep", 1), ("skip_logits", True), ("softcap", 3.0), ("logit_scale", 0.5),
-        ("inplace_backward", True),
-    ],
-)  # fmt: skip
-def test_keywords_that_bear_on_the_loss_are_refused(function: Any, keyword: str, value: Any) -> None:
-    model = fastpref.attach(build())
-    with pytest.raises(ValueError, match=f"takes no {keyword}: .*; got {keyword}="):
-        model(IDS, labels=LABELS, fastpref=function, **{keyword: value})
-
-
-def test_keywords_at_rest_are_taken() -> None:
-    model = fastpref.attach(build())
-    expected = model(IDS, labels=LABELS, fastpref=True).logprobs
-    ours = model(IDS, labels=LABELS, fastpref=True, logits_to_keep=0, num_items_in_batch=None, shift_labels=None)
-    assert_close(ours.logprobs, expected)
-
-
-def test_every_keyword_of_the_models_own_loss_is_used_or_refused() -> None:
-    loss = pytest.importorskip("transformers.loss.loss_utils").ForCausalLMLoss
-    parameters = inspect.signature(loss).parameters.values()
-    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    known = {*_call._REFUSED, *_call._SCORING, "labels", "shift_labels"}
-    assert names - {"logits", "vocab_size"} <= known
-
-
-def text_over_vision(name: str, text: str, **options: Any) -> Any:
-    sizes = {
-        "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 8, "patch_size": 4,
-    }  # fmt: skip
-    kind = getattr(transformers, f"{name}Config", None)
-    if kind is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    vision["model_type"] = "clip_vision_model" if name == "LlavaNext" else "siglip_vision_model"
-    config = kind(text_config={"model_type": text, **sizes, **options}, vision_config=vision)
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).double().eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "option", "value"),
-    [
-        ("AyaVision", "cohere2", "logit_scale", 0.25), ("Cohere2Vision", "cohere2", "logit_scale", 0.25),
-        ("LlavaNext", "granite", "logits_scaling", 4.0),
-    ],
-)  # fmt: skip
-def test_a_scale_that_the_forward_leaves_out_is_stated(name: str, text: str, option: str, value: float) -> None:
-    model = fastpref.attach(text_over_vision(name, text, **{option: value}))
-    with pytest.raises(NotImplementedError, match=r"attach\(model, logit_scale="):
-        model(IDS, labels=LABELS, fastpref=True)
-    with pytest.raises(NotImplementedError, match=r"logit_scale=0\.5"):
-        fastpref.attach(model, logit_scale=0.5)(IDS, labels=LABELS, fastpref=True)
-    fastpref.attach(model, logit_scale=1.0)
-    assert_as_own_logits(model)
-    assert not model._fastpref.verify
-
-
-def test_a_transform_is_stated() -> None:
-    model = fastpref.attach(build("Gemma2"))
-    assert_as_own_logits(model)
-    model.config.final_logit_softcapping = 5.0
-    with pytest.raises(NotImplementedError, match=r"softcap=0\.3"):
-        fastpref.attach(model, softcap=0.3)(IDS, labels=LABELS, fastpref=True)
-    fastpref.attach(model, softcap=5)
-    assert_as_own_logits(model)
-    own = model(IDS, labels=LABELS, fastpref=True).logprobs
-    model.config.final_logit_softcapping = None
-    fastpref.attach(model, softcap=float("inf"))
-    assert_as_own_logits(model)
-    assert (model(IDS, labels=LABELS, fastpref=True).logprobs - own).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("value", ["0.1", -1.0, 0.0, float("nan"), [1.0], True])
-@pytest.mark.parametrize("name", ["logit_scale", "softcap"])
-def test_a_wrong_transform_is_refused(name: str, value: Any) -> None:
-    model = build()
-    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
-        fastpref.attach(model, **{name: value})
-    assert not hasattr(model, "_fastpref")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_peft_trains_some_tokens(tied: bool) -> None:
-    """PEFT puts the rows of tokens that it trains into a copy of the weight, of a tied head too."""
-    model = build("Llama", tie_word_embeddings=tied)
-    config = lora("q_proj", trainable_token_indices=[3, 9, 60])
-    model = peft.get_peft_model(model, config).eval()
-    model.model.model.norm.weight.requires_grad_()  # something to train where no adapter is on
-    deltas = [value for name, value in model.named_parameters() if "trainable_tokens_delta" in name]
-    for delta in deltas:
-        delta.data.add_(torch.randn_like(delta))
-    fastpref.attach(model)
-    ours = assert_as_own_logits(model)
-    trained = gradients(model, ours.logprobs)
-    assert any("trainable_tokens_delta" in name and value.abs().max() > 1e-3 for name, value in trained.items())
-    with model.disable_adapter():
-        assert (assert_as_own_logits(model).logprobs - ours.logprobs).abs().max() > 1e-3
-    model.merge_adapter()
-    assert_close(assert_as_own_logits(model).logprobs, ours.logprobs)
-
-
-def test_peft_trains_some_tokens_of_the_head_alone() -> None:
-    model = build("Llama")
-    model = peft.get_peft_model(
-        model, peft.TrainableTokensConfig(target_modules=["lm_head"], token_indices=[3, 9], task_type="CAUSAL_LM")
-    ).eval()
-    fastpref.attach(model)
-    ours = assert_as_own_logits(model)
-    assert all("lm_head" in name for name in gradients(model, ours.logprobs))
