@@ -133,8 +133,11 @@ def reduce_sequences(
     weighted = logps
     if ld_alpha is not None:
         weighted = weigh(logps, ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype))
-    index = sequence_index(scored, cu_seqlens).reshape(-1)
-    total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
+    if cu_seqlens is None:
+        total = weighted.sum(-1, dtype=torch.float64)
+    else:
+        index = sequence_index(scored, cu_seqlens).reshape(-1)
+        total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
     if reduction == "mean":
         total = total / sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
     return total.to(logps.dtype)
@@ -157,9 +160,12 @@ def linear_logprobs(
     labels = labels[None] if labels.dim() == 1 else labels
     dtype = compute_dtype(hidden)
     saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
-    _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    # Where it is not known how many positions are scored, there is room for all of them.
-    capacity = (int(scored.sum()) if has_values(scored) else scored.numel()) if saves else 0
+    scored, capacity = None, 0
+    if saves or reduction != "none":
+        _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+    if saves:
+        # Where it is not known how many positions are scored, there is room for all of them.
+        capacity = int(scored.sum()) if has_values(scored) else scored.numel()
     group, bounds, labels, ignore_index = distributed.of_shard(
         shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -30,18 +30,21 @@ def _backends() -> list[tuple[Any, Any]]:
     return [(torch.backends.cuda.matmul, torch.backends), (mkldnn.matmul, mkldnn)]
 
 
+_BACKENDS = _backends()
+
+
 def _setting() -> tuple[str | None, ...]:
     """Return the process's precision, None where PyTorch cannot tell, and that of each backend."""
     try:
         whole = torch.get_float32_matmul_precision()
     except RuntimeError:  # set for one backend and not for the other
         whole = None
-    return whole, *(backend.fp32_precision for backend, _ in _backends())
+    return whole, *(backend.fp32_precision for backend, _ in _BACKENDS)
 
 
 def _restore(whole: str | None, *each: str | None) -> None:
     torch.set_float32_matmul_precision(whole or "highest")
-    for (backend, parent), value in zip(_backends(), each, strict=True):
+    for (backend, parent), value in zip(_BACKENDS, each, strict=True):
         # What a backend takes from the setting above it, it goes on taking from there.
         backend.fp32_precision = "none" if value == parent.fp32_precision else value
 
@@ -76,10 +79,10 @@ def own_precision(function: _Function) -> _Function:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         device = next(value.device.type for value in arguments if isinstance(value, Tensor))
-        with ExitStack() as stack:
+        with full_float32():
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(full_float32())
+                with torch.autocast(device, enabled=False):
+                    return function(*arguments)
             return function(*arguments)
 
     return call  # type: ignore[return-value]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.precision import own_precision
 
 # Rows of a tile: more of them mean fewer passes over the weight and its gradient.
 ROWS = 1024
-# Terms of a float32 product that oneDNN adds up before they meet the others.
-SUMMED = 512
 # What a loss keeps of exponentials at a time: 320 float32 rows of a vocabulary of 65536.
 LOSS_BYTES = 80 << 20
 
@@ -64,13 +63,8 @@ def _is_intel() -> bool:
         return False
 
 
-def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns."""
-    if x.dtype == dtype:
-        return x
-    if x.stride(0) == 1 and x.stride(1) != 1:
-        return _widened(name, x.t(), dtype).t()
-    return scratch(name, tuple(x.shape), dtype, x.device).copy_(x)
+def _onednn() -> bool:
+    return not _is_intel() and torch.backends.mkldnn.is_available()
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -83,22 +77,11 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     gave 150 to 190. On a Xeon with AVX512_BF16 and no AMX, products that round to bfloat16 gave 150, and float32 by MKL
     300. What has no faster product of its own is computed from operands widened to float32.
     """
-    if a.dtype == torch.bfloat16:
-        native = cpu.native()
-        if native and native.has_bf16_gemm():
-            native.bf16_gemm(out, a, b, add)
-            return
-    a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
-    if out.dtype == torch.float32 and not _is_intel() and torch.backends.mkldnn.is_available():
-        # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
-        for begin in range(0, a.shape[1], SUMMED):
-            part = a[:, begin : begin + SUMMED], b[begin : begin + SUMMED].t()
-            result = torch.ops.mkldnn._linear_pointwise(*part, None, "none", [], "")
-            out.add_(result) if add or begin else out.copy_(result)
-    elif add:
-        torch.addmm(out, a, b, out=out)
+    native = cpu.native()
+    if native:
+        native.product(out, a, b, add, _onednn())
     else:
-        torch.mm(a, b, out=out)
+        linear.library_product(out, a.to(out.dtype), b.to(out.dtype), add)
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,3 +103,36 @@ BACKEND = linear.Backend(
     product, fold, fold_backward, scratch, empty, _gradient_dtype,
     tile=lambda: linear.Tile(ROWS, linear.COLUMNS), whole=False,
 )  # fmt: skip
+
+
+@own_precision
+def logprobs(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, ...]:
+    """`fastpref_kernels.linear.logprobs`."""
+    *given, filter_eps = arguments
+    native = cpu.native()
+    if not native or filter_eps is not None:
+        return linear.logprobs(backend, *arguments)
+    return native.linear_logprobs(*given, _onednn())
+
+
+@own_precision
+def accumulate_gradients(backend: linear.Backend, *arguments: Any) -> None:
+    """`fastpref_kernels.linear.accumulate_gradients`."""
+    *given, filter_eps = arguments
+    native = cpu.native()
+    if not native or filter_eps is not None:
+        linear.accumulate_gradients(backend, *arguments)
+    else:
+        del given[9]  # the tiles' masses, which only a filter asks for
+        native.linear_logprobs_backward_(*given, _onednn())
+
+
+@own_precision
+def gradients(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastpref_kernels.linear.gradients`."""
+    *given, filter_eps = arguments
+    native = cpu.native()
+    if not native or filter_eps is not None:
+        return linear.gradients(backend, *arguments)
+    del given[9]
+    return native.linear_logprobs_backward(*given, _onednn())
