@@ -53,7 +53,9 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised room for the exponentials of `rows`, (rows, V), every row on a cache line of its own."""
-    return empty(like, (rows, (vocabulary + 31) // 32 * 32), dtype)[:, :vocabulary]
+    columns = (vocabulary + 31) // 32 * 32
+    store = empty(like, (rows, columns), dtype)
+    return store if columns == vocabulary else store[:, :vocabulary]
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -165,7 +167,7 @@ def linear_logprobs(
         _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     if saves:
         # Where it is not known how many positions are scored, there is room for all of them.
-        capacity = int(scored.sum()) if has_values(scored) else scored.numel()
+        capacity = int(scored.count_nonzero()) if has_values(scored) else scored.numel()
     group, bounds, labels, ignore_index = distributed.of_shard(
         shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
     )

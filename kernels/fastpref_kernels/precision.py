@@ -49,6 +49,12 @@ def _restore(whole: str | None, *each: str | None) -> None:
         backend.fp32_precision = "none" if value == parent.fp32_precision else value
 
 
+def _is_full() -> bool:
+    """Whether the process itself asks for exact products. A setting that another thread has raised does not count."""
+    with _lock:
+        return _saved is None and all(value in _FULL for value in _setting())
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Make float32 products exact inside this context, and leave the process's setting as it was.
@@ -79,10 +85,12 @@ def own_precision(function: _Function) -> _Function:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         device = next(value.device.type for value in arguments if isinstance(value, Tensor))
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return call(*arguments)
+        if _is_full():
+            return function(*arguments)
         with full_float32():
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return function(*arguments)
             return function(*arguments)
 
     return call  # type: ignore[return-value]

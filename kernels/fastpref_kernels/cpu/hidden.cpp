@@ -190,7 +190,8 @@ struct Results {
     logps = zeros(shape, dtype);
     norm = zeros({stats & kEntropy ? 4 : 3, shape[0], shape[1]}, dtype);
     for (int bit = 0; bit < 6; ++bit) {
-      statistics[bit] = zeros(stats >> bit & 1 ? shape : at::IntArrayRef{0}, 1 << bit == kTop1 ? at::kBool : dtype);
+      const at::ScalarType kind = 1 << bit == kTop1 ? at::kBool : dtype;
+      statistics[bit] = stats >> bit & 1 ? zeros(shape, kind) : at::empty({0}, at::TensorOptions().dtype(kind));
     }
   }
 
