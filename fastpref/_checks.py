@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +19,26 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 REDUCTIONS = ("none", "sum", "mean")
+LARGEST = sys.float_info.max
 MODES = ("auto", "save", "recompute")
 
 
 def describe(value: object) -> str:
-    """One phrase for an error message: a tensor's shape, dtype and device, or the value's repr."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    """Return a phrase for an error message: a tensor's dtype, shape and device, or the value's type and repr."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}"
+    if value.is_nested:
+        return f"a nested {value.dtype} tensor on {value.device}"
+    layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+    return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
 
 
 def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], wanted: str) -> None:
-    """Raise `TypeError` unless `value` is a tensor of one of `dtypes`."""
+    """Raise `TypeError` unless `value` is a dense tensor of one of `dtypes`."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{name} must be {wanted}; got {describe(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be {wanted} that is neither sparse nor nested; got {describe(value)}")
 
 
 def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -40,37 +47,123 @@ def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) ->
         raise ValueError(f"{name} must be on {like_name}'s device, {like.device}; got {describe(value)}")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+def shape_error(name: str, value: Tensor, wanted: str, dims: int = 1) -> ValueError:
+    """Return the error of a tensor that is not `wanted`, of `dims` dimensions; for (B, 1) it names the remedy."""
+    remedy = f": pass {name}.squeeze(-1)" if value.dim() == dims + 1 and value.shape[-1] == 1 else ""
+    return ValueError(f"{name} must be {wanted}; got {describe(value)}{remedy}")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise `ValueError` unless `value` is a finite number above zero."""
-    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+def check_vector(
+    name: str, value: object, dtypes: Sequence[torch.dtype], wanted: str, like: tuple[str, Tensor] | None = None
+) -> None:
+    """Raise unless `value` is a (B,) tensor of one of `dtypes`.
+
+    Args:
+        name: the argument's name.
+        value: the argument.
+        dtypes: the dtypes that it may have.
+        wanted: what it must be, in words, such as "a bool tensor (B,)".
+        like: the name and the tensor whose first dimension is B, and whose device it must be on; None: any B.
+
+    Raises:
+        TypeError: `value` is not a dense tensor of one of `dtypes`.
+        ValueError: `value` has another shape, or is on another device.
+    """
+    check_tensor(name, value, dtypes, wanted)
+    assert isinstance(value, Tensor)
+    if like is None:
+        if value.dim() != 1:
+            raise shape_error(name, value, "(B,)")
+        return
+    like_name, first = like
+    if value.dim() != 1 or value.shape[0] != first.shape[0]:
+        raise shape_error(name, value, f"(B,) = ({first.shape[0]},), with the B of {like_name}")
+    check_same_device(name, value, like_name, first)
 
 
-def check_finite(name: str, value: object, *, least: float = -math.inf) -> None:
-    """Raise `ValueError` unless `value` is a finite number, not below `least`."""
-    number = float(value) if isinstance(value, numbers.Real) else math.nan
-    if not least <= number < math.inf or number == -math.inf:
-        bound = "" if least == -math.inf else f", not below {least:g}"
-        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}")
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise `TypeError` unless `value` is a string, and `ValueError` unless it is one of `choices`."""
+    if isinstance(value, str) and value in choices:
+        return
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name} must be one of {', '.join(map(repr, choices))}; got {describe(value)}")
+
+
+def _as_float(value: object) -> float | None:
+    """Return a real number as a float, infinite if it is beyond a float's range, and None for anything else."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_finite(
+    name: str, value: object, *, least: float = -LARGEST, most: float = LARGEST, exclusive: bool = False
+) -> float:
+    """Return `value` as a float, or raise unless it is a finite number within bounds.
+
+    Args:
+        name: the argument's name.
+        value: the argument, any real number but a bool.
+        least: the lower bound.
+        most: the upper bound.
+        exclusive: whether the bounds themselves are refused.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: `value` is NaN, infinite or out of bounds.
+    """
+    number = value if type(value) is float else _as_float(value)
+    if number is not None and (least < number < most if exclusive else least <= number <= most):
+        return number
+    if most < LARGEST:
+        bounds = f" between {least:g} and {most:g}, both excluded" if exclusive else f" in [{least:g}, {most:g}]"
+    elif least > -LARGEST:
+        bounds = f" above {least:g}" if exclusive else f", not below {least:g}"
+    else:
+        bounds = ""
+    error = TypeError if number is None else ValueError
+    raise error(f"{name} must be a finite number{bounds}; got {describe(value)}")
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return `value` as a float, or raise as `check_finite` does unless it is a finite number above 0."""
+    return check_finite(name, value, least=0.0, exclusive=True)
+
+
+def check_int(name: str, value: object, *, least: int | None = None) -> int:
+    """Return `value` as an int, or raise unless it is an integer, not a bool, and at least `least`.
+
+    Raises:
+        TypeError: `value` is no integer.
+        ValueError: `value` is below `least`.
+    """
+    is_int = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+    if is_int and (least is None or value >= least):  # type: ignore[operator]
+        return int(value)  # type: ignore[arg-type]
+    bound = "" if least is None else f", {least} or more"
+    raise (ValueError if is_int else TypeError)(f"{name} must be an int{bound}; got {describe(value)}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise `TypeError` unless `value` is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False; got {describe(value)}")
 
 
 def _check_positions(
     name: str, values: Tensor, axis: str, entry: str, labels: Tensor, cu_seqlens: Tensor | None, sharded: bool = False
 ) -> None:
     """Check `values`, (B, T, axis) or (N, axis), and the labels and boundaries of its positions."""
-    check_tensor(name, values, FLOATING, f"a fp16, bf16, fp32 or fp64 tensor (B, T, {axis}) or (N, {axis})")
-    check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {name}'s shape without {axis}")
-    if values.is_nested:
+    if isinstance(values, Tensor) and values.is_nested:
         raise ValueError(
             f"{name} must be no nested tensor: pass its values, (N, {axis}), and its offsets as cu_seqlens of "
             f"the functions of sequences; got {describe(values)}"
         )
+    check_tensor(name, values, FLOATING, f"a fp16, bf16, fp32 or fp64 tensor (B, T, {axis}) or (N, {axis})")
+    check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {name}'s shape without {axis}")
     if values.dim() not in (2, 3):
         raise ValueError(f"{name} must be (B, T, {axis}) or (N, {axis}); got {describe(values)}")
     if values.shape[-1] == 0 and not sharded:
@@ -114,23 +207,30 @@ def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *, s
     _check_positions("logits", logits, "V", "vocabulary entry", labels, cu_seqlens, sharded)
 
 
-def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Check the three scalars of z ← softcap·tanh(z·logit_scale/softcap)/temperature."""
-    check_positive("temperature", temperature)
-    check_positive("logit_scale", logit_scale)
-    if softcap is not None:
-        check_positive("softcap", softcap)
+def check_transform(temperature: object, logit_scale: object, softcap: object) -> tuple[float, float, float | None]:
+    """Return the three scalars of z ← softcap·tanh(z·logit_scale/softcap)/temperature as floats."""
+    return (
+        check_positive("temperature", temperature),
+        check_positive("logit_scale", logit_scale),
+        None if softcap is None else check_positive("softcap", softcap),
+    )
 
 
-def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> None:
-    """Check LD-DPO's two arguments."""
-    if ld_alpha is not None:
-        check_finite("ld_alpha", ld_alpha)
+def check_scoring(ignore_index: object, shift: object) -> int:
+    """Check how labels are read, and return `ignore_index` as an int."""
+    check_bool("shift", shift)
+    return check_int("ignore_index", ignore_index)
+
+
+def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> float | None:
+    """Check LD-DPO's two arguments, and return `ld_alpha` as a float or None."""
+    ld_alpha = None if ld_alpha is None else check_finite("ld_alpha", ld_alpha)
     if shared_lengths is None:
-        return
+        return ld_alpha
     check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
     if ld_alpha is None:
         raise ValueError(f"shared_lengths is LD-DPO's and needs ld_alpha; got {describe(shared_lengths)} and no alpha")
+    return ld_alpha
 
 
 def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
@@ -203,13 +303,10 @@ def check_linear(
             raise TypeError(f"{name} must have {of}'s dtype, {hidden.dtype}; got {describe(value)}")
 
 
-def check_mode(mode: str, chunk_rows: int | None, filter_eps: float | None) -> None:
-    """Check what says how, and not what, a `linear_*` function computes."""
+def check_mode(mode: object, chunk_rows: object, filter_eps: object) -> tuple[int | None, float | None]:
+    """Check what says how, and not what, a `linear_*` function computes. Return the last two as an int and a float."""
     check_choice("mode", mode, MODES)
-    if chunk_rows is not None:
-        if not isinstance(chunk_rows, int):
-            raise TypeError(f"chunk_rows must be None or an int, 1 or more; got {describe(chunk_rows)}")
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows must be None or an int, 1 or more; got {chunk_rows!r}")
-    if filter_eps is not None and (not isinstance(filter_eps, numbers.Real) or not 0 < filter_eps < 1):
-        raise ValueError(f"filter_eps must be None or a number between 0 and 1, both excluded; got {filter_eps!r}")
+    rows = None if chunk_rows is None else check_int("chunk_rows", chunk_rows, least=1)
+    if filter_eps is None:
+        return rows, None
+    return rows, check_finite("filter_eps", filter_eps, least=0.0, most=1.0, exclusive=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref._checks import check_choice
+from fastpref._checks import check_choice, describe
 
 # In the order of the operator's bits: statistic i is asked for by bit i.
 STATISTICS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -52,7 +52,9 @@ def check_stats(stats: object, allowed: Sequence[str] = STATISTICS) -> tuple[str
     """Check names of statistics, each one of `allowed`, and return them as a tuple."""
     if isinstance(stats, str):
         raise TypeError(f"stats must be a tuple of names, such as ({stats!r},); got the string {stats!r}")
-    names = tuple(stats)  # type: ignore[arg-type]
+    if not isinstance(stats, Sequence):
+        raise TypeError(f"stats must be a tuple or list of names; got {describe(stats)}")
+    names = tuple(stats)
     for name in names:
         check_choice("stats", name, allowed)
     if len(set(names)) != len(names):

@@ -18,6 +18,7 @@ from fastpref._checks import (
     check_ld,
     check_linear,
     check_mode,
+    check_scoring,
     check_transform,
 )
 from fastpref._function import apply, enter, has_values, once_differentiable, wants_gradient
@@ -154,8 +155,9 @@ def linear_logprobs(
     """What both public functions give, from plain tensors; `reduction` is "none" for the first."""
     check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
-    check_mode(mode, chunk_rows, filter_eps)
-    check_transform(temperature, logit_scale, softcap)
+    chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats, LINEAR_STATISTICS)
     rows_shape = labels.shape[:-1]
     hidden = hidden[None] if hidden.dim() == 2 else hidden
@@ -171,9 +173,7 @@ def linear_logprobs(
     group, bounds, labels, ignore_index = distributed.of_shard(
         shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
     )
-    scoring = (
-        ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
-    )  # fmt: skip
+    scoring = (ignore_index, shift, logit_scale, temperature, softcap)
     bits = sum(1 << LINEAR_STATISTICS.index(name) for name in names)
     logps, _, _, _, *statistics = apply(
         _LinearLogprobs, hidden, weight, bias, labels, cu_seqlens, group, bounds, capacity, dtype, scoring, bits,
@@ -249,7 +249,7 @@ def linear_token_logprobs(
         then the statistics, in the order asked for.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; `mode="save"` with fp16; a DTensor that is split in another way, or
             ranks that give different hidden states.
         IndexError: a scored label outside [0, V).
@@ -309,12 +309,12 @@ def linear_sequence_logprobs(
         is that.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option.
         IndexError: a scored label outside [0, V).
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    check_ld(ld_alpha, shared_lengths)
+    ld_alpha = check_ld(ld_alpha, shared_lengths)
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
     return linear_logprobs(
         hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha,

@@ -7,14 +7,23 @@ fewest there can be, and nothing of N × V outlives its chunk. A batch that is o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref import distributed
-from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_linear, check_mode, check_transform
+from fastpref._checks import (
+    REDUCTIONS,
+    check_bool,
+    check_choice,
+    check_ld,
+    check_linear,
+    check_mode,
+    check_scoring,
+    check_transform,
+)
 from fastpref._function import apply, enter, has_values, once_differentiable, transformed, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
 from fastpref._sharding import Shard, resolve_head
@@ -182,11 +191,13 @@ def _group_loss(
     """The loss, the sequences' log-probs (S,), detached, and the statistics."""
     check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
-    check_mode(mode, chunk_rows, filter_eps)
-    check_transform(temperature, logit_scale, softcap)
+    chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_ld(ld_alpha, shared_lengths)
-    check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
+    check_bool("average_logps", average_logps)
+    ld_alpha = check_ld(ld_alpha, shared_lengths)
+    group_size = check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
     names = check_stats(stats, LINEAR_STATISTICS)
     dtype = compute_dtype(hidden)
     sequences = count_sequences(labels, cu_seqlens)
@@ -228,9 +239,7 @@ def _group_loss(
     group, bounds, rows_labels, ignore_index = distributed.of_shard(
         shard, rows_labels, cu_seqlens, weight.shape[0], ignore_index, shift
     )
-    scoring = (
-        ignore_index, shift, float(logit_scale), float(temperature), None if softcap is None else float(softcap),
-    )  # fmt: skip
+    scoring = (ignore_index, shift, logit_scale, temperature, softcap)
     needed = tuple(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     loss, logps, _, _, _, *statistics = apply(
         _GradientsInForward, hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens,
@@ -258,7 +267,7 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     shared_lengths: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -309,8 +318,8 @@ def linear_dpo_loss(
         ld_alpha: α of LD-DPO.
         shared_lengths: (2B,) ints, with `ld_alpha`.
         beta: as in `dpo_loss`, like all down to `sft_reduction`.
-        loss_type: which loss, or which losses.
-        loss_weights: one weight a loss type.
+        loss_type: which loss, or which losses, or a mapping of losses to their weights.
+        loss_weights: one weight for each of a sequence of loss types.
         label_smoothing: ε.
         reduction: "mean", "sum" or "none".
         chosen_lengths: (B,); None: the numbers of scored labels.
@@ -346,7 +355,7 @@ def linear_dpo_loss(
         loss are detached; rewards and log-probs are (B,).
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; a reference given twice, or not at all.
         IndexError: a scored label outside [0, V).
     """
@@ -463,7 +472,7 @@ def linear_preference_loss(
         A named tuple: loss, logps (G, K) detached, then `stats`.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; losses of another shape than (G,), or that would train something
             `loss_fn` closes over (outside of `torch.compile`, where that is constant).
         IndexError: a scored label outside [0, V).

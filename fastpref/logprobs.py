@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref._checks import REDUCTIONS, check_choice, check_ld, check_logits, check_transform
+from fastpref._checks import (
+    REDUCTIONS,
+    check_bool,
+    check_choice,
+    check_ld,
+    check_logits,
+    check_scoring,
+    check_transform,
+)
 from fastpref._function import apply, enter, once_differentiable
 from fastpref._results import STATISTICS, check_stats, result_type
 from fastpref._sharding import resolve_logits
@@ -90,10 +98,12 @@ def _logprobs(
     shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
     softcap: float | None, stats: tuple[str, ...], inplace_backward: bool, process_group: Any,
 ) -> Any:  # fmt: skip
+    check_bool("inplace_backward", inplace_backward)
     logits, labels, shard = resolve_logits(logits, labels, process_group, inplace_backward)
     check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
     logits, labels = enter(logits, labels)
-    check_transform(temperature, logit_scale, softcap)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
     if inplace_backward:
         _check_inplace(logits)
@@ -103,7 +113,7 @@ def _logprobs(
     if labels.dim() == 1:
         labels = labels[None]
     bits = sum(1 << STATISTICS.index(name) for name in names)
-    transform = (float(logit_scale), float(temperature), None if softcap is None else float(softcap))
+    transform = (logit_scale, temperature, softcap)
     if shard is not None:
         _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
         logps, *statistics = sharded_logprobs(
@@ -177,7 +187,7 @@ def token_logprobs(
         tuple: `logprobs`, then the statistics, of the same shape, in the order asked for.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; overlapping or leaf logits with `inplace_backward`.
         IndexError: a scored label outside [0, V), on a CPU. A GPU asserts it where `TRITON_DEBUG=1` is set, and gives
             NaN otherwise.
@@ -231,12 +241,12 @@ def sequence_logprobs(
         `logprobs`, is that. The bits of a sequence's log-prob do not depend on the rest of the batch.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; boundaries that do not rise from 0 to N (seen on a CPU).
         IndexError: a scored label outside [0, V), as in `token_logprobs`.
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    check_ld(ld_alpha, shared_lengths)
+    ld_alpha = check_ld(ld_alpha, shared_lengths)
     return _logprobs(
         logits, labels, reduction, cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature, logit_scale,
         softcap, stats, inplace_backward, process_group,

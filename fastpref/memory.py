@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpref._checks import describe
+from fastpref._checks import check_int
 from fastpref_kernels import ops
 
 
@@ -24,8 +24,4 @@ def release_memory(*, keep: int | None = None) -> None:
         TypeError: `keep` is not an int.
         ValueError: `keep` is negative.
     """
-    if keep is not None and not isinstance(keep, int):
-        raise TypeError(f"keep must be None or an int, a number of bytes; got {describe(keep)}")
-    if keep is not None and keep < 0:
-        raise ValueError(f"keep must not be negative; got {keep}")
-    ops.release_memory(keep)
+    ops.release_memory(None if keep is None else check_int("keep", keep, least=0))

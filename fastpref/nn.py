@@ -10,14 +10,14 @@ config: both call, and unpack what comes back, as they do with their own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpref._checks import describe
+from fastpref._checks import check_finite, check_int, describe
 from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.losses.preference import dpo_loss, implicit_reward, kto_loss
 from fastpref.losses.reward import best_of_k_loss, pairwise_reward_loss, plackett_luce_loss, ranking_loss
@@ -97,9 +97,9 @@ class DPOLoss(_Loss):
 
     Args:
         beta: β > 0, the strength of the KL constraint.
-        loss_type: one of `fastpref.losses.LOSS_TYPES`, or several, whose losses are added. torchtune's `RSOLoss` is
-            "hinge", OpenRLHF's `ipo=True` is "ipo".
-        loss_weights: one weight a loss type; None: 1 each.
+        loss_type: one of `fastpref.losses.LOSS_TYPES`, a sequence of them, or a mapping of them to their weights.
+            torchtune's `RSOLoss` is "hinge", OpenRLHF's `ipo=True` is "ipo".
+        loss_weights: one weight for each of a sequence of loss types; None: 1 each, or those of the mapping.
         label_smoothing: ε in [0, 1], the probability that a pair's label is flipped.
         reduction: "mean", "sum" or "none". torchtune takes the mean of what it gets, which the mean leaves as it is.
         length_normalize: divide what is compared by the completions' lengths.
@@ -114,7 +114,7 @@ class DPOLoss(_Loss):
         sft_reduction: "token" or "sequence", of that term.
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range or has no place in any of the loss types.
     """
 
@@ -122,7 +122,7 @@ class DPOLoss(_Loss):
         self,
         *,
         beta: float = 0.1,
-        loss_type: str | Sequence[str] = "sigmoid",
+        loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
         loss_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -177,7 +177,7 @@ class DPOLoss(_Loss):
             ref_rejected_logps: (B,) log π_ref(rejected|x), likewise.
             chosen_lengths: (B,) numbers of the chosen completions' tokens, for what divides by them.
             rejected_lengths: (B,) numbers of the rejected completions' tokens, likewise.
-            margin: a number or (B,), in the place of the constructor's.
+            margin: a number or (B,), integers too, in the place of the constructor's.
             weights: (B,), multiplies the pairs' losses.
 
         Returns:
@@ -209,7 +209,7 @@ class KTOLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -255,7 +255,7 @@ class KTOSplitLoss(KTOLoss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -313,7 +313,7 @@ class PairwiseRewardLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -327,7 +327,7 @@ class PairwiseRewardLoss(_Loss):
         Args:
             chosen: (B,) rewards of the preferred answers, any floating dtype.
             rejected: (B,) rewards of the others.
-            margin: a number or (B,), in the place of the constructor's; integers too, as data sets have them.
+            margin: a number or (B,), integers too, in the place of the constructor's.
 
         Returns:
             The loss, a scalar, or (B,) with "none".
@@ -336,11 +336,8 @@ class PairwiseRewardLoss(_Loss):
             TypeError: a tensor of a wrong dtype.
             ValueError: shapes or devices differ.
         """
-        if margin is None:
-            margin = self.options["margin"]
-        elif isinstance(margin, Tensor) and margin.dtype in (torch.int32, torch.int64):
-            margin = margin.float()
-        return pairwise_reward_loss(chosen, rejected, **{**self.options, "margin": margin})
+        options = {**self.options, "margin": self.options["margin"] if margin is None else margin}
+        return pairwise_reward_loss(chosen, rejected, **options)
 
 
 class BestOfKLoss(_Loss):
@@ -350,7 +347,7 @@ class BestOfKLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or one of a wrong type.
         ValueError: an option is out of range.
     """
 
@@ -383,7 +380,7 @@ class RankingLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or one of a wrong type.
         ValueError: an option is out of range.
     """
 
@@ -416,7 +413,7 @@ class PlackettLuceLoss(_Loss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option, or one of a wrong type.
         ValueError: an option is out of range.
     """
 
@@ -461,6 +458,10 @@ class _PPOLoss(_Loss):
     def _denominator(
         self, dp_size: int, batch_num_tokens: Tensor | float | None, global_batch_size: Tensor | float | None
     ) -> Tensor | float | None:
+        dp_size = check_int("dp_size", dp_size, least=1)
+        for name, count in (("batch_num_tokens", batch_num_tokens), ("global_batch_size", global_batch_size)):
+            if count is not None and not isinstance(count, Tensor):
+                check_finite(name, count, least=0.0)
         total = batch_num_tokens if self.options["reduction"] == "token" else global_batch_size
         return None if total is None else total / dp_size
 
@@ -476,7 +477,7 @@ class PPOPolicyLoss(_PPOLoss):
         reduction: "token" for the mean over all tokens, "sequence" for the mean over sequences of each one's own mean.
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 
@@ -530,7 +531,7 @@ class PPOValueLoss(_PPOLoss):
         reduction: as in `PPOPolicyLoss`.
 
     Raises:
-        TypeError: an unknown option, or a tensor.
+        TypeError: an unknown option, one of a wrong type, or a tensor.
         ValueError: an option is out of range.
     """
 

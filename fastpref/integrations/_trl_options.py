@@ -78,7 +78,7 @@ def unexpressed(trainer: Any) -> list[str]:
         left.append(
             f"f_divergence_type={trainer.f_divergence_type!r} of {names}, which before 1.10 TRL computed otherwise"
         )
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
     tensors = {"weights": one} if trainer.use_weighting else {}
     try:
         dpo_loss(*[one] * 4, chosen_lengths=one, rejected_lengths=one, **tensors, **options(trainer))

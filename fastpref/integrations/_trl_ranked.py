@@ -34,16 +34,16 @@ class RankingCollator:
         sequences = [ids for row in rows for ids in row["completion_ids"]]
         unit = self.pad_to_multiple_of or 1
         length = math.ceil(max(map(len, sequences)) / unit) * unit
-        input_ids = torch.full((len(sequences), length), self.pad_token_id)
+        input_ids = torch.full((len(sequences), length), self.pad_token_id, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
         for i, ids in enumerate(sequences):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
+            input_ids[i, : len(ids)] = torch.tensor(ids, device="cpu")
             attention_mask[i, : len(ids)] = 1
         width = max(len(row["ranks"]) for row in rows)
-        ranks = torch.full((len(rows), width), width)  # after all others, as in ranks_from_scores
+        ranks = torch.full((len(rows), width), width, device="cpu")  # after all others, as in ranks_from_scores
         mask = torch.zeros_like(ranks, dtype=torch.bool)
         for i, row in enumerate(rows):
-            ranks[i, : len(row["ranks"])] = torch.tensor(row["ranks"])
+            ranks[i, : len(row["ranks"])] = torch.tensor(row["ranks"], device="cpu")
             mask[i, : len(row["ranks"])] = True
         return {"input_ids": input_ids, "attention_mask": attention_mask, "ranks": ranks, "mask": mask}
 
@@ -65,7 +65,7 @@ def ranked_row(row: dict[str, Any], processing_class: Any, loss_type: str) -> di
             + ", ".join(f"{name}={value!r}" for name, value in {"completions": answers, **given}.items())
         )
     sign = 1 if "scores" in given else -1
-    ranks = ranks_from_scores(sign * torch.tensor([numbers], dtype=torch.float64))[0].tolist()
+    ranks = ranks_from_scores(sign * torch.tensor([numbers], dtype=torch.float64, device="cpu"))[0].tolist()
     untied = {"ranking": [], "plackett_luce": ranks, "best_of_k": [rank for rank in ranks if rank == 0]}[loss_type]
     if len(set(untied)) < len(untied):
         raise ValueError(f"{loss_type} has no place for ties, as ranking has; got {given}")

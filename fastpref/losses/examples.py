@@ -17,11 +17,11 @@ TOKENS = 11
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(*shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 
 def _lengths(generator: torch.Generator, pairs: int) -> Tensor:
-    return torch.randint(1, 60, (pairs,), generator=generator)
+    return torch.randint(1, 60, (pairs,), generator=generator, device=generator.device)
 
 
 def pair_logps(generator: torch.Generator, pairs: int) -> Arguments:
@@ -42,7 +42,7 @@ def policy_logps(generator: torch.Generator, pairs: int) -> Arguments:
 def unpaired_logps(generator: torch.Generator, answers: int) -> Arguments:
     """A loss of answers that are good or bad."""
     policy, ref = -40 + 8 * _normal(generator, 2, answers)
-    desirable = torch.rand(answers, generator=generator) < 0.5
+    desirable = torch.rand(answers, generator=generator, device=generator.device) < 0.5
     return (policy, ref, desirable), {"kl": 1 + _normal(generator, answers), "undesirable_weight": 1.3}
 
 
@@ -54,34 +54,40 @@ def pair_rewards(generator: torch.Generator, pairs: int) -> Arguments:
 
 def best_of_four(generator: torch.Generator, prompts: int) -> Arguments:
     """A reward model's, of the best of four."""
-    return (2 * _normal(generator, prompts, 4), torch.randint(4, (prompts,), generator=generator)), {}
+    return (
+        2 * _normal(generator, prompts, 4),
+        torch.randint(4, (prompts,), generator=generator, device=generator.device),
+    ), {}
 
 
 def orders(generator: torch.Generator, prompts: int) -> Arguments:
     """A reward model's, of orders of seven without ties."""
-    ranks = torch.rand(prompts, 7, generator=generator).argsort(-1)
-    mask = torch.rand(prompts, 7, generator=generator) < 0.8
+    ranks = torch.rand(prompts, 7, generator=generator, device=generator.device).argsort(-1)
+    mask = torch.rand(prompts, 7, generator=generator, device=generator.device) < 0.8
     return (2 * _normal(generator, prompts, 7), ranks), {"mask": mask}
 
 
 def rankings(generator: torch.Generator, prompts: int) -> Arguments:
     """A reward model's, of rankings of seven with ties."""
-    ranks = torch.randint(5, (prompts, 7), generator=generator)
-    mask = torch.rand(prompts, 7, generator=generator) < 0.8
+    ranks = torch.randint(5, (prompts, 7), generator=generator, device=generator.device)
+    mask = torch.rand(prompts, 7, generator=generator, device=generator.device) < 0.8
     return (2 * _normal(generator, prompts, 7), ranks), {"mask": mask}
 
 
 def _counted(generator: torch.Generator, sequences: int) -> Tensor:
     """Answers of unequal lengths, each of one token at the least, with a hole here and there."""
-    lengths = torch.randint(1, TOKENS + 1, (sequences, 1), generator=generator)
-    ends, kept = torch.arange(TOKENS) < lengths, torch.rand(sequences, TOKENS, generator=generator) < 0.9
+    lengths = torch.randint(1, TOKENS + 1, (sequences, 1), generator=generator, device=generator.device)
+    ends, kept = (
+        torch.arange(TOKENS, device=generator.device) < lengths,
+        torch.rand(sequences, TOKENS, generator=generator, device=generator.device) < 0.9,
+    )
     kept[:, 0] = True
     return ends & kept
 
 
 def _policies(generator: torch.Generator, sequences: int) -> tuple[Tensor, Tensor]:
     # A token's log-probs under two policies, a few tenths of a nat apart: a fraction of the ratios is clipped.
-    logps = -3 * torch.rand(sequences, TOKENS, generator=generator, dtype=torch.float64)
+    logps = -3 * torch.rand(sequences, TOKENS, generator=generator, device=generator.device, dtype=torch.float64)
     return logps, logps + 0.3 * _normal(generator, sequences, TOKENS)
 
 

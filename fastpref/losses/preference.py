@@ -7,7 +7,7 @@ multiplication.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ def dpo_loss(
     ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -63,8 +63,9 @@ def dpo_loss(
             reference (`simpo`, `cpo`, `orpo`, `sft`), which ignore it.
         ref_rejected_logps: (B,) log π_ref(rejected|x); likewise.
         beta: β > 0, the strength of the KL constraint.
-        loss_type: one of `fastpref.losses.LOSS_TYPES`, or several, whose losses are added.
-        loss_weights: one weight a loss type; None: 1 each.
+        loss_type: one of `fastpref.losses.LOSS_TYPES`; or a sequence of them, whose losses are added; or a mapping of
+            them to their weights, whose weighted losses are added.
+        loss_weights: one weight for each of a sequence of loss types; None: 1 each, or those of the mapping.
         label_smoothing: ε in [0, 1], the probability that a pair's label is flipped; below ½ for `robust`, between 0
             and 1 for `exo_pair`.
         reduction: "mean" over B, "sum", or "none" for (B,). The mean of no pairs is 0. Of the `aot` types, which sort,
@@ -74,10 +75,10 @@ def dpo_loss(
         rejected_lengths: (B,) numbers of the rejected completions' tokens.
         length_normalize: divide what is compared by the lengths: w, rw and Δw by n_w; l, rl and Δl by n_l. `simpo`,
             `orpo` and `sigmoid_norm` do so anyway.
-        margin: None, a number, or (B,): how far apart u should at least be (ODPO, arXiv 2402.10571). Carries no
-            gradient.
-        weights: None, or (B,): multiplies the pairs' losses, `sft` excepted; the mean still divides by B. Carries no
-            gradient. `wpo_weights` makes WPO's (arXiv 2406.11827).
+        margin: None, a number, or (B,), integers too: how far apart u should at least be (ODPO, arXiv 2402.10571).
+            Carries no gradient.
+        weights: None, or (B,), integers too: multiplies the pairs' losses, `sft` excepted; the mean still divides by B.
+            Carries no gradient. `wpo_weights` makes WPO's (arXiv 2406.11827).
         f_divergence: "reverse_kl" (DPO), "forward_kl" (1 − e^{−Δ}), "js" (log 2 + log σ(Δ)) or "alpha"
             ((e^{(α−1)Δ} − 1)/(α−1)), in place of Δw and Δl, before their division by lengths (arXiv 2309.16240).
         f_alpha: α of `f_divergence="alpha"`; at 1 it is "reverse_kl".
@@ -94,7 +95,7 @@ def dpo_loss(
         (B,) whatever the reduction, the divergence and the lengths.
 
     Raises:
-        TypeError: a tensor of a wrong dtype.
+        TypeError: a tensor of a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, an option is out of range or has no place in any of the loss types, or the
             reference's log-probs or the lengths are missing.
     """
@@ -121,14 +122,15 @@ def dpo_loss(
     logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     if not fused(policy_chosen_logps):
         return reference.dpo_loss(*logps, **options)
-    types = reference.check_dpo(*logps, **options)
+    types, numbers, margin, weights = reference.check_dpo(*logps, **options)
+    beta, label_smoothing, f_alpha, delta, gamma, discopop_tau, sft_weight = numbers
     if reduction == "none" and any(kind.mixes_pairs for kind, _ in types):
         # One launch gives each pair the gradient of one loss: here those of two losses meet in it.
         return reference.dpo_loss(*logps, **options)
     # The likelihood is part of another type's launch; alone it is its own.
     likelihood = sft_weight + sum(weight for kind, weight in types if kind.likelihood)
     launched = [pair for pair in types if not pair[0].likelihood] or [(LOSS_TYPES["sft"], 0.0)]
-    per_pair, constant = (margin, 0.0) if isinstance(margin, Tensor) else (None, float(margin or 0.0))
+    per_pair, constant = (margin, 0.0) if isinstance(margin, Tensor) else (None, margin or 0.0)
     results: list[tuple[Tensor, ...]] = []
     for kind, weight in launched:
         compared = logps if kind.reference and not reference_free else (*logps[:2], None, None)
@@ -187,7 +189,7 @@ def kto_loss(
         KTOResult(loss, rewards), the rewards βΔ detached and (B,).
 
     Raises:
-        TypeError: a tensor of a wrong dtype.
+        TypeError: a tensor of a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     scalars: dict[str, Any] = {
@@ -197,7 +199,7 @@ def kto_loss(
     }
     if not fused(policy_logps):
         return reference.kto_loss(policy_logps, ref_logps, desirable, kl=kl, reduction=reduction, **scalars)
-    reference.check_kto(policy_logps, ref_logps, desirable, kl, reduction=reduction, **scalars)
-    estimates, constant = (kl, 0.0) if isinstance(kl, Tensor) else (None, float(kl))
+    kl, *numbers = reference.check_kto(policy_logps, ref_logps, desirable, kl, reduction=reduction, **scalars)
+    estimates, constant = (kl, 0.0) if isinstance(kl, Tensor) else (None, kl)
     tensors = (policy_logps, ref_logps, desirable, estimates)
-    return KTOResult(*launch("kto_loss", reduction, tensors, (constant, *scalars.values())))
+    return KTOResult(*launch("kto_loss", reduction, tensors, (constant, *numbers)))

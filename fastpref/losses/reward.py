@@ -26,7 +26,7 @@ def pairwise_reward_loss(
     Args:
         chosen: (B,) rewards of the preferred answers, any floating dtype; computed in float32 (float64 for float64).
         rejected: (B,) rewards of the others.
-        margin: None, a number, or (B,): how far apart a pair should at least be. Carries no gradient.
+        margin: None, a number, or (B,), integers too: how far apart a pair should at least be. Carries no gradient.
         center_weight: c ≥ 0, the pull of a pair's mean reward towards 0.
         reduction: "mean" over B, "sum", or "none" for (B,). The mean of no pairs is 0.
 
@@ -34,15 +34,15 @@ def pairwise_reward_loss(
         The loss, a scalar, or (B,) with "none".
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor of a wrong dtype, or an option of a wrong type.
         ValueError: shapes or devices differ, or an option is out of range.
     """
     if not fused(chosen):
         return reference.pairwise_reward_loss(
             chosen, rejected, margin=margin, center_weight=center_weight, reduction=reduction
         )
-    reference.check_pairwise(chosen, rejected, margin, center_weight, reduction)
-    per_pair, constant = (margin, 0.0) if isinstance(margin, Tensor) else (None, float(margin or 0.0))
+    margin, center_weight = reference.check_pairwise(chosen, rejected, margin, center_weight, reduction)
+    per_pair, constant = (margin, 0.0) if isinstance(margin, Tensor) else (None, margin or 0.0)
     tensors = (chosen, rejected, per_pair)
     return launch("pairwise_reward_loss", reduction, tensors, (constant, center_weight))[0]
 

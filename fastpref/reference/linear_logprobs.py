@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref._checks import REDUCTIONS, autocasts, check_choice, check_ld, check_linear, check_mode, check_transform
+from fastpref._checks import (
+    REDUCTIONS,
+    autocasts,
+    check_choice,
+    check_ld,
+    check_linear,
+    check_mode,
+    check_scoring,
+    check_transform,
+)
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
 from fastpref.reference.distributed import whole_head
 from fastpref.reference.logprobs import scored_targets, sequence_logprobs, token_logprobs
@@ -93,7 +102,8 @@ def linear_token_logprobs(
     hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, None)
     check_mode(mode, chunk_rows, filter_eps)
-    check_transform(temperature, logit_scale, softcap)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     return _logprobs(
         token_logprobs, hidden, weight, labels, bias, stats, None, ignore_index=ignore_index, shift=shift,
         temperature=temperature, logit_scale=logit_scale, softcap=softcap,
@@ -126,11 +136,12 @@ def linear_sequence_logprobs(
     `mode`, `chunk_rows` and `filter_eps` are checked and change nothing here.
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    check_ld(ld_alpha, shared_lengths)
+    ld_alpha = check_ld(ld_alpha, shared_lengths)
     hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_mode(mode, chunk_rows, filter_eps)
-    check_transform(temperature, logit_scale, softcap)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     function = partial(
         sequence_logprobs, reduction=reduction, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, shared_lengths=shared_lengths
     )

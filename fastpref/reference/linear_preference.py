@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref._checks import FLOATING, REDUCTIONS, check_choice, check_linear, check_tensor, describe
+from fastpref._checks import (
+    FLOATING,
+    REDUCTIONS,
+    check_bool,
+    check_choice,
+    check_finite,
+    check_int,
+    check_linear,
+    check_scoring,
+    check_vector,
+    describe,
+)
 from fastpref._results import linear_group_type, linear_loss_type
 from fastpref.reference.distributed import whole_head
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
 from fastpref.reference.logprobs import scored_targets, sequence_lengths
 from fastpref.reference.losses.preference import (
+    NUMBERS,
     Weighted,
     check_options,
     dpo_loss,
@@ -32,6 +44,11 @@ def count_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens is not None:
         return cu_seqlens.shape[0] - 1
     return labels.shape[0] if labels.dim() == 2 else 1
+
+
+def _pairs(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[str, Tensor]:
+    """Return a name and a tensor (B,) that say, for `check_vector`, how many pairs labels [chosen; rejected] hold."""
+    return "labels", labels.new_empty(count_sequences(labels, cu_seqlens) // 2)
 
 
 def check_halves(labels: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -53,7 +70,7 @@ def check_references(
     states = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     for name, value in logps.items():
         if value is not None:
-            check_tensor(name, value, FLOATING, "a floating-point tensor (B,)")
+            check_vector(name, value, FLOATING, "a floating-point tensor (B,)", _pairs(labels, cu_seqlens))
     given = [name for name, value in logps.items() if value is not None]
     made = [name for name, value in states.items() if value is not None]
     if given and made:
@@ -73,17 +90,15 @@ def check_references(
 
 def check_group(
     labels: Tensor, cu_seqlens: Tensor | None, group_size: int, ld_alpha: float | None, shared_lengths: Tensor | None
-) -> None:
-    """Raise unless the sequences divide into groups of `group_size`, and LD-DPO's lengths are known."""
-    if not isinstance(group_size, int):
-        raise TypeError(f"group_size must be an int, 1 or more; got {describe(group_size)}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be an int, 1 or more; got {group_size}")
+) -> int:
+    """Raise unless the sequences divide into groups of `group_size`, and LD-DPO's lengths are known. Return that."""
+    group_size = check_int("group_size", group_size, least=1)
     sequences = count_sequences(labels, cu_seqlens)
     if sequences % group_size:
         raise ValueError(f"group_size must divide the number of sequences, {sequences}; got {group_size}")
     if ld_alpha is not None and shared_lengths is None and group_size != 2:
         raise ValueError(f"ld_alpha without shared_lengths takes pairs, group_size=2; got group_size={group_size}")
+    return group_size
 
 
 def resolve_options(
@@ -94,10 +109,21 @@ def resolve_options(
 
     `reference_free` becomes whether no type compares with the reference.
     """
+    ignore_index = check_scoring(ignore_index, shift)
+    check_bool("average_logps", average_logps)
+    like = _pairs(labels, cu_seqlens)
+    for name in ("chosen_lengths", "rejected_lengths", "margin", "weights"):
+        value = options[name]
+        if name == "margin" and value is not None and not isinstance(value, Tensor):
+            check_finite(name, value)
+        elif value is not None:
+            check_vector(name, value, NUMBERS, "a floating-point or integer tensor (B,)", like)
     types = weighted_types(options["loss_type"], options["loss_weights"])
-    others = ("loss_type", "loss_weights", "chosen_lengths", "rejected_lengths", "reference_free")
-    check_options(types, reduction=reduction, **{name: value for name, value in options.items() if name not in others})
-    needed = needs_lengths(types, options["length_normalize"], options["sft_weight"])
+    others = ("loss_type", "loss_weights", "chosen_lengths", "rejected_lengths")
+    numbers = check_options(
+        types, reduction=reduction, **{name: value for name, value in options.items() if name not in others}
+    )
+    needed = needs_lengths(types, options["length_normalize"], numbers.sft_weight)
     if average_logps and any(needed):
         names = ", ".join(kind.name for kind, _ in types)
         raise ValueError(
@@ -176,7 +202,7 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     shared_lengths: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -270,7 +296,8 @@ def linear_preference_loss(
     hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
+    check_bool("average_logps", average_logps)
+    group_size = check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
     linear = {
         "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
         "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from fastpref._checks import (
     REDUCTIONS,
+    check_bool,
     check_boundaries,
     check_choice,
     check_labels,
     check_ld,
     check_logits,
+    check_same_device,
+    check_scoring,
     check_transform,
+    shape_error,
 )
 from fastpref._results import check_stats, result_type
 from fastpref.reference.distributed import whole_logits
@@ -123,11 +127,14 @@ def ld_weights(
             )
         chosen, rejected = counts.chunk(2)
         shared_lengths = torch.minimum(chosen, rejected).repeat(2)
-    elif shared_lengths.shape != (sequences,):
-        raise ValueError(f"shared_lengths must be ({sequences},); got shape {tuple(shared_lengths.shape)}")
+    else:
+        if shared_lengths.shape != (sequences,):
+            raise shape_error("shared_lengths", shared_lengths, f"({sequences},), one length for each sequence")
+        check_same_device("shared_lengths", shared_lengths, "labels", scored)
     before = counts.cumsum(0) - counts
     ordinal = flat.cumsum(0) - flat - before[index]
-    weights = torch.where(ordinal < shared_lengths[index], torch.ones((), dtype=dtype), ld_alpha)
+    one = torch.ones((), dtype=dtype, device=scored.device)
+    weights = torch.where(ordinal < shared_lengths[index], one, ld_alpha)
     return weights.view(scored.shape)
 
 
@@ -171,11 +178,12 @@ def token_logprobs(
     inplace_backward: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """`fastpref.token_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
-    del inplace_backward
+    """`fastpref.token_logprobs` in plain PyTorch; `inplace_backward` is checked and changes nothing here."""
+    check_bool("inplace_backward", inplace_backward)
     logits, labels = whole_logits(logits, labels, process_group)
     check_logits(logits, labels, None)
-    check_transform(temperature, logit_scale, softcap)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
     logps, _, extra = _score(
         logits, labels, None, ignore_index, shift, names,
@@ -201,13 +209,14 @@ def sequence_logprobs(
     inplace_backward: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """`fastpref.sequence_logprobs` in plain PyTorch; `inplace_backward` is accepted and changes nothing here."""
-    del inplace_backward
+    """`fastpref.sequence_logprobs` in plain PyTorch; `inplace_backward` is checked and changes nothing here."""
+    check_bool("inplace_backward", inplace_backward)
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    check_ld(ld_alpha, shared_lengths)
+    ld_alpha = check_ld(ld_alpha, shared_lengths)
     logits, labels = whole_logits(logits, labels, process_group)
     check_logits(logits, labels, cu_seqlens)
-    check_transform(temperature, logit_scale, softcap)
+    ignore_index = check_scoring(ignore_index, shift)
+    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats)
     logps, scored, extra = _score(
         logits, labels, cu_seqlens, ignore_index, shift, names,

@@ -30,7 +30,7 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 @functools.lru_cache(maxsize=64)
 def _powers(c: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(BLOCK, BLOCK): c^(s − t) at [s, t], 0 above the diagonal."""
-    steps = torch.arange(BLOCK, dtype=torch.float64)
+    steps = torch.arange(BLOCK, dtype=torch.float64, device="cpu")
     powers = (c ** (steps[:, None] - steps).clamp(min=0)).tril()
     # A denormal factor slows a product down a hundredfold.
     return powers.masked_fill(powers < torch.finfo(dtype).tiny, 0.0).to(device, dtype)

@@ -162,7 +162,7 @@ class TestConstruction:
         ("module", "options"),
         [
             (nn.DPOLoss, {"beta": 0.0}),
-            (nn.DPOLoss, {"beta": None}),
+            (nn.DPOLoss, {"beta": math.nan}),
             (nn.DPOLoss, {"loss_type": "dpo"}),
             (nn.DPOLoss, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}),
             (nn.DPOLoss, {"label_smoothing": 1.1}),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +13,36 @@ from fastpref._checks import (
     FLOATING,
     INTEGER,
     REDUCTIONS,
+    check_bool,
     check_choice,
     check_finite,
     check_positive,
     check_same_device,
     check_tensor,
+    check_vector,
     describe,
+    shape_error,
 )
 from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.reference.losses.loss_types import F_DIVERGENCES, LOSS_TYPES, LossType, Pairs, under_divergence
 
 SFT_REDUCTIONS = ("token", "sequence")
+NUMBERS = (*FLOATING, *INTEGER)
 Weighted = tuple[tuple[LossType, float], ...]
 """Loss types, each with its weight."""
+
+
+class Numbers(NamedTuple):
+    """`dpo_loss`'s options that are numbers, as floats."""
+
+    beta: float
+    label_smoothing: float
+    f_alpha: float
+    delta: float
+    gamma: float
+    discopop_tau: float
+    sft_weight: float
+
 
 # Options that only some types take, as they are when they are not given.
 _NOT_GIVEN = {
@@ -49,37 +66,67 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def check_vector(name: str, value: object, dtypes: Sequence[torch.dtype], kind: str, like: tuple[str, Tensor]) -> None:
-    """Raise unless `value` is of one of `dtypes`, and (B,) with the B and the device of `like`, a name and a tensor."""
-    check_tensor(name, value, dtypes, f"a {kind} tensor (B,)")
-    assert isinstance(value, Tensor)
-    like_name, first = like
-    if value.dim() != 1 or value.shape != first.shape:
-        raise ValueError(f"{name} must be (B,), as {like_name} is {tuple(first.shape)}; got shape {tuple(value.shape)}")
-    check_same_device(name, value, like_name, first)
-
-
 def check_vectors(**named: Tensor | None) -> None:
     """Raise unless every given tensor is floating point, (B,) with one B, and on one device."""
-    first = next(iter(named.items()))
+    like = None
     for name, value in named.items():
         if value is not None:
-            check_vector(name, value, FLOATING, "floating-point", first)  # type: ignore[arg-type]
+            check_vector(name, value, FLOATING, "a floating-point tensor (B,)", like)
+            like = like or (name, value)
 
 
-def weighted_types(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None) -> Weighted:
-    """The loss types that a call names, each with its weight."""
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+def check_of_pairs(name: str, value: Tensor, like: tuple[str, Tensor]) -> Tensor:
+    """Check a number for each pair, (B,), which may be an integer, and return it as floating point.
+
+    Args:
+        name: the argument's name.
+        value: the argument.
+        like: the name and the tensor of log-probs or rewards (B,) that it belongs to.
+    """
+    check_vector(name, value, NUMBERS, "a floating-point or integer tensor (B,)", like)
+    return value if value.is_floating_point() else value.to(torch.promote_types(like[1].dtype, torch.float32))
+
+
+def check_margin(margin: Tensor | float | None, like: tuple[str, Tensor]) -> Tensor | float | None:
+    """Check a margin, None, a number or (B,), and return it as a float or a floating-point tensor."""
+    if margin is None:
+        return None
+    return check_of_pairs("margin", margin, like) if isinstance(margin, Tensor) else check_finite("margin", margin)
+
+
+def weighted_types(
+    loss_type: str | Sequence[str] | Mapping[str, float], loss_weights: Sequence[float] | None
+) -> Weighted:
+    """Return the loss types that a call names, each with its weight."""
+    if isinstance(loss_type, Mapping):
+        if loss_weights is not None:
+            raise ValueError(
+                "loss_weights must be None where loss_type is a mapping, which holds the weights itself; got "
+                f"{describe(loss_weights)} with loss_type={loss_type!r}"
+            )
+        names, weights, weights_name = tuple(loss_type), tuple(loss_type.values()), "a weight in loss_type"
+    else:
+        # Not any iterable: the order of a set differs from process to process, and with it which weight is whose.
+        names = (loss_type,) if isinstance(loss_type, str) else loss_type
+        if not isinstance(names, Sequence):
+            raise TypeError(
+                "loss_type must be a name, a sequence of names, or a mapping of names to weights; got "
+                f"{describe(loss_type)}"
+            )
+        weights, weights_name = (1.0,) * len(names) if loss_weights is None else loss_weights, "loss_weights"
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise TypeError(f"loss_weights must be None or a sequence of numbers; got {describe(loss_weights)}")
     if not names:
-        raise ValueError("loss_type must name at least one type; got an empty sequence")
-    for name in names:
-        check_choice("loss_type", name, tuple(LOSS_TYPES))
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+        raise ValueError(f"loss_type must name at least one type; got {describe(loss_type)}")
     if len(weights) != len(names):
-        raise ValueError(f"loss_weights must hold one weight a loss_type, {len(names)}; got {list(weights)!r}")
-    for weight in weights:
-        check_finite("loss_weights", weight)
-    return tuple((LOSS_TYPES[name], float(weight)) for name, weight in zip(names, weights, strict=True))
+        raise ValueError(
+            f"loss_weights must hold one weight for each of {len(names)} loss types; got {describe(loss_weights)}"
+        )
+    for name in names:
+        check_choice("loss_type", name, LOSS_TYPES)
+    return tuple(
+        (LOSS_TYPES[name], check_finite(weights_name, weight)) for name, weight in zip(names, weights, strict=True)
+    )
 
 
 def _is_given(name: str, value: Any) -> bool:
@@ -88,40 +135,50 @@ def _is_given(name: str, value: Any) -> bool:
 
 
 def check_options(
-    types: Weighted, *, beta: float, label_smoothing: float, reduction: str, f_divergence: str, f_alpha: float,
-    delta: float, gamma: float, discopop_tau: float, sft_weight: float, sft_reduction: str, **tensors: Any,
-) -> None:  # fmt: skip
-    """Check `dpo_loss`'s scalars, each by itself and with the loss types, which must have a place for what is given."""
+    types: Weighted, *, beta: float, label_smoothing: float, reduction: str, length_normalize: bool,
+    margin: Tensor | float | None, weights: Tensor | None, f_divergence: str, f_alpha: float, reference_free: bool,
+    delta: float, gamma: float, discopop_tau: float, sft_weight: float, sft_reduction: str,
+) -> Numbers:  # fmt: skip
+    """Check `dpo_loss`'s options, each by itself and with the loss types, which must have a place for what is given."""
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("f_divergence", f_divergence, F_DIVERGENCES)
     check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
-    check_positive("beta", beta)
-    check_positive("discopop_tau", discopop_tau)
-    check_finite("sft_weight", sft_weight, least=0)
-    for name, number in (("delta", delta), ("gamma", gamma), ("f_alpha", f_alpha)):
-        check_finite(name, number)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
-    names = [kind.name for kind, _ in types]
-    if "robust" in names and label_smoothing >= 0.5:
-        raise ValueError(f"label_smoothing must be below 1/2 for loss_type='robust'; got {label_smoothing!r}")
-    if "exo_pair" in names and not 0 < label_smoothing < 1:
-        raise ValueError(
-            f"label_smoothing must be between 0 and 1, both excluded, for loss_type='exo_pair'; got {label_smoothing!r}"
-        )
+    check_bool("length_normalize", length_normalize)
+    check_bool("reference_free", reference_free)
+    numbers = Numbers(
+        check_positive("beta", beta),
+        check_finite("label_smoothing", label_smoothing, least=0.0, most=1.0),
+        check_finite("f_alpha", f_alpha),
+        check_finite("delta", delta),
+        check_finite("gamma", gamma),
+        check_positive("discopop_tau", discopop_tau),
+        check_finite("sft_weight", sft_weight, least=0.0),
+    )
+    taken: frozenset[str] = frozenset()
+    for kind, _ in types:
+        taken |= kind.takes
+        if kind.name == "robust" and label_smoothing >= 0.5:
+            raise ValueError(f"label_smoothing must be below 1/2 for loss_type='robust'; got {label_smoothing!r}")
+        if kind.name == "exo_pair" and not 0 < label_smoothing < 1:
+            raise ValueError(
+                "label_smoothing must be between 0 and 1, both excluded, for loss_type='exo_pair'; got "
+                f"{label_smoothing!r}"
+            )
+        if kind.likelihood and sft_weight:
+            raise ValueError(f"loss_type 'sft' has its weight in loss_weights; got sft_weight={sft_weight!r} as well")
     if f_divergence != "alpha" and f_alpha != 0.5:
         raise ValueError(f"f_alpha is the α of f_divergence='alpha'; got f_alpha={f_alpha!r} with {f_divergence!r}")
-    if sft_weight and "sft" in names:
-        raise ValueError(f"loss_type 'sft' has its weight in loss_weights; got sft_weight={sft_weight!r} as well")
     given = {
-        "label_smoothing": label_smoothing, "f_divergence": f_divergence, "delta": delta, "gamma": gamma,
-        "discopop_tau": discopop_tau, **{name: tensors[name] for name in ("length_normalize", "margin", "weights")},
+        "label_smoothing": label_smoothing, "length_normalize": length_normalize, "margin": margin, "weights": weights,
+        "f_divergence": f_divergence, "delta": delta, "gamma": gamma, "discopop_tau": discopop_tau,
     }  # fmt: skip
     for name, value in given.items():
-        if _is_given(name, value) and not any(name in kind.takes for kind, _ in types):
+        if name not in taken and _is_given(name, value):
             what = "" if isinstance(value, Tensor) else f"={value!r}"
             taking = ", ".join(kind.name for kind in LOSS_TYPES.values() if name in kind.takes)
-            raise ValueError(f"{name}{what} has no place in loss_type {', '.join(names)}; it has in {taking}")
+            names = ", ".join(kind.name for kind, _ in types)
+            raise ValueError(f"{name}{what} has no place in loss_type {names}; it has in {taking}")
+    return numbers
 
 
 def needs_reference(types: Weighted, reference_free: bool) -> bool:
@@ -137,40 +194,38 @@ def needs_lengths(types: Weighted, length_normalize: bool, sft_weight: float) ->
 
 def check_dpo(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None, *, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None,
-    reference_free: bool, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None, margin: Tensor | float | None,
-    weights: Tensor | None, length_normalize: bool, sft_weight: float, **scalars: Any,
-) -> Weighted:  # fmt: skip
-    """Check `dpo_loss`'s arguments. Returns the loss types, each with its weight."""
+    ref_rejected_logps: Tensor | None, *, loss_type: str | Sequence[str] | Mapping[str, float],
+    loss_weights: Sequence[float] | None, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
+    margin: Tensor | float | None, weights: Tensor | None, **options: Any,
+) -> tuple[Weighted, Numbers, Tensor | float | None, Tensor | None]:  # fmt: skip
+    """Check `dpo_loss`'s arguments. Return the loss types, each with its weight, the numbers, margin and weights."""
     check_vectors(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
-        margin=margin if isinstance(margin, Tensor) else None,
-        weights=weights,
     )
-    if margin is not None and not isinstance(margin, Tensor):
-        check_finite("margin", margin)
+    like = ("policy_chosen_logps", policy_chosen_logps)
+    margin = check_margin(margin, like)
+    if weights is not None:
+        weights = check_of_pairs("weights", weights, like)
     types = weighted_types(loss_type, loss_weights)
-    check_options(
-        types, length_normalize=length_normalize, margin=margin, weights=weights, sft_weight=sft_weight, **scalars
-    )
-    if needs_reference(types, reference_free) and (ref_chosen_logps is None or ref_rejected_logps is None):
+    numbers = check_options(types, margin=margin, weights=weights, **options)
+    if (ref_chosen_logps is None or ref_rejected_logps is None) and needs_reference(types, options["reference_free"]):
         missing = "ref_chosen_logps" if ref_chosen_logps is None else "ref_rejected_logps"
         raise ValueError(f"loss_type={loss_type!r} needs {missing}; pass it, or reference_free=True")
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    needed = needs_lengths(types, length_normalize, sft_weight)
-    for (name, value), wanted in zip(lengths.items(), needed, strict=True):
+    of_chosen, of_rejected = needs_lengths(types, options["length_normalize"], numbers.sft_weight)
+    for name, value, needed in (
+        ("chosen_lengths", chosen_lengths, of_chosen), ("rejected_lengths", rejected_lengths, of_rejected),
+    ):  # fmt: skip
         if value is not None:
-            like = ("policy_chosen_logps", policy_chosen_logps)
-            check_vector(name, value, (*INTEGER, *FLOATING), "integer or floating-point", like)
-        elif wanted:
+            check_vector(name, value, NUMBERS, "an integer or floating-point tensor (B,)", like)
+        elif needed:
             raise ValueError(
-                f"{name} is needed by loss_type={loss_type!r} with length_normalize={length_normalize!r} and "
-                f"sft_weight={sft_weight!r}: (B,) numbers of completion tokens; got None"
+                f"{name} is needed by loss_type={loss_type!r} with length_normalize={options['length_normalize']!r} "
+                f"and sft_weight={numbers.sft_weight!r}: (B,) numbers of completion tokens; got None"
             )
-    return types
+    return types, numbers, margin, weights
 
 
 def dpo_loss(
@@ -180,7 +235,7 @@ def dpo_loss(
     ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: str | Sequence[str] | Mapping[str, float] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -199,13 +254,14 @@ def dpo_loss(
     sft_reduction: str = "token",
 ) -> PreferenceLoss:
     """`fastpref.dpo_loss` in plain PyTorch."""
-    types = check_dpo(
+    types, numbers, margin, weights = check_dpo(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta,
         loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing, reduction=reduction,
         chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, length_normalize=length_normalize,
         margin=margin, weights=weights, f_divergence=f_divergence, f_alpha=f_alpha, reference_free=reference_free,
         delta=delta, gamma=gamma, discopop_tau=discopop_tau, sft_weight=sft_weight, sft_reduction=sft_reduction,
     )  # fmt: skip
+    beta, label_smoothing, f_alpha, delta, gamma, discopop_tau, sft_weight = numbers
     if needs_reference(types, reference_free):
         assert ref_chosen_logps is not None
         assert ref_rejected_logps is not None
@@ -248,21 +304,24 @@ def dpo_loss(
 def check_kto(
     policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor | float, *, beta: float,
     desirable_weight: float, undesirable_weight: float, reduction: str,
-) -> None:  # fmt: skip
-    """Check `kto_loss`'s arguments."""
+) -> tuple[Tensor | float, float, float, float]:  # fmt: skip
+    """Check `kto_loss`'s arguments. Return `kl`, `beta` and the two weights, as floats what is no tensor."""
     check_vectors(policy_logps=policy_logps, ref_logps=ref_logps)
-    check_vector("desirable", desirable, (torch.bool,), "bool", ("policy_logps", policy_logps))
+    check_vector("desirable", desirable, (torch.bool,), "a bool tensor (B,)", ("policy_logps", policy_logps))
     if isinstance(kl, Tensor):
-        check_tensor("kl", kl, FLOATING, "a number, or a floating-point tensor of any shape up to (K,)")
+        check_tensor("kl", kl, FLOATING, "a number, or a floating-point tensor () or (K,)")
         if kl.dim() > 1:
-            raise ValueError(f"kl must be a number, () or (K,); got {describe(kl)}")
+            raise shape_error("kl", kl, "a number, () or (K,)")
         check_same_device("kl", kl, "policy_logps", policy_logps)
     else:
-        check_finite("kl", kl)
-    check_positive("beta", beta)
-    check_finite("desirable_weight", desirable_weight, least=0)
-    check_finite("undesirable_weight", undesirable_weight, least=0)
+        kl = check_finite("kl", kl)
     check_choice("reduction", reduction, REDUCTIONS)
+    return (
+        kl,
+        check_positive("beta", beta),
+        check_finite("desirable_weight", desirable_weight, least=0.0),
+        check_finite("undesirable_weight", undesirable_weight, least=0.0),
+    )
 
 
 def kto_loss(
@@ -277,7 +336,7 @@ def kto_loss(
     reduction: str = "mean",
 ) -> KTOResult:
     """`fastpref.kto_loss` in plain PyTorch."""
-    check_kto(
+    kl, beta, desirable_weight, undesirable_weight = check_kto(
         policy_logps, ref_logps, desirable, kl, beta=beta, desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight, reduction=reduction,
     )  # fmt: skip
@@ -347,8 +406,11 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> T
     check_tensor("logps", logps, FLOATING, "a floating-point tensor")
     check_tensor("ref_logps", ref_logps, FLOATING, "a floating-point tensor")
     if logps.shape != ref_logps.shape:
-        raise ValueError(f"ref_logps must have logps' shape {tuple(logps.shape)}; got {tuple(ref_logps.shape)}")
+        # Of (B,) and (B, 1) the second is the mistake.
+        if logps.dim() > ref_logps.dim():
+            raise shape_error("logps", logps, f"of ref_logps' shape, {tuple(ref_logps.shape)}", ref_logps.dim())
+        raise shape_error("ref_logps", ref_logps, f"of logps' shape, {tuple(logps.shape)}", logps.dim())
     check_same_device("ref_logps", ref_logps, "logps", logps)
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     logps, ref_logps = widen(logps, ref_logps)
     return beta * (logps - ref_logps)

@@ -14,9 +14,11 @@ from fastpref._checks import (
     check_finite,
     check_same_device,
     check_tensor,
+    check_vector,
     describe,
+    shape_error,
 )
-from fastpref.reference.losses.preference import check_vectors, reduce, widen
+from fastpref.reference.losses.preference import check_margin, check_vectors, reduce, widen
 
 MAX_K = 64
 
@@ -26,24 +28,21 @@ def check_rewards(rewards: Tensor, reduction: str) -> None:
     check_tensor("rewards", rewards, FLOATING, "a floating-point tensor (B, K)")
     check_choice("reduction", reduction, REDUCTIONS)
     if rewards.dim() != 2 or rewards.shape[1] == 0:
-        raise ValueError(f"rewards must be (B, K), K answers a prompt; got {describe(rewards)}")
+        raise shape_error("rewards", rewards, "(B, K), K answers a prompt", 2)
 
 
 def check_like_rewards(name: str, value: Tensor, rewards: Tensor, dtypes: tuple[torch.dtype, ...], wanted: str) -> None:
     """Raise unless `value` has one of `dtypes`, and rewards' shape and device."""
     check_tensor(name, value, dtypes, wanted)
     if value.shape != rewards.shape:
-        raise ValueError(f"{name} must have rewards' shape {tuple(rewards.shape)}; got {describe(value)}")
+        raise shape_error(name, value, f"of rewards' shape, {tuple(rewards.shape)}", 2)
     check_same_device(name, value, "rewards", rewards)
 
 
 def check_best(rewards: Tensor, best: Tensor, reduction: str) -> None:
     """Check `best_of_k_loss`'s arguments."""
     check_rewards(rewards, reduction)
-    check_tensor("best", best, INTEGER, "an int64 or int32 tensor (B,)")
-    if best.shape != rewards.shape[:1]:
-        raise ValueError(f"best must be (B,) = ({rewards.shape[0]},), one index a prompt; got {describe(best)}")
-    check_same_device("best", best, "rewards", rewards)
+    check_vector("best", best, INTEGER, "an int64 or int32 tensor (B,)", ("rewards", rewards))
 
 
 def check_ranking(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str, *, least: int = 2) -> None:
@@ -58,13 +57,11 @@ def check_ranking(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction
 
 def check_pairwise(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float | None, center_weight: float, reduction: str
-) -> None:
-    """Check `pairwise_reward_loss`'s arguments."""
-    check_vectors(chosen=chosen, rejected=rejected, margin=margin if isinstance(margin, Tensor) else None)
+) -> tuple[Tensor | float | None, float]:
+    """Check `pairwise_reward_loss`'s arguments. Return the margin and `center_weight`, with numbers as floats."""
+    check_vectors(chosen=chosen, rejected=rejected)
     check_choice("reduction", reduction, REDUCTIONS)
-    if margin is not None and not isinstance(margin, Tensor):
-        check_finite("margin", margin)
-    check_finite("center_weight", center_weight, least=0)
+    return check_margin(margin, ("chosen", chosen)), check_finite("center_weight", center_weight, least=0.0)
 
 
 def pairwise_reward_loss(
@@ -76,7 +73,7 @@ def pairwise_reward_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """`fastpref.pairwise_reward_loss` in plain PyTorch."""
-    check_pairwise(chosen, rejected, margin, center_weight, reduction)
+    margin, center_weight = check_pairwise(chosen, rejected, margin, center_weight, reduction)
     chosen, rejected = widen(chosen, rejected)
     u = chosen - rejected
     if margin is not None:
@@ -158,11 +155,11 @@ def ranks_from_scores(scores: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """
     check_tensor("scores", scores, (*FLOATING, *INTEGER, torch.int16, torch.int8, torch.uint8), "numbers (B, K)")
     if scores.dim() != 2:
-        raise ValueError(f"scores must be (B, K), K answers a prompt; got {describe(scores)}")
+        raise shape_error("scores", scores, "(B, K), K answers a prompt", 2)
     if mask is not None:
         check_tensor("mask", mask, (torch.bool,), "a bool tensor (B, K), True where an answer counts")
         if mask.shape != scores.shape:
-            raise ValueError(f"mask must have scores' shape {tuple(scores.shape)}; got {describe(mask)}")
+            raise shape_error("mask", mask, f"of scores' shape, {tuple(scores.shape)}", 2)
         check_same_device("mask", mask, "scores", scores)
     lacking = scores.isnan() if scores.is_floating_point() else torch.zeros_like(scores, dtype=torch.bool)
     counted = torch.ones_like(lacking) if mask is None else mask

@@ -19,6 +19,7 @@ from fastpref._checks import (
     check_positive,
     check_same_device,
     check_tensor,
+    check_vector,
     describe,
 )
 from fastpref.reference.losses.preference import widen
@@ -150,10 +151,7 @@ def kl_shaped_rewards(
         ValueError: shapes or devices differ, or an option is out of range.
     """
     check_tokens(mask, logps=logps, ref_logps=ref_logps)
-    check_tensor("scores", scores, FLOATING, "a floating-point tensor (B,)")
-    if scores.shape != logps.shape[:1]:
-        raise ValueError(f"scores must be (B,) = ({logps.shape[0]},), one a sequence; got {describe(scores)}")
-    check_same_device("scores", scores, "logps", logps)
+    check_vector("scores", scores, FLOATING, "a floating-point tensor (B,)", ("logps", logps))
     check_choice("estimator", estimator, ESTIMATORS)
     check_finite("kl_coef", kl_coef, least=0)
     scores, logps, ref_logps = widen(scores.detach(), logps.detach(), ref_logps.detach())

@@ -15,7 +15,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 def split(value: float) -> tuple[float, float]:
     """`value` as two numbers a kernel can take: Triton passes a Python float as fp32, and float64 needs the rest."""
-    high = float(torch.tensor(value, dtype=torch.float32))
+    high = float(torch.tensor(value, dtype=torch.float32, device="cpu"))
     return high, value - high
 
 

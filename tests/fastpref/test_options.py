@@ -1,0 +1,358 @@
+"""Wrong options and shapes, as configuration files and reward heads give them, are refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref import dpo_loss, linear_dpo_loss, nn, pairwise_reward_loss, reference
+from fastpref.losses import RLHF, TABLE
+
+PAIRS = 4
+HIDDEN, WEIGHT = torch.randn(2 * PAIRS, 5, 3), torch.randn(7, 3)
+LABELS = torch.randint(7, (2 * PAIRS, 5))
+LOGITS = torch.randn(2 * PAIRS, 5, 7)
+REFERENCES = {"ref_chosen_logps": torch.randn(PAIRS), "ref_rejected_logps": torch.randn(PAIRS)}
+
+# What an option may be given as, by what it is, and every one is wrong.
+NO_NUMBER: tuple[Any, ...] = ("0.1", "x", None, [0.1], {"a": 1.0}, True, 1j, torch.tensor(0.5))
+OUT_OF_RANGE = (math.nan, math.inf, -math.inf)
+NO_INT: tuple[Any, ...] = ("1", None, [1], 1.5, math.nan, True)
+NO_BOOL: tuple[Any, ...] = ("false", "true", None, 0, 1, 1.0, [True])
+NO_CHOICE: tuple[Any, ...] = ("Mean!", None, ["mean"], {"mean": 1}, 1, True, math.nan)
+NO_NAMES: tuple[Any, ...] = (None, 1, True, {"lse": 1}, "lse", ["lsee"], [None], [["lse"]], {"lse"}, ["lse", "lse"])
+NO_LOSS_TYPES: tuple[Any, ...] = (
+    None, 1.0, True, "dpo", [], {}, ["sigmoid", None], [["sigmoid"]], {"sigmoid", "hinge"}, {"dpo": 1.0},
+    {"sigmoid": None}, {"sigmoid": "1"}, {"sigmoid": math.nan}, {"sigmoid": True}, {1: 1.0}, iter(["sigmoid"]),
+)  # fmt: skip
+NO_WEIGHTS: tuple[Any, ...] = (1.0, "1", [1.0, 2.0], [None], ["1"], [math.nan], [True], {"sigmoid": 1.0}, {1.0})
+
+
+def optional(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(value for value in values if value is not None)
+
+
+def wrong_values(name: str, default: Any) -> Sequence[Any]:
+    """Return values that an option must refuse."""
+    counts = (*(value for value in optional(NO_NUMBER) if not isinstance(value, Tensor)), *OUT_OF_RANGE, -1)
+    of_name: dict[str, Sequence[Any]] = {
+        "loss_type": NO_LOSS_TYPES,
+        "loss_weights": NO_WEIGHTS,
+        "stats": NO_NAMES,
+        "chunk_rows": (*optional(NO_INT), 0, -1),
+        "group_size": (*NO_INT, 0, -1, 3),
+        "ignore_index": NO_INT,
+        "keep": (*optional(NO_INT), -1),
+        "dp_size": (*NO_INT, 0),
+        "margin": (*optional(NO_NUMBER), *OUT_OF_RANGE),
+        "kl": (*(value for value in NO_NUMBER if not isinstance(value, Tensor)), *OUT_OF_RANGE),
+        "batch_num_tokens": counts,
+        "global_batch_size": counts,
+    }
+    if name in of_name:
+        return of_name[name]
+    if isinstance(default, bool):
+        return NO_BOOL
+    if isinstance(default, str):
+        return NO_CHOICE
+    least = {"delta": (), "f_alpha": (), "gamma": ()}.get(name, (-1, -1.0, Fraction(-1, 2)))
+    if default is None:
+        positive = {"softcap": (0, 0.0, -1), "filter_eps": (0, 1, 1.0, -1e-3), "ld_alpha": ()}
+        return (*optional(NO_NUMBER), *OUT_OF_RANGE, *positive.get(name, least))
+    return (*NO_NUMBER, *OUT_OF_RANGE, *least)
+
+
+def functions() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
+    """Yield a name, a public function or module's constructor, and arguments that it takes."""
+    for package in (fastpref, reference):
+        of = package.__name__
+        for name in ("token_logprobs", "sequence_logprobs"):
+            yield f"{of}.{name}", getattr(package, name), (LOGITS, LABELS), {}
+            yield f"{of}.linear_{name}", getattr(package, f"linear_{name}"), (HIDDEN, WEIGHT, LABELS), {}
+        yield f"{of}.linear_dpo_loss", package.linear_dpo_loss, (HIDDEN, WEIGHT, LABELS), REFERENCES
+        arguments = (HIDDEN, WEIGHT, LABELS, lambda logps: logps.sum(-1))
+        yield f"{of}.linear_preference_loss", package.linear_preference_loss, arguments, {"group_size": 2}
+        yield f"{of}.implicit_reward", package.implicit_reward, tuple(REFERENCES.values()), {}
+    # One row of each function, whose other options have their defaults.
+    for entry in {entry.function: entry for entry in reversed(TABLE)}.values():
+        drawn, options = entry.example(torch.Generator().manual_seed(0), PAIRS)
+        for function, of in ((entry.function, "fastpref"), (entry.reference, "reference")):
+            yield f"{of}.{entry.function.__name__}", function, drawn, options
+    modules = ("DPOLoss", "KTOLoss", "KTOSplitLoss", "PairwiseRewardLoss", "BestOfKLoss", "RankingLoss")
+    for name in (*modules, "PlackettLuceLoss", "PPOPolicyLoss", "PPOValueLoss"):
+        yield f"nn.{name}", getattr(nn, name), (), {}
+    tokens = tuple(torch.randn(3, PAIRS, 5))
+    for name in ("PPOPolicyLoss", "PPOValueLoss"):
+        yield f"nn.{name}.forward", getattr(nn, name)().forward, tokens, {}
+    yield "release_memory", fastpref.release_memory, (), {}
+
+
+def scalar_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's options that are no tensors, with their defaults."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if (parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty)
+        and not re.fullmatch(r"Tensor( \| None)?|Any", str(parameter.annotation))
+    }
+
+
+CASES = [
+    (f"{name}-{option}", function, arguments, options, option, default)
+    for name, function, arguments, options in functions()
+    for option, default in scalar_options(function).items()
+]
+
+
+def shows(words: str, value: Any) -> bool:
+    """Return whether an error shows what was given, or the element of it that is wrong."""
+    if isinstance(value, Tensor):
+        return str(value.dtype) in words
+    held = [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, (list, set)) else []
+    return any(repr(given) in words for given in (value, *held))
+
+
+def refused(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Exception | None:
+    try:
+        function(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options", "option", "default"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
+def test_a_wrong_option_is_refused_by_name(
+    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], option: str, default: Any
+) -> None:
+    failures = []
+    for value in wrong_values(option, default):
+        error = refused(function, arguments, {**options, option: value})
+        words = str(error)
+        if error is None or option not in words or " must " not in words or not shows(words, value):
+            failures.append(f"{value!r}: {type(error).__name__} {words}")
+        if isinstance(default, (bool, float)) and type(value) in (str, list, dict) and not isinstance(error, TypeError):
+            failures.append(f"{value!r}: {type(error).__name__} and no TypeError")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("number", [Fraction(1, 4), 1, np.float32(0.25), np.float64(0.25), np.int64(1)], ids=repr)
+def test_every_real_number_is_taken(number: Any) -> None:
+    pairs = tuple(torch.randn(4, PAIRS, dtype=torch.float64))
+    kinds = {"loss_type": ["sigmoid", "simpo", "bco_pair", "discopop"], "loss_weights": [number] * 4}
+    lengths = {"chosen_lengths": torch.ones(PAIRS), "rejected_lengths": torch.ones(PAIRS)}
+    names = ("beta", "margin", "delta", "gamma", "discopop_tau", "sft_weight", "label_smoothing")
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = [
+        (dpo_loss, pairs, {**kinds, **lengths}, names),
+        (dpo_loss, pairs, {"f_divergence": "alpha"}, ("f_alpha",)),
+        (fastpref.kto_loss, (*pairs[:2], pairs[2] > 0), {}, ("kl", "beta", "desirable_weight", "undesirable_weight")),
+        (pairwise_reward_loss, pairs[:2], {}, ("margin", "center_weight")),
+        (fastpref.implicit_reward, pairs[:2], {}, ("beta",)),
+        (fastpref.sequence_logprobs, (LOGITS, LABELS), {}, ("temperature", "logit_scale", "softcap", "ld_alpha")),
+        (linear_dpo_loss, (HIDDEN, WEIGHT, LABELS), REFERENCES, ("temperature", "logit_scale", "softcap", "ld_alpha")),
+    ]
+    for function, arguments, options, named in calls:
+        got = function(*arguments, **options, **dict.fromkeys(named, number))
+        options = {name: [float(number)] * 4 if name == "loss_weights" else value for name, value in options.items()}
+        torch.testing.assert_close(
+            got, function(*arguments, **options, **dict.fromkeys(named, float(number))), rtol=0, atol=0
+        )
+
+
+def test_every_integer_is_taken() -> None:
+    options = {"chunk_rows": np.int64(4), "ignore_index": np.int64(3), "group_size": np.int64(2)}
+    for package in (fastpref, reference):
+        results = [
+            package.linear_preference_loss(HIDDEN, WEIGHT, LABELS, lambda logps: logps.sum(-1), **given)
+            for given in (options, {name: int(value) for name, value in options.items()})
+        ]
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+class TestLossTypes:
+    """A mapping of loss types to their weights, and what is no sequence and no mapping."""
+
+    WEIGHTED: Mapping[str, float] = MappingProxyType({"sigmoid": 0.5, "hinge": 3.0})
+
+    @staticmethod
+    def expected(beta: float, *logps: Tensor) -> float:
+        w, l, rw, rl = (tensor.tolist() for tensor in logps)  # noqa: E741
+        gaps = [beta * (a - b - (c - d)) for a, b, c, d in zip(w, l, rw, rl, strict=True)]
+        losses = [0.5 * math.log1p(math.exp(-gap)) + 3.0 * max(0.0, 1 - gap) for gap in gaps]
+        return math.fsum(losses) / len(losses)
+
+    def test_a_mapping_weighs_the_losses(self) -> None:
+        logps = tuple(torch.randn(4, PAIRS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+        wanted = self.expected(0.2, *logps)
+        assert abs(wanted - float(dpo_loss(*logps, beta=0.2, loss_type=["sigmoid", "hinge"]).loss)) > 0.5
+        for function in (dpo_loss, reference.dpo_loss):
+            got = function(*logps, beta=0.2, loss_type=self.WEIGHTED).loss
+            assert float(got) == pytest.approx(wanted, rel=1e-14)
+        assert float(nn.DPOLoss(beta=0.2, loss_type=self.WEIGHTED)(*logps).loss) == pytest.approx(wanted, rel=1e-14)
+
+    def test_of_hidden_states(self) -> None:
+        hidden, weight = HIDDEN.double(), WEIGHT.double()
+        refs = {name: value.double() for name, value in REFERENCES.items()}
+        logps = reference.linear_sequence_logprobs(hidden, weight, LABELS).tensor_split(2)
+        wanted = self.expected(0.1, *logps, *refs.values())
+        for package in (fastpref, reference):
+            result = package.linear_dpo_loss(hidden, weight, LABELS, **refs, loss_type=self.WEIGHTED)
+            assert float(result.loss) == pytest.approx(wanted, rel=1e-12)
+
+    @pytest.mark.parametrize("package", [fastpref, reference], ids=lambda package: package.__name__)
+    def test_what_says_the_weights_twice_is_refused(self, package: Any) -> None:
+        x = torch.zeros(2)
+        for options in ({"loss_type": self.WEIGHTED}, {"loss_type": {"sigmoid": 1.0}}):
+            with pytest.raises(ValueError, match=r"loss_weights must be None where loss_type is a mapping.*\[0\.5, 3"):
+                package.dpo_loss(x, x, x, x, **options, loss_weights=[0.5, 3])
+
+    def test_a_set_is_refused_with_weights_or_without(self) -> None:
+        x = torch.zeros(2)
+        for weights in (None, [0.5, 3.0]):
+            for kinds in ({"sigmoid", "hinge"}, frozenset({"sigmoid", "hinge"})):
+                with pytest.raises(TypeError, match=r"loss_type must be a name, a sequence .*set"):
+                    dpo_loss(x, x, x, x, loss_type=kinds, loss_weights=weights)  # type: ignore[arg-type]
+
+
+def vector_arguments() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any], list[str]]]:
+    """Yield a name, a function, all its arguments by name, and which of them are (B,), or (S,)."""
+    ones = torch.ones(PAIRS)
+    pairs = {"margin": ones, "weights": ones, "chosen_lengths": ones, "rejected_lengths": ones}
+    shared = {"ld_alpha": 0.5, "shared_lengths": torch.ones(2 * PAIRS, dtype=torch.long)}
+    linear = {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, **shared}
+    calls: list[tuple[str, Callable[..., Any], dict[str, Any]]] = []
+    for entry in (*TABLE, *RLHF):
+        drawn, options = entry.example(torch.Generator().manual_seed(0), PAIRS)
+        parameters = inspect.signature(entry.function).parameters
+        takes = getattr(entry, "takes", ())
+        given = {name: value for name, value in pairs.items() if name in takes or (name in options and name in pairs)}
+        arguments = {**dict(zip(parameters, drawn, strict=False)), **options, **given, **getattr(entry, "options", {})}
+        calls += [(f"fastpref.{entry.name}", entry.function, arguments)]
+        calls += [(f"reference.{entry.name}", entry.reference, arguments)]
+    for package in (fastpref, reference):
+        of = package.__name__
+        calls += [
+            (f"{of}.implicit_reward", package.implicit_reward, {"logps": ones, "ref_logps": ones}),
+            (f"{of}.sequence_logprobs", package.sequence_logprobs, {"logits": LOGITS, "labels": LABELS, **shared}),
+            (f"{of}.linear_sequence_logprobs", package.linear_sequence_logprobs, linear),
+            (f"{of}.linear_dpo_loss", package.linear_dpo_loss, {**linear, **REFERENCES, **pairs}),
+            (
+                f"{of}.linear_preference_loss", package.linear_preference_loss,
+                {**linear, "loss_fn": lambda logps: logps.sum(-1), "group_size": 2},
+            ),
+        ]  # fmt: skip
+    names = list(inspect.signature(nn.KTOSplitLoss.forward).parameters)[1:]
+    calls += [("nn.KTOSplitLoss", nn.KTOSplitLoss(), dict.fromkeys(names, ones))]
+    calls += [("nn.PairwiseRewardLoss", nn.PairwiseRewardLoss(), {"chosen": ones, "rejected": ones, "margin": ones})]
+    for name, function, arguments in calls:
+        vectors = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 1]
+        if vectors:
+            yield name, function, arguments, vectors
+
+
+VECTORS = list(vector_arguments())
+
+
+class TestShapes:
+    """A (B, 1), which is what a reward head returns, in the place of each (B,)."""
+
+    @pytest.mark.parametrize(
+        ("function", "arguments", "vectors"), [v[1:] for v in VECTORS], ids=[v[0] for v in VECTORS]
+    )
+    def test_the_remedy_is_named(
+        self, function: Callable[..., Any], arguments: dict[str, Any], vectors: list[str]
+    ) -> None:
+        function(**arguments)
+        for name in vectors:
+            words = rf"^{name} must be .*; got a .* of shape \(\d, 1\) .*: pass {name}\.squeeze\(-1\)$"
+            with pytest.raises(ValueError, match=words):
+                function(**{**arguments, name: arguments[name][:, None]})
+
+    def test_every_loss_of_vectors_is_here(self) -> None:
+        found = {(name.split(".", 1)[1].split(":")[0], vector) for name, _, _, names in VECTORS for vector in names}
+        pairs = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+        of_pairs = ("margin", "weights", "chosen_lengths", "rejected_lengths")
+        assert {("dpo_loss", name) for name in (*pairs, *of_pairs)} <= found
+        assert {("linear_dpo_loss", name) for name in (*pairs[2:], *of_pairs)} <= found
+        assert {("kto_loss", name) for name in ("policy_logps", "ref_logps", "desirable", "kl")} <= found
+        assert {("pairwise_reward_loss", name) for name in ("chosen", "rejected", "margin")} <= found
+        assert {("best_of_k_loss", "best"), ("kl_shaped_rewards", "scores")} <= found
+
+    def test_the_first_argument_is_named_where_all_are_wrong(self) -> None:
+        x = torch.zeros(PAIRS, 1)
+        with pytest.raises(ValueError, match=r"^chosen must be \(B,\); got .*\(4, 1\).*: pass chosen\.squeeze\(-1\)$"):
+            pairwise_reward_loss(x, x)
+        with pytest.raises(ValueError, match=r"^policy_chosen_logps must .*: pass policy_chosen_logps\.squeeze\(-1\)$"):
+            dpo_loss(x, x, x, x)
+        with pytest.raises(ValueError, match=r"^policy_logps must .*: pass policy_logps\.squeeze\(-1\)$"):
+            fastpref.kto_loss(x, x, x > 0, kl=0.0)
+
+    def test_no_remedy_is_made_up(self) -> None:
+        x = torch.zeros(PAIRS)
+        for wrong in (torch.zeros(PAIRS, 2), torch.zeros(PAIRS + 1), torch.zeros(())):
+            with pytest.raises(ValueError, match=r"^rejected must be \(B,\) = \(4,\)") as caught:
+                pairwise_reward_loss(x, wrong)
+            assert "squeeze" not in str(caught.value)
+
+
+class TestIntegers:
+    """Numbers of pairs that a data set has as integers, in functions and in modules."""
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    def test_margins_and_weights(self, dtype: torch.dtype) -> None:
+        pairs = tuple(torch.randn(4, PAIRS, dtype=torch.float64))
+        numbers = torch.tensor([3, 0, 1, 2], dtype=dtype)
+        for name in ("margin", "weights"):
+            wanted = dpo_loss(*pairs, **{name: numbers.double()})
+            for function in (dpo_loss, reference.dpo_loss, nn.DPOLoss()):
+                torch.testing.assert_close(function(*pairs, **{name: numbers}), wanted, rtol=0, atol=0)
+            results = [
+                linear_dpo_loss(HIDDEN, WEIGHT, LABELS, **REFERENCES, **{name: given})
+                for given in (numbers, numbers.float())
+            ]
+            torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        wanted = pairwise_reward_loss(*pairs[:2], margin=numbers.double())
+        for function in (pairwise_reward_loss, reference.pairwise_reward_loss, nn.PairwiseRewardLoss()):
+            torch.testing.assert_close(function(*pairs[:2], margin=numbers), wanted, rtol=0, atol=0)
+
+    def test_bools_are_no_numbers(self) -> None:
+        x = torch.zeros(PAIRS)
+        for function in (pairwise_reward_loss, reference.pairwise_reward_loss, nn.PairwiseRewardLoss()):
+            with pytest.raises(TypeError, match=r"^margin must be .*torch\.bool"):
+                function(x, x, margin=x > 0)
+
+
+class TestLayouts:
+    """Sparse tensors in the place of each that is computed with."""
+
+    @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+    @pytest.mark.parametrize("package", [fastpref, reference], ids=lambda package: package.__name__)
+    @pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")
+    def test_sparse_is_refused(self, package: Any, layout: torch.layout) -> None:
+        calls: list[tuple[str, tuple[str, ...], tuple[Tensor, ...]]] = [
+            ("token_logprobs", ("logits", "labels"), (LOGITS[0], LABELS[0])),
+            ("linear_token_logprobs", ("hidden", "weight", "labels"), (HIDDEN[0], WEIGHT, LABELS[0])),
+            ("ranking_loss", ("rewards", "ranks"), (torch.randn(2, 3), torch.tensor([[0, 1, 2]] * 2))),
+            ("ranks_from_scores", ("scores",), (torch.randn(2, 3),)),
+        ]
+        if layout is torch.sparse_coo:
+            calls += [("pairwise_reward_loss", ("chosen", "rejected"), (torch.randn(2), torch.randn(2)))]
+        for name, names, arguments in calls:
+            for i, argument in enumerate(arguments):
+                if argument.dim() == 1 and layout is torch.sparse_csr:
+                    continue
+                sparse = (*arguments[:i], argument.to_sparse(layout=layout), *arguments[i + 1 :])
+                with pytest.raises(TypeError, match=rf"^{names[i]} must be .*; got a sparse_(coo|csr)"):
+                    getattr(package, name)(*sparse)
