@@ -2,6 +2,7 @@
 
 An autocast would round their operands. `torch.set_float32_matmul_precision("high")` leaves a float32 product ten bits
 of mantissa on a GPU, and "medium" leaves it seven on a CPU with AMX, which moves a log-prob by 1e-2.
+`torch.backends.cuda.matmul.allow_fp16_accumulation` has a GPU sum the terms of a float16 product in float16.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_FULL = ("highest", "ieee", "none", None)
+_FULL = ("highest", "ieee", "none", None, False)
 _lock = threading.Lock()
 _holders = 0
-_saved: tuple[str | None, ...] | None = None
+_saved: tuple[Any, ...] | None = None
 
 
 def _backends() -> list[tuple[Any, Any]]:
@@ -33,17 +34,19 @@ def _backends() -> list[tuple[Any, Any]]:
 _BACKENDS = _backends()
 
 
-def _setting() -> tuple[str | None, ...]:
-    """Return the process's precision, None where PyTorch cannot tell, and that of each backend."""
+def _setting() -> tuple[Any, ...]:
+    """Return the process's precision, None where PyTorch cannot tell, whether float16 sums, and each backend's own."""
     try:
         whole = torch.get_float32_matmul_precision()
     except RuntimeError:  # set for one backend and not for the other
         whole = None
-    return whole, *(backend.fp32_precision for backend, _ in _BACKENDS)
+    accumulates = torch.backends.cuda.matmul.allow_fp16_accumulation
+    return whole, accumulates, *(backend.fp32_precision for backend, _ in _BACKENDS)
 
 
-def _restore(whole: str | None, *each: str | None) -> None:
+def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
     torch.set_float32_matmul_precision(whole or "highest")
+    torch.backends.cuda.matmul.allow_fp16_accumulation = accumulates
     for (backend, parent), value in zip(_BACKENDS, each, strict=True):
         # What a backend takes from the setting above it, it goes on taking from there.
         backend.fp32_precision = "none" if value == parent.fp32_precision else value
@@ -57,7 +60,7 @@ def _is_full() -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Make float32 products exact inside this context, and leave the process's setting as it was.
+    """Make products sum in exact float32 inside this context, and leave the process's setting as it was.
 
     The setting is the whole process's. So the first thread that comes keeps it and the last that goes restores it, and
     a product of another thread's in between is exact too.
@@ -68,6 +71,7 @@ def full_float32() -> Iterator[None]:
         if any(value not in _FULL for value in setting):
             _saved = setting  # by another thread, perhaps, since the first came
             torch.set_float32_matmul_precision("highest")
+            torch.backends.cuda.matmul.allow_fp16_accumulation = False
         _holders += 1
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastpref
 from fastpref import linear_logprobs as module
-from fastpref_kernels import cpu, linear
+from fastpref_kernels import linear
 from fastpref_kernels.cpu import linear as cpu_linear
 
 V = 3 * linear.COLUMNS + 5
@@ -202,40 +201,6 @@ class TestScratch:
         assert cpu_linear.scratch("other", (4,), torch.float32, torch.device("cpu")).data_ptr() != first.data_ptr()
         cpu_linear.release_memory(None)
         assert not cpu_linear._scratch.__dict__
-
-
-class TestProduct:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    @pytest.mark.parametrize("intel", [True, False])
-    @pytest.mark.parametrize(
-        "layout", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x.repeat_interleave(2, 1)[:, ::2],
-                   lambda x: x[:1].expand_as(x), lambda x: x[:, :1].expand_as(x)],
-        ids=["rows", "columns", "every second", "one row", "one column"],
-    )  # fmt: skip
-    def test_keeps_float32_sums(
-        self, implementation: str, dtype: torch.dtype, intel: bool, layout: Callable[[Tensor], Tensor],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
-        monkeypatch.setattr(cpu_linear, "_is_intel", lambda: intel)
-        # The last two are of several blocks of rows, columns and depth, and end within one.
-        for m, k, n in ((7, 33, 5), (1, 4, 3), (3, 1, 1), (40, 64, 50), (70, 1031, 200), (200, 1026, 70)):
-            a, b = layout(torch.randn(m, k).to(dtype)), layout(torch.randn(k, n).to(dtype))
-            out = torch.ones(m, n, dtype=torch.promote_types(dtype, torch.float32))
-            cpu_linear.product(out, a, b, True)
-            truth = a.double() @ b.double()
-            tolerance = 1e-5 * (1 + a.double().abs() @ b.double().abs())
-            assert ((out - truth - 1).abs() <= tolerance).all()
-            cpu_linear.product(out, a, b, False)
-            assert ((out - truth).abs() <= tolerance).all()
-
-    def test_bfloat16_has_a_product_of_its_own_here(self) -> None:
-        native = cpu.native()
-        if not (native and native.has_bf16_gemm()):
-            pytest.skip("no AMX with MKL, and no AVX512_BF16")
-        a = torch.randn(64, 512).bfloat16()
-        out = torch.empty(64, 64)
-        native.bf16_gemm(out, a, a.T, False)
-        torch.testing.assert_close(out, a.float() @ a.float().T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

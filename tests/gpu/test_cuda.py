@@ -11,6 +11,10 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
+from fastpref.cli.check.case import DTYPES
+from fastpref.cli.check.product_cases import product_cases
+from fastpref.cli.check.report import describe
+from fastpref.cli.check.run import run
 from fastpref.losses import TABLE, Loss
 from tests.synchronisation import no_synchronisation
 from tests.tolerance import assert_matches_reference
@@ -53,6 +57,15 @@ def test_real_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
     logits, labels = make(2, 9, vocabulary, dtype=dtype)
     assert_matches_reference("token_logprobs", logits, labels)
     assert_matches_reference("sequence_logprobs", logits, labels, reduction="mean", stats=("entropy",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_every_layout_and_size(dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    cases = [case for case in product_cases() if case.runs_on(device) and dtype in case.dtypes]
+    assert cases
+    wrong = [describe(result) for case in cases for result in run(case, device, dtype) if result.fault is not None]
+    assert not wrong
 
 
 @every_loss

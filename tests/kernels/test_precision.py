@@ -23,11 +23,17 @@ def lower_for_backends() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
+def accumulate_in_float16() -> None:
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
 SETTINGS: dict[str, Callable[[], None]] = {
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
     "each backend": lower_for_backends,
+    "float16 sums": accumulate_in_float16,
 }
+EXACT = {"highest", "ieee", False}
 lowered = pytest.mark.parametrize("setting", SETTINGS)
 
 
@@ -35,6 +41,7 @@ lowered = pytest.mark.parametrize("setting", SETTINGS)
 def restored() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +91,7 @@ def test_every_library_product_is_made_at_full_precision(setting: str, monkeypat
         totals = (torch.empty_like(hidden), torch.empty_like(weight), None)
         linear.accumulate_gradients(backend, *given, *totals, True, *scoring, None, None)
     assert len(seen) == 4
-    assert {value for setting in seen for value in setting} <= {"highest", "ieee"}
+    assert {value for setting in seen for value in setting} <= EXACT
     assert precision._setting() == before
 
 
@@ -96,6 +103,11 @@ def test_the_setting_is_as_it_was(setting: str) -> None:
     assert precision._setting() == before
     with pytest.raises(ZeroDivisionError), precision.full_float32():
         raise ZeroDivisionError
+    assert precision._setting() == before
+    hidden, weight, labels = problem()
+    labels[1, 3] = len(weight)
+    with pytest.raises(IndexError):
+        fastpref.linear_token_logprobs(hidden, weight, labels)
     assert precision._setting() == before
 
 
@@ -122,7 +134,7 @@ def test_threads_that_overlap_leave_it_as_it_was(setting: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(seen[0]) <= {"highest", "ieee"}
+    assert set(seen[0]) <= EXACT
     assert precision._setting() == before
 
 

@@ -26,6 +26,16 @@ def as_it_is(leaf: Tensor) -> Tensor:
     return leaf
 
 
+def transposed_rows(leaf: Tensor) -> Tensor:
+    """Return the same values with the first two dimensions exchanged in memory."""
+    return leaf.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def everywhere(device: torch.device) -> bool:
+    """The `runs_on` of most."""
+    return True
+
+
 def nothing_cancels(leaves: dict[str, Tensor], constants: dict[str, Any]) -> dict[str, float]:
     """The `summed` of most."""
     return {}
@@ -42,6 +52,7 @@ class Case:
         draw: from a seed, the arguments, float64 where they are floating point.
         layout: what the function is given in place of each that it is differentiated by.
         dtypes: those that it is judged in.
+        runs_on: from a device, whether it has what is judged.
         summed: from the arguments, by the name of a result, the magnitude of terms that cancel in it.
         within: from the device, the context that it is called in.
         slack: multiplies what may be lost in float64, where what eager loses beside ours cannot be seen.
@@ -53,6 +64,7 @@ class Case:
     draw: Draw
     layout: Layout = as_it_is
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    runs_on: Callable[[torch.device], bool] = everywhere
     summed: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, float]] = nothing_cancels
     within: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext
     slack: float = 1.0

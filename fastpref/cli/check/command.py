@@ -59,7 +59,14 @@ def check(
     cases = chosen_cases(only)
     if not cases:
         raise typer.BadParameter(f"no case is called {only!r}", param_hint="--only")
-    jobs = [(case, where, kind) for case in cases for where in devices for kind in dtypes if kind in case.dtypes]
+    jobs = [
+        (case, where, kind)
+        for case in cases
+        for where in devices
+        if case.runs_on(where)
+        for kind in dtypes
+        if kind in case.dtypes
+    ]
     results = _run(jobs, devices, as_json, verbose, jsonl, processes)
     if any(result.fault is not None for result in results):
         raise typer.Exit(1)
@@ -134,5 +141,7 @@ def _run(
         return results
     if not shown:
         console.print(rows.table())
+    for where in devices:
+        console.print(f"{where}: {report.name_of_device(where)}", highlight=False)
     report.summarise(results, seconds, verbose, console)
     return results

@@ -24,9 +24,12 @@ from fastpref.cli.check.case import (
     VOCABULARY,
     Arguments,
     Case,
+    Layout,
+    as_it_is,
     boundaries,
     draw_labels,
     normal,
+    transposed_rows,
 )
 from fastpref.cli.check.evaluate import GRADIENT, evaluate
 
@@ -48,6 +51,8 @@ def linear_cases() -> Iterator[Case]:
         yield linear_case(f"linear_token_logprobs/{mode}, no bias, transformed", biased=False, mode=mode, **TRANSFORM)
         yield linear_case(f"linear_token_logprobs/{mode}, statistics", mode=mode, stats=LINEAR_STATISTICS, chunk_rows=7)
         yield linear_case(f"linear_token_logprobs/{mode}, large vocabulary", FEW_ROWS, LARGE_VOCABULARY, mode=mode)
+        yield linear_case(f"linear_token_logprobs/{mode}, strided", biased=False, layout=transposed_rows, mode=mode)
+        yield linear_case(f"linear_token_logprobs/{mode}, one feature", features=1, mode=mode)
         yield linear_case(f"linear_token_logprobs/{mode}, label far below", peak=130.0, mode=mode)
         yield linear_case(f"linear_sequence_logprobs/{mode}, packed", **packed, mode=mode, reduction="mean")
         yield linear_case(f"linear_sequence_logprobs/{mode}, LD-DPO", mode=mode, ld_alpha=0.3, shift=False)
@@ -75,7 +80,8 @@ def in_order(logps: Tensor) -> Tensor:
 
 def linear_case(
     name: str, rows: tuple[int, ...] = ROWS, vocabulary: int = VOCABULARY, *, biased: bool = True, peak: float = 0.0,
-    references: bool = False, ranked: bool = False, **options: Any,
+    references: bool = False, ranked: bool = False, features: int | None = None, layout: Layout = as_it_is,
+    **options: Any,
 ) -> Case:  # fmt: skip
     """A call of the function that the name begins with.
 
@@ -87,6 +93,8 @@ def linear_case(
         peak: is added to one logit of every row.
         references: give a reference's log-probs of both sides.
         ranked: give a process group of one rank.
+        features: H, if not what the vocabulary leaves memory for.
+        layout: of hidden, weight and bias.
         options: every other argument.
     """
     function = name.partition("/")[0]
@@ -94,7 +102,8 @@ def linear_case(
         name=name,
         function=getattr(fastpref, function),
         definition=getattr(reference, function),
-        draw=functools.partial(_draw, rows, vocabulary, biased, peak, references, ranked, options),
+        draw=functools.partial(_draw, rows, vocabulary, features, biased, peak, references, ranked, options),
+        layout=layout,
         summed=functools.partial(_summed, getattr(reference, function)),
         within=_one_rank if ranked else contextlib.nullcontext,
         slack=4.0,  # ours and the truth add up their logits in orders of their own
@@ -120,10 +129,11 @@ def _one_rank(device: torch.device) -> Iterator[None]:
 
 
 def _draw(
-    rows: tuple[int, ...], vocabulary: int, biased: bool, peak: float, references: bool, ranked: bool,
-    options: dict[str, Any], generator: torch.Generator,
+    rows: tuple[int, ...], vocabulary: int, features: int | None, biased: bool, peak: float, references: bool,
+    ranked: bool, options: dict[str, Any], generator: torch.Generator,
 ) -> Arguments:  # fmt: skip
-    features = FEATURES if vocabulary < LARGE_VOCABULARY else FEWER_FEATURES
+    if features is None:
+        features = FEATURES if vocabulary < LARGE_VOCABULARY else FEWER_FEATURES
     hidden, weight = normal(generator, *rows, features), normal(generator, vocabulary, features)
     # Logits that spread by about 3.
     leaves = {"hidden": hidden, "weight": 3 / math.sqrt(features) * weight}

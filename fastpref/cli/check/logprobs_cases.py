@@ -28,6 +28,7 @@ from fastpref.cli.check.case import (
     boundaries,
     draw_labels,
     normal,
+    transposed_rows,
 )
 
 Peak = Callable[[Tensor, Tensor], Tensor]
@@ -41,8 +42,8 @@ def logprobs_cases() -> Iterator[Case]:
     yield logprobs_case("token_logprobs/large vocabulary", FEW_ROWS, LARGE_VOCABULARY)
     yield logprobs_case("token_logprobs/statistics", stats=STATISTICS)
     yield logprobs_case("token_logprobs/transformed, in place", stats=STATISTICS, inplace_backward=True, **TRANSFORM)
-    yield logprobs_case("token_logprobs/strided", layout=_transposed_rows, stats=("entropy",))
-    yield logprobs_case("token_logprobs/strided, in place", layout=_transposed_rows, inplace_backward=True)
+    yield logprobs_case("token_logprobs/strided", layout=transposed_rows, stats=("entropy",))
+    yield logprobs_case("token_logprobs/strided, in place", layout=transposed_rows, inplace_backward=True)
     for function in ("token_logprobs", "sequence_logprobs"):
         for name, peak in {"label far below": far_above_the_label, "near certainty": near_certain}.items():
             yield logprobs_case(f"{function}/{name}", peak=peak, shift=False)
@@ -80,10 +81,6 @@ def logprobs_case(
         dtypes=DTYPES[:3] if peak is near_certain else DTYPES,
         summed=_summed,
     )
-
-
-def _transposed_rows(leaf: Tensor) -> Tensor:
-    return leaf.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _draw(

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fastpref.cli.check.run import Result
 from fastpref.cli.doctor.installed import installed
+from fastpref.cli.doctor.native import bf16_products
 from fastpref_kernels import cpu
 
 
@@ -117,8 +118,11 @@ def versions() -> dict[str, str | None]:
 
 
 def name_of_device(device: torch.device) -> str:
-    """What a device is called, and on a CPU what the operators are."""
+    """Return what a device is called, and of a CPU what its operators and its bfloat16 products are."""
     if device.type == "cpu":
         operators = "C++" if cpu.native() else "PyTorch"
-        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {operators} operators"
+        return (
+            f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {operators} operators, "
+            f"bfloat16 products by {bf16_products()}"
+        )
     return torch.get_device_module(device).get_device_name(device)

@@ -16,6 +16,8 @@ from fastpref.cli.check.evaluate import GRADIENT, SEED, cast, evaluate, move
 from fastpref.cli.check.linear_cases import linear_cases
 from fastpref.cli.check.logprobs_cases import logprobs_cases
 from fastpref.cli.check.loss_cases import loss_cases
+from fastpref.cli.check.product_cases import product_cases
+from fastpref_kernels.precision import full_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Result:
 
 def chosen_cases(pattern: str | None) -> list[Case]:
     """All cases, or those whose name has the pattern in it, or matches it as a glob."""
-    every = (*logprobs_cases(), *linear_cases(), *loss_cases())
+    every = (*product_cases(), *logprobs_cases(), *linear_cases(), *loss_cases())
     return [case for case in every if pattern is None or pattern in case.name or fnmatch(case.name, pattern)]
 
 
@@ -65,7 +67,8 @@ def run(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
 
     try:
         with case.within(device):
-            with _one_thread():
+            # The environment may have lowered the precision of eager's products, and so what ours are measured by.
+            with _one_thread(), full_float32():
                 leaves, constants = case.draw(torch.Generator().manual_seed(SEED))
                 leaves, constants = cast(leaves, dtype), cast(constants, dtype)
                 exact = cast(leaves, torch.float64), cast(constants, torch.float64)

@@ -13,11 +13,18 @@ import torch
 from fastpref.cli.doctor.installed import installed
 from fastpref.cli.doctor.section import Finding, Section
 from fastpref_kernels.cpu import build
+from fastpref_kernels.cpu.linear import bf16_route
 
 SLOWER = "a CPU runs chunked PyTorch in place of C++: the same numbers, slower"
 # Of a compiler's complaint, what is shown.
 LINES = 12
 INSTALL = "apt-get install g++   (or: conda install -c conda-forge gxx; or set CXX to a C++ compiler)"
+
+BF16_PRODUCTS = {
+    "MKL": "MKL, with AMX_BF16",
+    "oneDNN": "oneDNN on packed blocks, with AVX512_BF16",
+    "float32": "float32 products of widened operands",
+}
 
 
 def native_section(may_build: bool) -> tuple[Section, str]:
@@ -70,8 +77,14 @@ def _load(section: Section, path: Path, built: bool) -> str:
             Finding(what=f"C++ operators: {section.facts['state']}: {told}", costs=SLOWER, mend=mend)
         )
         return "PyTorch"
+    section.facts["bfloat16 products"] = bf16_products()
     section.facts["state"] = "built already" if built else f"built now, in {time.perf_counter() - start:.0f} s"
     return "C++"
+
+
+def bf16_products() -> str:
+    """Return what multiplies bfloat16 matrices on this CPU; builds the operators if they are not built."""
+    return BF16_PRODUCTS[bf16_route()]
 
 
 def _compiler(section: Section) -> str | None:

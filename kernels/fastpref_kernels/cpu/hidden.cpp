@@ -23,7 +23,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastpref {
 namespace {
@@ -45,23 +47,24 @@ Tensor widened(Scratch name, const Tensor& x, at::ScalarType dtype) {
   return scratch(name, x.sizes(), dtype).copy_(x);
 }
 
-// out (M, N) = a (M, K) @ b (K, N), or += it, with float32 sums (float64 for float64).
+// out (M, N) = a (M, K) @ b (K, N), or += it: `product` of linear.py, for K > 0.
 void product(const Tensor& out, const Tensor& left, const Tensor& right, bool add, bool onednn) {
   auto& dispatcher = c10::Dispatcher::singleton();
   if (left.scalar_type() == at::kBFloat16) {
     static const auto has = dispatcher.findSchemaOrThrow("fastpref_cpu::has_bf16_gemm", "").typed<bool()>();
     static const auto gemm = dispatcher.findSchemaOrThrow("fastpref_cpu::bf16_gemm", "")
-                                 .typed<void(const Tensor&, const Tensor&, const Tensor&, bool)>();
-    if (has.call()) return gemm.call(out, left, right, add);
+                                 .typed<void(const Tensor&, const Tensor&, const Tensor&, bool, const optional<std::string>&)>();
+    if (has.call()) return gemm.call(out, left, right, add, std::nullopt);
   }
   Tensor result = out;
-  const Tensor a = widened(Scratch::kLeft, left, out.scalar_type()),
-               b = widened(Scratch::kRight, right, out.scalar_type());
+  const Tensor a = widened(Scratch::kLeft, left, out.scalar_type());
+  Tensor b = widened(Scratch::kRight, right, out.scalar_type());
   if (onednn && out.scalar_type() == at::kFloat) {
     using Linear = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, std::string_view,
                           c10::List<optional<at::Scalar>>, optional<std::string_view>);
     static const auto linear =
         dispatcher.findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
+    if (!b.is_non_overlapping_and_dense()) b = b.contiguous();  // which oneDNN may refuse
     // oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
     for (int64_t begin = 0; begin < a.size(1); begin += kSummed) {
       const int64_t terms = std::min(kSummed, a.size(1) - begin);
@@ -444,7 +447,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
-  m.def("product", &fastpref::product);
   m.def("linear_logprobs", &fastpref::linear_logprobs);
   m.def("linear_logprobs_backward_", &fastpref::linear_logprobs_backward_);
   m.def(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastpref_kernels.precision import own_precision
 
 # Rows of a tile: more of them mean fewer passes over the weight and its gradient.
 ROWS = 1024
+# Terms of a float32 product that oneDNN adds up before they meet the others.
+SUMMED = 512
 # What a loss keeps of exponentials at a time: 320 float32 rows of a vocabulary of 65536.
 LOSS_BYTES = 80 << 20
 
@@ -63,8 +66,50 @@ def _is_intel() -> bool:
         return False
 
 
-def _onednn() -> bool:
-    return not _is_intel() and torch.backends.mkldnn.is_available()
+@functools.cache
+def onednn_rounds() -> bool:
+    """Return whether the environment has oneDNN round float32 operands: no call can overrule it, unlike a setting."""
+    modes = [os.environ.get(name) for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")]
+    return any(mode is not None and mode.upper() != "STRICT" for mode in modes)
+
+
+def _prefers_onednn() -> bool:
+    """Return whether oneDNN multiplies float32 operands faster than PyTorch's own products."""
+    return not _is_intel() and torch.backends.mkldnn.is_available() and not onednn_rounds()
+
+
+def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns."""
+    if x.dtype == dtype:
+        return x
+    if x.stride(0) == 1 and x.stride(1) != 1:
+        return _widened(name, x.t(), dtype).t()
+    return scratch(name, tuple(x.shape), dtype, x.device).copy_(x)
+
+
+def bf16_route() -> str:
+    """Return what multiplies bfloat16 operands in this process: "MKL", "oneDNN", or "float32" of widened operands."""
+    native = cpu.native()
+    return native.bf16_routes()[0] if native and native.has_bf16_gemm() else "float32"
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Return whether lines of a matrix overlap without being the same, as only `as_strided` makes them."""
+    (step, length), (line, _) = sorted(zip(x.stride(), x.shape, strict=True))
+    return 0 < line < step * length
+
+
+def onednn_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """Compute out (M, N) = a (M, K) @ b (K, N), or += it, all of them float32, by oneDNN."""
+    if not add and not a.shape[1]:
+        out.zero_()
+    if _overlaps(b):  # which oneDNN refuses
+        b = b.contiguous()
+    # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
+    for begin in range(0, a.shape[1], SUMMED):
+        part = a[:, begin : begin + SUMMED], b[begin : begin + SUMMED].t()
+        result = torch.ops.mkldnn._linear_pointwise(*part, None, "none", [], "")
+        out.add_(result) if add or begin else out.copy_(result)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -77,11 +122,16 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     gave 150 to 190. On a Xeon with AVX512_BF16 and no AMX, products that round to bfloat16 gave 150, and float32 by MKL
     300. What has no faster product of its own is computed from operands widened to float32.
     """
-    native = cpu.native()
-    if native:
-        native.product(out, a, b, add, _onednn())
+    if a.dtype == torch.bfloat16:
+        native = cpu.native()
+        if native and native.has_bf16_gemm():
+            native.bf16_gemm(out, a, b, add)
+            return
+    a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
+    if out.dtype == torch.float32 and _prefers_onednn():
+        onednn_product(out, a, b, add)
     else:
-        linear.library_product(out, a.to(out.dtype), b.to(out.dtype), add)
+        linear.library_product(out, a, b, add)
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,7 +162,7 @@ def logprobs(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, ...]:
     native = cpu.native()
     if not native or filter_eps is not None:
         return linear.logprobs(backend, *arguments)
-    return native.linear_logprobs(*given, _onednn())
+    return native.linear_logprobs(*given, _prefers_onednn())
 
 
 @own_precision
@@ -124,7 +174,7 @@ def accumulate_gradients(backend: linear.Backend, *arguments: Any) -> None:
         linear.accumulate_gradients(backend, *arguments)
     else:
         del given[9]  # the tiles' masses, which only a filter asks for
-        native.linear_logprobs_backward_(*given, _onednn())
+        native.linear_logprobs_backward_(*given, _prefers_onednn())
 
 
 @own_precision
@@ -135,4 +185,4 @@ def gradients(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, Tensor,
     if not native or filter_eps is not None:
         return linear.gradients(backend, *arguments)
     del given[9]
-    return native.linear_logprobs_backward(*given, _onednn())
+    return native.linear_logprobs_backward(*given, _prefers_onednn())

@@ -1,5 +1,7 @@
-// bfloat16 matrix products that keep their float32 sums: MKL's own where there is AMX to run it on, and oneDNN's kernels
-// on packed blocks where the processor has no more than a bfloat16 dot product.
+// bfloat16 matrix products that keep their float32 sums: by MKL where there is AMX to run it on, and by oneDNN's kernels
+// on packed blocks where the processor has no more than a bfloat16 dot product. A processor that can run both has both,
+// so that each can be tested there; the faster one is used.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
@@ -9,15 +11,20 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 // Part of every libtorch_cpu that is built with MKL, and nothing in one that is not.
 extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
                                                              int k, float alpha, const void* a, int lda, const void* b,
                                                              int ldb, float beta, float* c, int ldc);
-#define FASTPREF_BF16_LIBRARY
-#elif defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
-#define FASTPREF_BF16_BLOCKS
+#define FASTPREF_BF16_MKL
+#endif
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#define FASTPREF_BF16_ONEDNN
 #endif
 
 namespace fastpref {
@@ -26,37 +33,61 @@ namespace {
 using at::Tensor;
 using c10::BFloat16;
 
-#ifdef FASTPREF_BF16_LIBRARY
-
-bool has_bf16_gemm() {
-  return cblas_gemm_bf16bf16f32 != nullptr;
+// The step from a line of x to the next, where its lines, which are its rows (line = 0) or its columns (line = 1), are
+// contiguous and do not overlap.
+std::optional<int64_t> step_between(const Tensor& x, int64_t line) {
+  const int64_t length = x.size(1 - line);
+  // A size of 1 leaves the stride without a meaning.
+  const bool contiguous = length == 1 || x.stride(1 - line) == 1;
+  const int64_t step = x.size(line) == 1 ? length : x.stride(line);
+  return contiguous && step >= length ? std::optional(step) : std::nullopt;
 }
 
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
-  constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112;
-  const auto layout = [](const Tensor& x) { return x.stride(1) == 1 ? kPlain : kTransposed; };
-  const auto leading = [&](const Tensor& x) { return int(x.stride(layout(x) == kPlain ? 0 : 1)); };
-  // One stride of an operand must be 1, and the other must step over a whole line.
-  const auto laid_out = [](const Tensor& x) {
-    const bool plain = x.stride(1) == 1 && x.stride(0) >= x.size(1);
-    const bool transposed = x.stride(0) == 1 && x.stride(1) >= x.size(0);
-    return plain || transposed ? x : x.clone(at::MemoryFormat::Contiguous);
-  };
-  const Tensor a = laid_out(left), b = laid_out(right);
-  cblas_gemm_bf16bf16f32(kRowMajor, layout(a), layout(b), int(a.size(0)), int(b.size(1)), int(a.size(1)), 1.0f,
-                         a.const_data_ptr(), leading(a), b.const_data_ptr(), leading(b), add ? 1.0f : 0.0f,
-                         out.mutable_data_ptr<float>(), int(std::max(out.stride(0), out.size(1))));
+#ifdef FASTPREF_BF16_MKL
+
+constexpr int64_t kLargest = std::numeric_limits<int>::max();
+
+// An operand as cblas takes it. cblas refuses a leading dimension that is shorter than a line with no more than a
+// message on stderr, so the layout and the leading dimension are decided together.
+struct Operand {
+  Tensor x;
+  int layout, leading;
+
+  explicit Operand(const Tensor& given) : x(given) {
+    constexpr int kPlain = 111, kTransposed = 112;
+    const auto rows = step_between(x, 0), columns = step_between(x, 1);
+    if (rows && *rows <= kLargest) {
+      layout = kPlain;
+      leading = int(*rows);
+    } else if (columns && *columns <= kLargest) {
+      layout = kTransposed;
+      leading = int(*columns);
+    } else {
+      x = x.clone(at::MemoryFormat::Contiguous);
+      layout = kPlain;
+      leading = int(x.size(1));
+    }
+  }
+};
+
+void multiply_by_mkl(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+  constexpr int kRowMajor = 101;
+  const int64_t M = left.size(0), N = right.size(1), K = left.size(1), step = *step_between(out, 0);
+  TORCH_CHECK(std::max({M, N, K, step}) <= kLargest, "MKL's sizes are 32-bit: out ", out.sizes(), " with strides ",
+              out.strides(), " = left ", left.sizes(), " @ right ", right.sizes(), " exceeds them");
+  const Operand a(left), b(right);
+  cblas_gemm_bf16bf16f32(kRowMajor, a.layout, b.layout, int(M), int(N), int(K), 1.0f, a.x.const_data_ptr(), a.leading,
+                         b.x.const_data_ptr(), b.leading, add ? 1.0f : 0.0f, out.mutable_data_ptr<float>(), int(step));
 }
 
-#elif defined(FASTPREF_BF16_BLOCKS)
+#endif
 
-// Where Intel has the dot product without AMX, it is half as fast as float32's.
-bool has_bf16_gemm() {
-  return !__builtin_cpu_is("intel");
-}
+#ifdef FASTPREF_BF16_ONEDNN
 
 // Rows and columns of one call: its packed columns stay in the L2 cache, whatever else streams past them.
 constexpr int64_t kBlock = 64, kDepth = 1024;
+// oneDNN's kernels reach the rows of a block by offsets of 32 bits, in bytes.
+constexpr int64_t kLongestStep = std::numeric_limits<int32_t>::max() / int64_t(kBlock * sizeof(float));
 
 struct Matrix {
   const BFloat16* data;
@@ -145,24 +176,28 @@ void row_blocks(int64_t rows, const F& body) {
   }
 }
 
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+void multiply_by_onednn(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
   const Matrix a(left), b(right);
-  const int64_t M = a.rows, N = b.columns, K = a.columns, stride = out.stride(0);
+  const int64_t M = a.rows, N = b.columns, K = a.columns, step = *step_between(out, 0);
   float* c = out.mutable_data_ptr<float>();
   const auto blocks = [](int64_t n) { return (n + kBlock - 1) / kBlock; };
   const auto buffer = [](int64_t size) { return at::empty({size}, at::kBFloat16); };
+  TORCH_CHECK(step <= kLongestStep, "rows of out must be no more than ", kLongestStep, " elements apart; got ", step);
+  // oneDNN refuses rows that overlap, and rows that are too far apart.
+  const auto left_step = step_between(left, 0);
+  const bool is_usable = left_step && *left_step <= kLongestStep;
   const auto packed_rows = [&](int64_t i, int64_t m, int64_t from, int64_t depth, BFloat16* scratch) {
-    const bool in_place = a.by_column == 1 && depth % 2 == 0;
+    const bool in_place = is_usable && depth % 2 == 0;
     if (!in_place) copy_rows(a, i, m, from, depth, scratch);
-    return std::pair(in_place ? a.at(i, from) : scratch, in_place ? a.by_row : even(depth));
+    return std::pair(in_place ? a.at(i, from) : scratch, in_place ? *left_step : even(depth));
   };
   const auto call = [&](int64_t i, int64_t m, int64_t j, int64_t n, int64_t from, int64_t depth,
                         std::pair<const BFloat16*, int64_t> rows, const BFloat16* columns) {
-    at::native::cpublas::brgemm(m, n, even(depth), rows.second, n, stride, add || from > 0, rows.first, columns,
-                                c + i * stride + j);
+    at::native::cpublas::brgemm(m, n, even(depth), rows.second, n, step, add || from > 0, rows.first, columns,
+                                c + i * step + j);
   };
   // The longer side of the result is what threads share out; what the other side needs of packing is done once.
-  const bool by_columns = N >= M && (a.by_column == 1 && K % 2 == 0);
+  const bool by_columns = N >= M && is_usable && K % 2 == 0;
   if (by_columns) {
     at::parallel_for(0, blocks(N), 1, [&](int64_t begin, int64_t end) {
       const Tensor held = buffer(kBlock * kDepth);
@@ -210,31 +245,83 @@ void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool a
   });
 }
 
-#else
-
-bool has_bf16_gemm() {
-  return false;
-}
-
-void multiply(const Tensor&, const Tensor&, const Tensor&, bool) {}
-
 #endif
 
-// out (M, N) float32 = a (M, K) @ b (K, N) in bfloat16, summed in float32; or += of it. out's rows are contiguous.
-void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
-  TORCH_CHECK(has_bf16_gemm(), "this build has no bfloat16 product with float32 sums");
+struct Route {
+  std::string name;
+  void (*multiply)(const Tensor&, const Tensor&, const Tensor&, bool);
+  bool (*is_fastest)();  // also than a float32 product of widened operands
+};
+
+// The routes that this processor can run, the fastest first.
+const std::vector<Route>& routes() {
+  static const std::vector<Route> found = [] {
+    std::vector<Route> result;
+#ifdef FASTPREF_BF16_MKL
+    if (cblas_gemm_bf16bf16f32 != nullptr) result.push_back({"MKL", multiply_by_mkl, [] { return true; }});
+#endif
+#ifdef FASTPREF_BF16_ONEDNN
+    // Where Intel has the dot product without AMX, it is half as fast as float32's. PyTorch's brgemm raises in a process
+    // that has switched oneDNN off.
+    const auto is_fastest = [] { return !__builtin_cpu_is("intel") && at::globalContext().userEnabledMkldnn(); };
+    result.push_back({"oneDNN", multiply_by_onednn, is_fastest});
+#endif
+    return result;
+  }();
+  return found;
+}
+
+bool has_bf16_gemm() {
+  return !routes().empty() && routes().front().is_fastest();
+}
+
+std::vector<std::string> bf16_routes() {
+  std::vector<std::string> names;
+  for (const Route& route : routes()) names.push_back(route.name);
+  return names;
+}
+
+const Route& route_named(const std::optional<std::string>& name) {
+  if (!name) {
+    TORCH_CHECK(has_bf16_gemm(), "this build has no bfloat16 product with float32 sums that is faster than float32's");
+    return routes().front();
+  }
+  const auto found = std::find_if(routes().begin(), routes().end(), [&](const Route& r) { return r.name == *name; });
+  TORCH_CHECK(found != routes().end(), "route must be one of ", bf16_routes(), " here; got ", *name);
+  return *found;
+}
+
+void check_matrix(const char* name, const Tensor& x, at::ScalarType dtype) {
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == dtype && x.device().is_cpu(), name, " must be a matrix of ", dtype,
+              " on the CPU; got sizes ", x.sizes(), ", ", x.scalar_type(), " on ", x.device());
+}
+
+// out (M, N) float32 = left (M, K) @ right (K, N) in bfloat16, summed in float32; or += of it.
+void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool add,
+               const std::optional<std::string>& name) {
+  const Route& route = route_named(name);
+  check_matrix("out", out, at::kFloat);
+  check_matrix("left", left, at::kBFloat16);
+  check_matrix("right", right, at::kBFloat16);
+  TORCH_CHECK(left.size(1) == right.size(0) && out.size(0) == left.size(0) && out.size(1) == right.size(1),
+              "out (M, N) = left (M, K) @ right (K, N); got out ", out.sizes(), ", left ", left.sizes(), ", right ",
+              right.sizes());
   if (out.numel() == 0) return;
+  TORCH_CHECK(step_between(out, 0), "out must have contiguous rows that do not overlap; got sizes ", out.sizes(),
+              " with strides ", out.strides());
   if (left.size(1) == 0) {
     if (!add) out.zero_();
     return;
   }
-  multiply(out, left, right, add);
+  route.multiply(out, left, right, add);
 }
 
 }  // namespace
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
-  m.def("has_bf16_gemm", &fastpref::has_bf16_gemm);
-  m.def("bf16_gemm", &fastpref::bf16_gemm);
+  // Whether bf16_gemm, called without a route, has one that is worth calling.
+  m.def("has_bf16_gemm() -> bool", &fastpref::has_bf16_gemm);
+  m.def("bf16_routes() -> str[]", &fastpref::bf16_routes);
+  m.def("bf16_gemm(Tensor(a!) out, Tensor left, Tensor right, bool add, str? route=None) -> ()", &fastpref::bf16_gemm);
 }

@@ -31,8 +31,11 @@ from fastpref.cli.check.case import DTYPES
 from fastpref.cli.check.linear_cases import linear_cases
 from fastpref.cli.check.logprobs_cases import logprobs_cases
 from fastpref.cli.check.loss_cases import loss_cases
+from fastpref.cli.check.product_cases import LAYOUTS, ROUTES, SIZES, multiply, product_case, product_cases
 from fastpref.cli.check.run import Result, run
 from fastpref.cli.doctor.devices import operators
+from fastpref_kernels import cpu
+from fastpref_kernels.cpu import linear as cpu_linear
 
 DTYPE_NAMES = {"float16", "bfloat16", "float32", "float64"}
 CPU = torch.device("cpu")
@@ -106,6 +109,13 @@ class TestEverything:
                 assert {"loss"} <= set(outputs) or {"result"} <= set(outputs)
         for entry in losses.RLHF:
             assert {case["dtype"] for case in found["cases"] if case["case"].split("/")[0] == entry.name} == DTYPE_NAMES
+
+    def test_judges_every_route_of_a_product_that_runs_here(self, whole: Any) -> None:
+        found, _ = whole
+        judged = {(case["case"], case["dtype"]) for case in found["cases"]}
+        for case in product_cases():
+            for dtype in case.dtypes:
+                assert ((case.name, str(dtype).removeprefix("torch.")) in judged) is case.runs_on(CPU)
 
     def test_numbers_are_within_the_allowance(self, whole: Any) -> None:
         found, _ = whole
@@ -257,6 +267,78 @@ class TestWhatIsWrong:
         assert result.exit_code == 1
         wrong = {case["dtype"] for case in json.loads(result.stdout)["cases"] if not case["ok"]}
         assert wrong >= {"bfloat16", "float32", "float64"}
+
+
+class TestProducts:
+    """Products alone, in the layouts that one of them was refused in."""
+
+    def test_cases_have_every_layout_of_each_operand_in_every_size(self) -> None:
+        names = {case.name for case in product_cases()}
+        assert len(names) == len(list(product_cases()))
+        for rows, columns, terms in SIZES:
+            for layout in LAYOUTS:
+                assert f"product/{rows} x {terms} {layout}, {terms} x {columns} contiguous" in names
+                assert f"product/{rows} x {terms} contiguous, {terms} x {columns} {layout}" in names
+        assert {0, 1, 2} <= {size for sizes in zip(*SIZES, strict=True) for size in sizes}
+
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_a_layout_is_what_it_is_called(self, name: str) -> None:
+        x = LAYOUTS[name](torch.arange(12.0).view(3, 4))
+        assert x.shape == (3, 4)
+        assert x.isfinite().all()
+        strides = {
+            "contiguous": (4, 1), "transposed": (1, 3), "rows apart": (7, 1), "columns apart": (1, 6),
+            "every other column": (8, 2), "one row, expanded": (0, 1), "one column, expanded": (4, 0),
+            "strides of 1": (1, 1), "misaligned": (4, 1),
+        }  # fmt: skip
+        assert x.stride() == strides[name]
+        assert (x.storage_offset() == 1) == (name in ("rows apart", "columns apart", "misaligned"))
+
+    def test_a_product_that_is_refused_in_silence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        product = cpu_linear.product
+
+        def refuses(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+            if a.stride() != (1, 1):
+                product(out, a, b, add)
+
+        monkeypatch.setattr(cpu_linear, "product", refuses)
+        result = check("--only", "product/*", "--dtype", "bfloat16", "--json")
+        assert result.exit_code == 1
+        wrong = {case["case"] for case in json.loads(result.stdout)["cases"] if not case["ok"]}
+        assert "product/9 x 1 contiguous, 1 x 100 contiguous" in wrong
+        assert "product/33 x 129 contiguous, 129 x 65 contiguous" not in wrong
+
+    def test_what_is_written_beside_a_result_is_an_error(self) -> None:
+        def writes_beside(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+            if not add:
+                out.as_strided((out.shape[0], out.shape[1] + 1), out.stride()).zero_()
+
+        with pytest.raises(RuntimeError, match=r"\(3, 5\) and \(5, 2\) wrote beside"):
+            multiply(writes_beside, torch.zeros(3, 5), torch.zeros(5, 2), torch.zeros(3, 2))
+
+    def test_a_route_that_is_not_here_is_not_judged(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cpu, "native", lambda: None)
+        result = check("--only", "product*/2 x 2 *", "--json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        rows = {case["case"].partition("/")[0] for case in found["cases"]}
+        assert rows <= {"product", "product:oneDNN"}
+        assert found["devices"]["cpu"].endswith(
+            "PyTorch operators, bfloat16 products by float32 products of widened operands"
+        )
+
+    def test_on_a_gpu_its_library_alone_is_judged(self) -> None:
+        device = torch.device("cuda")
+        assert [name for name, route in ROUTES.items() if route.product(device) is not None] == ["used"]
+        assert not product_case("MKL", "contiguous", "contiguous", (1, 1, 1)).runs_on(device)
+
+    def test_the_route_is_told(self) -> None:
+        text = " ".join(check("--only", "product*/2 x 2 contiguous, *").stdout.split())
+        route = {"MKL": "MKL, with AMX_BF16", "oneDNN": "oneDNN on packed blocks"}.get(
+            cpu_linear.bf16_route(), "float32"
+        )
+        assert f"bfloat16 products by {route}" in text
+        assert "│ product " in text
 
 
 class TestOtherMachines:

@@ -27,6 +27,7 @@ from fastpref.cli.doctor import devices, installed, native
 from fastpref.integrations import trl as fastpref_trl
 from fastpref_kernels import cpu, ops
 from fastpref_kernels.cpu import build
+from fastpref_kernels.cpu.linear import bf16_route
 
 FAKE_COMPILER = """#!/bin/sh
 case "$*" in *-c\\ *) echo "fake: cannot compile" >&2; exit 1;; esac
@@ -89,6 +90,7 @@ class TestThisMachine:
         assert sections["torch"]["threads"] == torch.get_num_threads()
         facts = sections["C++ operators"]
         assert facts["state"] == "built already"
+        assert facts["bfloat16 products"] == native.BF16_PRODUCTS[bf16_route()]
         assert facts["library"] == str(build.library())
         assert "-O3" in facts["flags"]
         assert facts["ninja"] == version("ninja")
