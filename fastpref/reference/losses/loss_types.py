@@ -13,7 +13,7 @@ from torch import Tensor
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pairs:
     """B pairs as a formula names them: (B,) tensors in float32 or float64, and scalars.
 
