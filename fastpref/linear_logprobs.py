@@ -152,8 +152,7 @@ def linear_logprobs(
     ld_alpha: float | None, shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float,
     logit_scale: float, softcap: float | None, stats: tuple[str, ...],
 ) -> Any:  # fmt: skip
-    """What both public functions give, from plain tensors; `reduction` is "none" for the first."""
-    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
+    """Compute what both public functions give, from plain tensors that are checked; "none" is for the first."""
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
     chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
     ignore_index = check_scoring(ignore_index, shift)
@@ -255,6 +254,7 @@ def linear_token_logprobs(
         IndexError: a scored label outside [0, V).
     """
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    check_linear(hidden, weight, labels, bias, None, sharded=shard is not None)
     return linear_logprobs(
         hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, "none", None, None, None, ignore_index,
         shift, temperature, logit_scale, softcap, stats,
@@ -316,6 +316,7 @@ def linear_sequence_logprobs(
     check_choice("reduction", reduction, REDUCTIONS[1:])
     ld_alpha = check_ld(ld_alpha, shared_lengths)
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     return linear_logprobs(
         hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha,
         shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,

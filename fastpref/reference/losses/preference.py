@@ -186,14 +186,24 @@ def check_options(
     return numbers
 
 
-def _options_alone(
+def _types_and_numbers(
     loss_type: str | Sequence[str] | Mapping[str, float], loss_weights: Sequence[float] | None, **options: Any
 ) -> tuple[Weighted, Numbers]:
     types = weighted_types(loss_type, loss_weights)
     return types, check_options(types, **options)
 
 
-_remembered_options = remembered(_options_alone)
+_remembered = remembered(_types_and_numbers)
+
+
+def resolve_types(
+    loss_type: str | Sequence[str] | Mapping[str, float], loss_weights: Sequence[float] | None, *,
+    margin: Tensor | float | None, weights: Tensor | None, **options: Any,
+) -> tuple[Weighted, Numbers]:  # fmt: skip
+    """Check `dpo_loss`'s options. Return the loss types, each with its weight, and the options that are numbers."""
+    # What is remembered holds no tensor.
+    check = _types_and_numbers if isinstance(margin, Tensor) or weights is not None else _remembered
+    return check(loss_type, loss_weights, margin=margin, weights=weights, **options)
 
 
 def needs_reference(types: Weighted, reference_free: bool) -> bool:
@@ -224,11 +234,7 @@ def check_dpo(
     margin = check_margin(margin, like)
     if weights is not None:
         weights = check_of_pairs("weights", weights, like)
-    # What is remembered holds no tensor.
-    with_tensors = isinstance(margin, Tensor) or weights is not None
-    types, numbers = (_options_alone if with_tensors else _remembered_options)(
-        loss_type, loss_weights, margin=margin, weights=weights, **options
-    )
+    types, numbers = resolve_types(loss_type, loss_weights, margin=margin, weights=weights, **options)
     if (ref_chosen_logps is None or ref_rejected_logps is None) and needs_reference(types, options["reference_free"]):
         missing = "ref_chosen_logps" if ref_chosen_logps is None else "ref_rejected_logps"
         raise ValueError(f"loss_type={loss_type!r} needs {missing}; pass it, or reference_free=True")
