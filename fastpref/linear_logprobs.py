@@ -180,7 +180,7 @@ def linear_logprobs(
     )  # fmt: skip
 
     def rows(values: Tensor) -> Tensor:
-        return values.view(*rows_shape, values.shape[-1])
+        return values if rows_shape else values.view(-1)
 
     if reduction == "none":
         result = rows(logps)

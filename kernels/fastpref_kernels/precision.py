@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_FULL = ("highest", "ieee", "none", None, False)
+_FULL = frozenset(("highest", "ieee", "none", None, False))
 _lock = threading.Lock()
 _holders = 0
 _saved: tuple[Any, ...] | None = None
@@ -41,7 +41,7 @@ def _setting() -> tuple[Any, ...]:
     except RuntimeError:  # set for one backend and not for the other
         whole = None
     accumulates = torch.backends.cuda.matmul.allow_fp16_accumulation
-    return whole, accumulates, *(backend.fp32_precision for backend, _ in _BACKENDS)
+    return whole, accumulates, *[backend.fp32_precision for backend, _ in _BACKENDS]
 
 
 def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
@@ -55,7 +55,7 @@ def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
 def _is_full() -> bool:
     """Whether the process itself asks for exact products. A setting that another thread has raised does not count."""
     with _lock:
-        return _saved is None and all(value in _FULL for value in _setting())
+        return _saved is None and _FULL.issuperset(_setting())
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def full_float32() -> Iterator[None]:
     global _holders, _saved
     with _lock:
         setting = _setting()
-        if any(value not in _FULL for value in setting):
+        if not _FULL.issuperset(setting):
             _saved = setting  # by another thread, perhaps, since the first came
             torch.set_float32_matmul_precision("highest")
             torch.backends.cuda.matmul.allow_fp16_accumulation = False
