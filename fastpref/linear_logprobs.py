@@ -163,12 +163,9 @@ def linear_logprobs(
     labels = labels[None] if labels.dim() == 1 else labels
     dtype = compute_dtype(hidden)
     saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
-    scored, capacity = None, 0
-    if saves or reduction != "none":
-        _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    if saves:
-        # Where it is not known how many positions are scored, there is room for all of them.
-        capacity = int(scored.count_nonzero()) if has_values(scored) else scored.numel()
+    _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+    # Where it is not known how many positions are scored, there is room for all of them.
+    capacity = (int(scored.count_nonzero()) if has_values(scored) else scored.numel()) if saves else 0
     group, bounds, labels, ignore_index = distributed.of_shard(
         shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
     )

@@ -18,9 +18,10 @@ from fastpref_kernels import cpu
 def operators(function: Callable[[], Any]) -> int:
     """Return how many ATen operators a call runs on this thread, those inside of other operators too."""
     function()  # what happens once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.autograd.profiler.profile() as profile:
         function()
-    return sum(event.name.startswith("aten::") for event in profile.events())
+    assert profile is not None
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
 
 def python_calls(function: Callable[[], Any]) -> int:
@@ -77,9 +78,9 @@ class TestFromHiddenStates:
         forward = operators(lambda: fastpref.linear_token_logprobs(*batch))
         assert forward <= operators(lambda: eager(*batch))
 
-    def test_sequences_take_few_more(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        tokens = operators(step(fastpref.linear_token_logprobs, *batch))
-        assert operators(step(fastpref.linear_sequence_logprobs, *batch)) <= tokens + 20
+    def test_sequences_take_fewer_than_eager(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        ours = operators(step(fastpref.linear_sequence_logprobs, *batch))
+        assert ours <= operators(step(lambda *given: eager(*given).sum(-1), *batch))
 
     def test_few_functions_are_entered(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Among others, the arguments are not bound to a signature, as `autograd.Function.apply` does."""
