@@ -7,14 +7,18 @@ would synchronise a GPU and break `torch.compile`'s graph.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_Check = TypeVar("_Check", bound=Callable[..., Any])
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
@@ -53,6 +57,18 @@ def shape_error(name: str, value: Tensor, wanted: str, dims: int = 1) -> ValueEr
     return ValueError(f"{name} must be {wanted}; got {describe(value)}{remedy}")
 
 
+def is_like(value: object, checked: Tensor) -> bool:
+    """Return whether `value` is a tensor with all that is checked of one that has passed: it then passes too."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == checked.dtype
+        and value.shape == checked.shape
+        and value.device == checked.device
+        and value.layout == checked.layout
+        and not value.is_nested
+    )
+
+
 def check_vector(
     name: str, value: object, dtypes: Sequence[torch.dtype], wanted: str, like: tuple[str, Tensor] | None = None
 ) -> None:
@@ -79,6 +95,26 @@ def check_vector(
     if value.dim() != 1 or value.shape[0] != first.shape[0]:
         raise shape_error(name, value, f"(B,) = ({first.shape[0]},), with the B of {like_name}")
     check_same_device(name, value, like_name, first)
+
+
+def remembered(check: _Check) -> _Check:
+    """Remember the answers of a check that reads options and no tensors: a training loop repeats its options.
+
+    Options that cannot be hashed, such as a list, are checked at each call, and so are those of a call that Dynamo
+    traces, which warns of a cache.
+    """
+    answers = functools.lru_cache(maxsize=256, typed=True)(check)
+
+    @functools.wraps(check)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return check(*arguments, **options)
+        try:
+            return answers(*arguments, **options)
+        except TypeError:
+            return check(*arguments, **options)
+
+    return call  # type: ignore[return-value]
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
@@ -94,4 +95,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         raise NotImplementedError(
             "torch.export would keep the forward and lose the gradient: export under torch.no_grad()"
         )
-    return function.apply(*arguments)
+    if torch.compiler.is_compiling() or transformed():
+        return function.apply(*arguments)
+    # What that does here but for binding the arguments to the forward's signature, which takes longer than the rest.
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]

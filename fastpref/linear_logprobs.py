@@ -54,7 +54,9 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised room for the exponentials of `rows`, (rows, V), every row on a cache line of its own."""
-    return empty(like, (rows, (vocabulary + 31) // 32 * 32), dtype)[:, :vocabulary]
+    columns = (vocabulary + 31) // 32 * 32
+    store = empty(like, (rows, columns), dtype)
+    return store if columns == vocabulary else store[:, :vocabulary]
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -134,8 +136,11 @@ def reduce_sequences(
     weighted = logps
     if ld_alpha is not None:
         weighted = weigh(logps, ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype))
-    index = sequence_index(scored, cu_seqlens).reshape(-1)
-    total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
+    if cu_seqlens is None:
+        total = weighted.sum(-1, dtype=torch.float64)
+    else:
+        index = sequence_index(scored, cu_seqlens).reshape(-1)
+        total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
     if reduction == "mean":
         total = total / sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
     return total.to(logps.dtype)
@@ -147,8 +152,7 @@ def linear_logprobs(
     ld_alpha: float | None, shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float,
     logit_scale: float, softcap: float | None, stats: tuple[str, ...],
 ) -> Any:  # fmt: skip
-    """What both public functions give, from plain tensors; `reduction` is "none" for the first."""
-    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
+    """Compute what both public functions give, from plain tensors that are checked; "none" is for the first."""
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
     chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
     ignore_index = check_scoring(ignore_index, shift)
@@ -161,7 +165,7 @@ def linear_logprobs(
     saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
     _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     # Where it is not known how many positions are scored, there is room for all of them.
-    capacity = (int(scored.sum()) if has_values(scored) else scored.numel()) if saves else 0
+    capacity = (int(scored.count_nonzero()) if has_values(scored) else scored.numel()) if saves else 0
     group, bounds, labels, ignore_index = distributed.of_shard(
         shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
     )
@@ -173,7 +177,7 @@ def linear_logprobs(
     )  # fmt: skip
 
     def rows(values: Tensor) -> Tensor:
-        return values.view(*rows_shape, values.shape[-1])
+        return values if rows_shape else values.view(-1)
 
     if reduction == "none":
         result = rows(logps)
@@ -247,6 +251,7 @@ def linear_token_logprobs(
         IndexError: a scored label outside [0, V).
     """
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    check_linear(hidden, weight, labels, bias, None, sharded=shard is not None)
     return linear_logprobs(
         hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, "none", None, None, None, ignore_index,
         shift, temperature, logit_scale, softcap, stats,
@@ -308,6 +313,7 @@ def linear_sequence_logprobs(
     check_choice("reduction", reduction, REDUCTIONS[1:])
     ld_alpha = check_ld(ld_alpha, shared_lengths)
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     return linear_logprobs(
         hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha,
         shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,

@@ -34,7 +34,7 @@ from fastpref.linear_logprobs import (
     exponentials,
     linear_logprobs,
 )
-from fastpref.losses.preference import dpo_loss, implicit_reward
+from fastpref.losses.preference import dpo_loss
 from fastpref.reference.linear_preference import (
     LossFunction,
     check_constant,
@@ -188,8 +188,7 @@ def _group_loss(
     filter_eps: float | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
     softcap: float | None, mixes_groups: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, the sequences' log-probs (S,), detached, and the statistics."""
-    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
+    """Return the loss, the sequences' log-probs (S,), detached, and the statistics, of tensors that are checked."""
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
     chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
     ignore_index = check_scoring(ignore_index, shift)
@@ -400,16 +399,15 @@ def linear_dpo_loss(
     )
 
     def pair_losses(members: Tensor) -> Tensor:
-        return dpo_loss(members[:, 0], members[:, 1], *reference, reduction="none", **options).loss
+        return dpo_loss(*members.unbind(1), *reference, reduction="none", **options).loss
 
     loss, logps, statistics = _group_loss(
         hidden, weight, labels, bias, shard, pair_losses, group_size=2, reduction=reduction,
         average_logps=average_logps, stats=stats, mixes_groups=any(kind.mixes_pairs for kind, _ in types), **scoring,
     )  # fmt: skip
     chosen, rejected = logps.tensor_split(2)
-    zero = torch.zeros_like(chosen)
     rewards = (
-        implicit_reward(policy, zero if ref is None else ref.to(zero.dtype), beta=beta)
+        beta * (policy if ref is None else policy - ref)
         for policy, ref in zip((chosen, rejected), reference, strict=True)
     )
     return linear_loss_type(check_stats(stats, LINEAR_STATISTICS))(loss, *rewards, chosen, rejected, *statistics)
@@ -478,6 +476,7 @@ def linear_preference_loss(
         IndexError: a scored label outside [0, V).
     """
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
+    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     loss, logps, statistics = _group_loss(
         hidden, weight, labels, bias, shard, loss_fn, group_size=group_size, reduction=reduction,
         average_logps=average_logps, stats=stats, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha,

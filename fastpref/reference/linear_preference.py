@@ -27,12 +27,11 @@ from fastpref.reference.logprobs import scored_targets, sequence_lengths
 from fastpref.reference.losses.preference import (
     NUMBERS,
     Weighted,
-    check_options,
     dpo_loss,
     needs_lengths,
     needs_reference,
     reduce,
-    weighted_types,
+    resolve_types,
 )
 
 LossFunction = Callable[[Tensor], Tensor]
@@ -118,10 +117,9 @@ def resolve_options(
             check_finite(name, value)
         elif value is not None:
             check_vector(name, value, NUMBERS, "a floating-point or integer tensor (B,)", like)
-    types = weighted_types(options["loss_type"], options["loss_weights"])
-    others = ("loss_type", "loss_weights", "chosen_lengths", "rejected_lengths")
-    numbers = check_options(
-        types, reduction=reduction, **{name: value for name, value in options.items() if name not in others}
+    types, numbers = resolve_types(
+        reduction=reduction,
+        **{name: value for name, value in options.items() if name not in ("chosen_lengths", "rejected_lengths")},
     )
     needed = needs_lengths(types, options["length_normalize"], numbers.sft_weight)
     if average_logps and any(needed):

@@ -90,6 +90,8 @@ def sequence_index(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def sequence_lengths(scored: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
     """How many positions of each sequence are scored, (S,) int64."""
+    if cu_seqlens is None:
+        return scored.sum(-1).reshape(sequences)
     counts = torch.zeros(sequences, dtype=torch.long, device=scored.device)
     return counts.index_add(0, sequence_index(scored, cu_seqlens).reshape(-1), scored.reshape(-1).long())
 

@@ -264,12 +264,12 @@ def _implement(key: str, logprobs: Any, write_gradient: Any, empty_like: Any = t
     _LIBRARY.impl("logprobs_backward_", in_place, key)
 
 
-def _implement_linear(key: str, backend: linear.Backend) -> None:
-    """Register log-probs from hidden states on a backend's products and row passes."""
-    _LIBRARY.impl("linear_logprobs", functools.partial(linear.logprobs, backend), key)
+def _implement_linear(key: str, backend: linear.Backend, module: Any = linear) -> None:
+    """Register log-probs from hidden states on a backend's products and row passes, by a module's functions."""
+    _LIBRARY.impl("linear_logprobs", functools.partial(module.logprobs, backend), key)
     _LIBRARY.impl("linear_fold", functools.partial(linear.fold_shard, backend), key)
-    _LIBRARY.impl("linear_logprobs_backward_", functools.partial(linear.accumulate_gradients, backend), key)
-    _LIBRARY.impl("linear_logprobs_backward", functools.partial(linear.gradients, backend), key)
+    _LIBRARY.impl("linear_logprobs_backward_", functools.partial(module.accumulate_gradients, backend), key)
+    _LIBRARY.impl("linear_logprobs_backward", functools.partial(module.gradients, backend), key)
     _LIBRARY.impl("scaled_gradient", functools.partial(linear.scaled_gradient, backend), key)
 
 
@@ -291,7 +291,7 @@ def _register() -> None:
         tags = (torch.Tag.pt2_compliant_tag, *(uncapturable if waits else ()))
         _LIBRARY.define(schema, tags=tags)
     _implement("CPU", cpu.logprobs, cpu.write_gradient, cpu_linear.empty_like)
-    _implement_linear("CPU", cpu_linear.BACKEND)
+    _implement_linear("CPU", cpu_linear.BACKEND, cpu_linear)
     _implement("CompositeExplicitAutograd", eager.logprobs, eager.write_gradient)
     _implement_linear("CompositeExplicitAutograd", linear.library_backend(linear.fold, linear.fold_backward))
     _LIBRARY.impl("gae", gae.gae, "CompositeExplicitAutograd")

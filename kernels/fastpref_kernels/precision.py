@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_FULL = ("highest", "ieee", "none", None, False)
+_FULL = frozenset(("highest", "ieee", "none", None, False))
 _lock = threading.Lock()
 _holders = 0
 _saved: tuple[Any, ...] | None = None
@@ -31,6 +31,9 @@ def _backends() -> list[tuple[Any, Any]]:
     return [(torch.backends.cuda.matmul, torch.backends), (mkldnn.matmul, mkldnn)]
 
 
+_BACKENDS = _backends()
+
+
 def _setting() -> tuple[Any, ...]:
     """Return the process's precision, None where PyTorch cannot tell, whether float16 sums, and each backend's own."""
     try:
@@ -38,15 +41,21 @@ def _setting() -> tuple[Any, ...]:
     except RuntimeError:  # set for one backend and not for the other
         whole = None
     accumulates = torch.backends.cuda.matmul.allow_fp16_accumulation
-    return whole, accumulates, *(backend.fp32_precision for backend, _ in _backends())
+    return whole, accumulates, *[backend.fp32_precision for backend, _ in _BACKENDS]
 
 
 def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
     torch.set_float32_matmul_precision(whole or "highest")
     torch.backends.cuda.matmul.allow_fp16_accumulation = accumulates
-    for (backend, parent), value in zip(_backends(), each, strict=True):
+    for (backend, parent), value in zip(_BACKENDS, each, strict=True):
         # What a backend takes from the setting above it, it goes on taking from there.
         backend.fp32_precision = "none" if value == parent.fp32_precision else value
+
+
+def _is_full() -> bool:
+    """Whether the process itself asks for exact products. A setting that another thread has raised does not count."""
+    with _lock:
+        return _saved is None and _FULL.issuperset(_setting())
 
 
 @contextmanager
@@ -59,7 +68,7 @@ def full_float32() -> Iterator[None]:
     global _holders, _saved
     with _lock:
         setting = _setting()
-        if any(value not in _FULL for value in setting):
+        if not _FULL.issuperset(setting):
             _saved = setting  # by another thread, perhaps, since the first came
             torch.set_float32_matmul_precision("highest")
             torch.backends.cuda.matmul.allow_fp16_accumulation = False
@@ -80,10 +89,12 @@ def own_precision(function: _Function) -> _Function:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         device = next(value.device.type for value in arguments if isinstance(value, Tensor))
-        with ExitStack() as stack:
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(full_float32())
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return call(*arguments)
+        if _is_full():
+            return function(*arguments)
+        with full_float32():
             return function(*arguments)
 
     return call  # type: ignore[return-value]

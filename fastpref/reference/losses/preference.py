@@ -21,6 +21,8 @@ from fastpref._checks import (
     check_tensor,
     check_vector,
     describe,
+    is_like,
+    remembered,
     shape_error,
 )
 from fastpref._results import KTOResult, PreferenceLoss
@@ -48,7 +50,7 @@ def reduce(losses: Tensor, reduction: str) -> Tensor:
     """(B,) -> (B,), its sum, or its mean; a mean over nothing is 0."""
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.numel(), 1)
+    return losses.mean() if reduction == "mean" and losses.numel() else losses.sum()
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -64,9 +66,11 @@ def check_vectors(**named: Tensor | None) -> None:
     """Raise unless every given tensor is floating point, (B,) with one B, and on one device."""
     like = None
     for name, value in named.items():
-        if value is not None:
+        if value is None:
+            continue
+        if like is None or not is_like(value, like[1]):
             check_vector(name, value, FLOATING, "a floating-point tensor (B,)", like)
-            like = like or (name, value)
+        like = like or (name, value)
 
 
 def check_of_pairs(name: str, value: Tensor, like: tuple[str, Tensor]) -> Tensor:
@@ -176,6 +180,26 @@ def check_options(
     return numbers
 
 
+def _types_and_numbers(
+    loss_type: str | Sequence[str] | Mapping[str, float], loss_weights: Sequence[float] | None, **options: Any
+) -> tuple[Weighted, Numbers]:
+    types = weighted_types(loss_type, loss_weights)
+    return types, check_options(types, **options)
+
+
+_remembered = remembered(_types_and_numbers)
+
+
+def resolve_types(
+    loss_type: str | Sequence[str] | Mapping[str, float], loss_weights: Sequence[float] | None, *,
+    margin: Tensor | float | None, weights: Tensor | None, **options: Any,
+) -> tuple[Weighted, Numbers]:  # fmt: skip
+    """Check `dpo_loss`'s options. Return the loss types, each with its weight, and the options that are numbers."""
+    # What is remembered holds no tensor.
+    check = _types_and_numbers if isinstance(margin, Tensor) or weights is not None else _remembered
+    return check(loss_type, loss_weights, margin=margin, weights=weights, **options)
+
+
 def needs_reference(types: Weighted, reference_free: bool) -> bool:
     """Whether any of the types compares with the reference."""
     if not reference_free:
@@ -211,8 +235,7 @@ def check_dpo(
     margin = check_margin(margin, like)
     if weights is not None:
         weights = check_of_pairs("weights", weights, like)
-    types = weighted_types(loss_type, loss_weights)
-    numbers = check_options(types, margin=margin, weights=weights, **options)
+    types, numbers = resolve_types(loss_type, loss_weights, margin=margin, weights=weights, **options)
     if (ref_chosen_logps is None or ref_rejected_logps is None) and needs_reference(types, options["reference_free"]):
         missing = "ref_chosen_logps" if ref_chosen_logps is None else "ref_rejected_logps"
         raise ValueError(f"loss_type={loss_type!r} needs {missing}; pass it, or reference_free=True")
@@ -271,9 +294,9 @@ def dpo_loss(
     else:
         w, l = widen(policy_chosen_logps, policy_rejected_logps)  # noqa: E741
         rw, rl = torch.zeros_like(w), torch.zeros_like(l)
-    n_w, n_l, weights = (
+    n_w, n_l, weights = [
         None if x is None else x.detach().to(w.dtype) for x in (chosen_lengths, rejected_lengths, weights)
-    )
+    ]
     apart = margin.detach().to(w.dtype) if isinstance(margin, Tensor) else margin
     raw_dw, raw_dl = w - rw, l - rl
     nll = None
@@ -345,15 +368,13 @@ def kto_loss(
     logps, ref = widen(policy_logps, ref_logps)
     ratio = logps - ref
     if isinstance(kl, Tensor):
-        z = kl.detach().to(ratio.dtype)
-        z = (z.sum() / max(z.numel(), 1)).clamp(min=0)
+        z = reduce(kl.detach().to(ratio.dtype), "mean").clamp(min=0)
     else:
         z = max(kl, 0.0)
-    losses = torch.where(
-        desirable,
-        desirable_weight * torch.sigmoid(-beta * (ratio - z)),
-        undesirable_weight * torch.sigmoid(-beta * (z - ratio)),
-    )
+    above = ratio - z
+    losses = torch.sigmoid(-beta * torch.where(desirable, above, -above))
+    if desirable_weight != 1 or undesirable_weight != 1:
+        losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
     return KTOResult(reduce(losses, reduction), beta * ratio.detach())
 
 

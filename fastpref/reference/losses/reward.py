@@ -21,6 +21,7 @@ from fastpref._checks import (
 from fastpref.reference.losses.preference import check_margin, check_vectors, reduce, widen
 
 MAX_K = 64
+_NONE_IGNORED = torch.iinfo(torch.int64).min  # cross_entropy would ignore -100
 
 
 def check_rewards(rewards: Tensor, reduction: str) -> None:
@@ -88,13 +89,13 @@ def best_of_k_loss(rewards: Tensor, best: Tensor, *, reduction: str = "mean") ->
     """`fastpref.best_of_k_loss` in plain PyTorch."""
     check_best(rewards, best, reduction)
     (rewards,) = widen(rewards)
-    if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = (best < 0) | (best >= rewards.shape[1])
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(f"best[{row}] is {int(best[row])}, outside [0, {rewards.shape[1]})")
-    losses = -rewards.log_softmax(-1).gather(-1, best.long()[:, None])[:, 0]
-    return reduce(losses, reduction)
+    if reduction == "mean" and not rewards.shape[0]:
+        reduction = "sum"  # a mean over nothing is 0
+    try:
+        return F.cross_entropy(rewards, best.long(), reduction=reduction, ignore_index=_NONE_IGNORED)
+    except IndexError:
+        row = int(((best < 0) | (best >= rewards.shape[1])).nonzero()[0])
+        raise IndexError(f"best[{row}] is {int(best[row])}, outside [0, {rewards.shape[1]})") from None
 
 
 def ranking_loss(rewards: Tensor, ranks: Tensor, *, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:

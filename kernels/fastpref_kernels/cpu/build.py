@@ -29,10 +29,12 @@ from typing import Any
 import torch
 
 NAME = "fastpref_cpu"
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("logprobs.cpp", "linear.cpp", "product.cpp", "memory.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("logprobs", "linear", "hidden", "product", "memory")
+)
 # The lines of a compiler's or linker's output that say what is wrong, and how many of them a warning shows.
 _ERROR, _SHOWN = re.compile(r"\berror\b|cannot|not found|undefined", re.IGNORECASE), 5
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h", "linear.h", "memory.h"))
 
 
 class BuildError(RuntimeError):

@@ -4,6 +4,7 @@
 // range, can hold them. A row whose sum would pass 2^60 moves its anchor up to the tile's maximum; and one whose entropy
 // is wanted at 2^10, to be near where the row's mass is.
 #include "lanes.h"
+#include "linear.h"
 #include "rows.h"
 
 #include <ATen/Dispatch.h>
@@ -55,13 +56,6 @@ void transform_row(A* x, int64_t n, const A* bias, const Transform& t) {
     }
     store_left(x + j, map(v, [&](const V& w) { return u_of<Cap>(w, t) * rate; }), left);
   });
-}
-
-// dz/dx where rate * u(x) = z.
-template <bool Cap, typename V>
-inline V slope_at(const V& z, const Transform& t) {
-  using A = std::conditional_t<std::is_same_v<V, Vectorized<double>> || std::is_same_v<V, double>, double, float>;
-  return Cap ? derivative<Cap>(z * V(A(1 / t.rate)), t) : V(A(t.slope));
 }
 
 struct Sums {
@@ -157,6 +151,8 @@ Tensor widened(const std::optional<Tensor>& bias, const Tensor& z) {
   return bias ? bias->to(z.scalar_type()).contiguous() : Tensor();
 }
 
+}  // namespace
+
 void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targets, int64_t column,
           double logit_scale, double temperature, std::optional<double> softcap, int64_t stats, const Tensor& state,
           const Tensor& anchors, const Tensor& masses, const std::optional<Tensor>& store) {
@@ -189,6 +185,8 @@ void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targ
   }
 }
 
+namespace {
+
 // A row's gradient: dz_j = -p_j * (g + h * (log p_j + entropy)), and its own at the label.
 template <bool Cap, bool Entropy, typename A, typename S>
 void gradient_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& t, const A* norm, int64_t R, A g, A h,
@@ -214,6 +212,8 @@ void gradient_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& 
     out[own] = S(at_label * slope_at<Cap>(z_y, t));
   }
 }
+
+}  // namespace
 
 void fold_backward(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targets, int64_t column,
                    double logit_scale, double temperature, std::optional<double> softcap, const Tensor& norm,
@@ -247,7 +247,6 @@ void fold_backward(const Tensor& z, const std::optional<Tensor>& bias, const Ten
   }
 }
 
-}  // namespace
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {

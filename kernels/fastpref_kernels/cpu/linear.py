@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.precision import own_precision
 
 # Rows of a tile: more of them mean fewer passes over the weight and its gradient.
 ROWS = 1024
@@ -72,6 +73,11 @@ def onednn_rounds() -> bool:
     return any(mode is not None and mode.upper() != "STRICT" for mode in modes)
 
 
+def _prefers_onednn() -> bool:
+    """Return whether oneDNN multiplies float32 operands faster than PyTorch's own products."""
+    return not _is_intel() and torch.backends.mkldnn.is_available() and not onednn_rounds()
+
+
 def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns."""
     if x.dtype == dtype:
@@ -122,8 +128,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
             native.bf16_gemm(out, a, b, add)
             return
     a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
-    prefers_onednn = not _is_intel() and torch.backends.mkldnn.is_available() and not onednn_rounds()
-    if out.dtype == torch.float32 and prefers_onednn:
+    if out.dtype == torch.float32 and _prefers_onednn():
         onednn_product(out, a, b, add)
     else:
         linear.library_product(out, a, b, add)
@@ -148,3 +153,36 @@ BACKEND = linear.Backend(
     product, fold, fold_backward, scratch, empty, _gradient_dtype,
     tile=lambda: linear.Tile(ROWS, linear.COLUMNS), whole=False,
 )  # fmt: skip
+
+
+@own_precision
+def logprobs(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, ...]:
+    """`fastpref_kernels.linear.logprobs`."""
+    *given, filter_eps = arguments
+    native = cpu.native()
+    if not native or filter_eps is not None:
+        return linear.logprobs(backend, *arguments)
+    return native.linear_logprobs(*given, _prefers_onednn())
+
+
+@own_precision
+def accumulate_gradients(backend: linear.Backend, *arguments: Any) -> None:
+    """`fastpref_kernels.linear.accumulate_gradients`."""
+    *given, filter_eps = arguments
+    native = cpu.native()
+    if not native or filter_eps is not None:
+        linear.accumulate_gradients(backend, *arguments)
+    else:
+        del given[9]  # the tiles' masses, which only a filter asks for
+        native.linear_logprobs_backward_(*given, _prefers_onednn())
+
+
+@own_precision
+def gradients(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastpref_kernels.linear.gradients`."""
+    *given, filter_eps = arguments
+    native = cpu.native()
+    if not native or filter_eps is not None:
+        return linear.gradients(backend, *arguments)
+    del given[9]
+    return native.linear_logprobs_backward(*given, _prefers_onednn())

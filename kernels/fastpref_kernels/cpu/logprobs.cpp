@@ -32,55 +32,17 @@ constexpr int64_t kChunk = 2048;
 // Bytes to prefetch ahead: the hardware's own prefetchers stop at the end of a 4 KiB page.
 constexpr int64_t kAhead = 2048;
 
-// Where the rows lie, and which are scored against what.
-struct Rows {
+// The scored rows of logits (B, T, V).
+struct Rows : ScoredRows {
   const Tensor& logits;
-  int64_t V, width, per_batch, n_sequences;  // width: stride of the vocabulary; per_batch: T'
-  std::vector<int64_t> label, index, sequence;  // of scored row i: its label, its place in (B, T'), its sequence
-  std::vector<int64_t> blank;                   // places in (B, T) of the rows that are not scored
+  int64_t V, width;  // width: stride of the vocabulary
 
   Rows(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& cu_seqlens, int64_t ignore_index,
        bool shift)
-      : logits(logits),
+      : ScoredRows(labels, cu_seqlens, ignore_index, shift, logits.size(2)),
+        logits(logits),
         V(logits.size(2)),
-        width(logits.stride(2)),
-        per_batch(shift ? std::max<int64_t>(labels.size(1) - 1, 0) : labels.size(1)),
-        n_sequences(cu_seqlens ? cu_seqlens->size(0) - 1 : labels.size(0)) {
-    const int64_t B = labels.size(0), T = labels.size(1);
-    const Tensor wide = labels.to(at::kLong);
-    const auto label_of = wide.accessor<int64_t, 2>();
-    std::vector<int64_t> bounds{0, T};
-    if (cu_seqlens) {
-      const Tensor cu = cu_seqlens->to(at::kLong).contiguous();
-      bounds.assign(cu.const_data_ptr<int64_t>(), cu.const_data_ptr<int64_t>() + cu.numel());
-      bool rises = bounds.front() == 0 && bounds.back() == T;
-      for (size_t s = 1; s < bounds.size(); ++s) rises = rises && bounds[s - 1] <= bounds[s];
-      TORCH_CHECK_VALUE(rises, "cu_seqlens must rise from 0 to the number of tokens, ", T, "; got ",
-                        at::IntArrayRef(bounds));
-    }
-    label.reserve(B * per_batch), index.reserve(B * per_batch), sequence.reserve(B * per_batch);
-    for (int64_t b = 0; b < B; ++b) {
-      size_t s = 0;
-      for (int64_t t = 0; t < T; ++t) {
-        while (s + 1 < bounds.size() && bounds[s + 1] <= t) ++s;
-        const bool last = shift && (t + 1 == T || (cu_seqlens && t + 1 == bounds[s + 1]));
-        const int64_t y = last ? ignore_index : label_of[b][t + shift];
-        if (last || y == ignore_index) {
-          blank.push_back(b * T + t);
-          continue;
-        }
-        TORCH_CHECK_INDEX(y >= 0 && y < V, "label ", y, " at scored position [", b, ", ", t, "] is outside [0, ", V,
-                          ") and is not ignore_index");
-        label.push_back(y);
-        index.push_back(b * per_batch + t);
-        sequence.push_back(cu_seqlens ? int64_t(s) : b);
-      }
-    }
-  }
-
-  int64_t size() const {
-    return label.size();
-  }
+        width(logits.stride(2)) {}
 
   int64_t offset(int64_t row, const Tensor& like) const {
     return index[row] / per_batch * like.stride(0) + index[row] % per_batch * like.stride(1);

@@ -4,15 +4,19 @@
 // they come again as zeroed pages, a fault each, which costs as much as the arithmetic on them; and in a virtual machine
 // that hands its free memory back to the host, several times as much. So what is freed is kept for the next step, up to
 // a limit, the longest unused given back first.
+#include "memory.h"
+
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/Allocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <list>
@@ -122,6 +126,10 @@ class Pool final : public c10::Allocator {
   size_t held_ = 0, limit_ = size_t(1) << 30;
 };
 
+thread_local std::array<at::Tensor, size_t(Scratch::kCount)> kept_scratch;
+
+}  // namespace
+
 at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
   const size_t bytes = c10::multiply_integers(size) * c10::elementSize(dtype);
   if (bytes < kLarge) return at::empty(size, at::TensorOptions().dtype(dtype));
@@ -134,11 +142,25 @@ at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
   return out;
 }
 
-}  // namespace
+at::Tensor scratch(Scratch name, at::IntArrayRef size, at::ScalarType dtype) {
+  at::Tensor& held = kept_scratch[size_t(name)];
+  const int64_t bytes = c10::multiply_integers(size) * int64_t(c10::elementSize(dtype));
+  if (!held.defined() || held.numel() < bytes) {
+    held.reset();
+    held = empty({bytes}, at::kByte);
+  }
+  return at::from_blob(held.mutable_data_ptr(), size, at::TensorOptions().dtype(dtype));
+}
+
+void release_memory(std::optional<int64_t> limit) {
+  kept_scratch.fill(at::Tensor());
+  Pool::get().clear(limit);
+}
+
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
   m.def("empty(int[] size, ScalarType dtype) -> Tensor", &fastpref::empty);
-  m.def("release_memory(int? limit) -> ()", [](std::optional<int64_t> limit) { fastpref::Pool::get().clear(limit); });
+  m.def("release_memory(int? limit) -> ()", &fastpref::release_memory);
   m.def("kept_memory() -> int", [] { return int64_t(fastpref::Pool::get().held()); });
 }

@@ -5,8 +5,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <vector>
 
 namespace fastpref {
 
@@ -53,5 +55,60 @@ inline V derivative(V u, const Transform& t) {
     return V(A(t.slope));
   }
 }
+
+// dz/dx where rate * u(x) = z.
+template <bool Cap, typename V>
+inline V slope_at(const V& z, const Transform& t) {
+  using A = std::conditional_t<std::is_same_v<V, Vectorized<double>> || std::is_same_v<V, double>, double, float>;
+  return Cap ? derivative<Cap>(z * V(A(1 / t.rate)), t) : V(A(t.slope));
+}
+
+// Which positions of labels (B, T) are scored against what.
+struct ScoredRows {
+  int64_t per_batch, n_sequences;               // per_batch: T'
+  std::vector<int64_t> label, index, sequence;  // of scored row i: its label, its place in (B, T'), its sequence
+  std::vector<int64_t> blank;                   // places in (B, T) of the rows that are not scored
+
+  // Labels are checked against `vocabulary`, if there is one.
+  ScoredRows(const at::Tensor& labels, const std::optional<at::Tensor>& cu_seqlens, int64_t ignore_index, bool shift,
+             std::optional<int64_t> vocabulary)
+      : per_batch(shift ? std::max<int64_t>(labels.size(1) - 1, 0) : labels.size(1)),
+        n_sequences(cu_seqlens ? cu_seqlens->size(0) - 1 : labels.size(0)) {
+    const int64_t B = labels.size(0), T = labels.size(1);
+    const at::Tensor wide = labels.to(at::kLong);
+    const auto label_of = wide.accessor<int64_t, 2>();
+    std::vector<int64_t> bounds{0, T};
+    if (cu_seqlens) {
+      const at::Tensor cu = cu_seqlens->to(at::kLong).contiguous();
+      bounds.assign(cu.const_data_ptr<int64_t>(), cu.const_data_ptr<int64_t>() + cu.numel());
+      bool rises = bounds.front() == 0 && bounds.back() == T;
+      for (size_t s = 1; s < bounds.size(); ++s) rises = rises && bounds[s - 1] <= bounds[s];
+      TORCH_CHECK_VALUE(rises, "cu_seqlens must rise from 0 to the number of tokens, ", T, "; got ",
+                        at::IntArrayRef(bounds));
+    }
+    label.reserve(B * per_batch), index.reserve(B * per_batch), sequence.reserve(B * per_batch);
+    for (int64_t b = 0; b < B; ++b) {
+      size_t s = 0;
+      for (int64_t t = 0; t < T; ++t) {
+        while (s + 1 < bounds.size() && bounds[s + 1] <= t) ++s;
+        const bool last = shift && (t + 1 == T || (cu_seqlens && t + 1 == bounds[s + 1]));
+        const int64_t y = last ? ignore_index : label_of[b][t + shift];
+        if (last || y == ignore_index) {
+          blank.push_back(b * T + t);
+          continue;
+        }
+        TORCH_CHECK_INDEX(!vocabulary || (y >= 0 && y < *vocabulary), "label ", y, " at scored position [", b, ", ", t,
+                          "] is outside [0, ", *vocabulary, ") and is not ignore_index");
+        label.push_back(y);
+        index.push_back(b * per_batch + t);
+        sequence.push_back(cu_seqlens ? int64_t(s) : b);
+      }
+    }
+  }
+
+  int64_t size() const {
+    return label.size();
+  }
+};
 
 }  // namespace fastpref

@@ -1,0 +1,126 @@
+"""How much happens on the host in a small call. Counts tell it the same on every machine, which times do not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastpref
+from fastpref_kernels import cpu
+
+
+def operators(function: Callable[[], Any]) -> int:
+    """Return how many ATen operators a call runs on this thread, those inside of other operators too."""
+    function()  # what happens once
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    assert profile is not None
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+
+def python_calls(function: Callable[[], Any]) -> int:
+    """Return how many Python functions a call enters."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    function()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.randint(128, (4, 9))
+    labels[:, :4] = -100
+    return torch.randn(4, 9, 32, requires_grad=True), torch.randn(128, 32, requires_grad=True), labels
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs (B, T') from the logits of the scored rows alone."""
+    targets = labels[:, 1:]
+    scored = targets != -100
+    logps = -F.cross_entropy(F.linear(hidden[:, :-1][scored], weight), targets[scored], reduction="none")
+    return logps.new_zeros(scored.shape).masked_scatter(scored, logps)
+
+
+def step(function: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], None]:
+    """Return a call of `function` and the backward of its sum, or of its loss."""
+
+    def call() -> None:
+        result = function(*arguments, **options)
+        (result if isinstance(result, Tensor) else result.loss).sum().backward()
+
+    return call
+
+
+class TestFromHiddenStates:
+    @pytest.fixture(autouse=True)
+    def native(self) -> None:
+        if not cpu.native():
+            pytest.skip("no compiler: PyTorch's operators are all there is")
+
+    def test_log_probs_take_fewer_operators_than_eager(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        assert operators(step(fastpref.linear_token_logprobs, *batch)) <= operators(step(eager, *batch))
+        forward = operators(lambda: fastpref.linear_token_logprobs(*batch))
+        assert forward <= operators(lambda: eager(*batch))
+
+    def test_sequences_take_fewer_than_eager(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        ours = operators(step(fastpref.linear_sequence_logprobs, *batch))
+        assert ours <= operators(step(lambda *given: eager(*given).sum(-1), *batch))
+
+    def test_few_functions_are_entered(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Among others, the arguments are not bound to a signature, as `autograd.Function.apply` does."""
+        assert python_calls(lambda: fastpref.linear_token_logprobs(*batch)) <= 120
+
+
+class TestLosses:
+    @pytest.fixture
+    def pairs(self) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(8, requires_grad=i < 2) for i in range(4))
+
+    def test_dpo(self, pairs: tuple[Tensor, ...]) -> None:
+        chosen, rejected, *reference = pairs
+
+        def formula() -> tuple[Tensor, Tensor, Tensor]:
+            gains = chosen - reference[0], rejected - reference[1]
+            loss = -F.logsigmoid(0.1 * (gains[0] - gains[1])).mean()
+            return loss, 0.1 * gains[0].detach(), 0.1 * gains[1].detach()
+
+        assert operators(lambda: fastpref.dpo_loss(*pairs)) <= operators(formula) + 4
+        assert python_calls(lambda: fastpref.dpo_loss(*pairs)) <= 60
+
+    def test_pairwise_reward(self, pairs: tuple[Tensor, ...]) -> None:
+        formula = operators(lambda: -F.logsigmoid(pairs[0] - pairs[1]).mean())
+        assert operators(lambda: fastpref.pairwise_reward_loss(*pairs[:2])) <= formula
+        assert python_calls(lambda: fastpref.pairwise_reward_loss(*pairs[:2])) <= 25
+
+    def test_kto(self, pairs: tuple[Tensor, ...]) -> None:
+        desirable = torch.arange(8) % 2 == 0
+
+        def formula() -> tuple[Tensor, Tensor]:
+            ratio = pairs[0] - pairs[2]
+            signed = torch.where(desirable, ratio - 0.5, 0.5 - ratio)
+            return torch.sigmoid(-0.1 * signed).mean(), 0.1 * ratio.detach()
+
+        assert operators(lambda: fastpref.kto_loss(pairs[0], pairs[2], desirable, kl=0.5)) <= operators(formula) + 2
+        assert python_calls(lambda: fastpref.kto_loss(pairs[0], pairs[2], desirable, kl=0.5)) <= 35
+
+    def test_best_of_k(self) -> None:
+        rewards, best = torch.randn(8, 4, requires_grad=True), torch.randint(4, (8,))
+        formula = operators(lambda: F.cross_entropy(rewards, best))
+        assert operators(lambda: fastpref.best_of_k_loss(rewards, best)) <= formula + 1
+        assert python_calls(lambda: fastpref.best_of_k_loss(rewards, best)) <= 25
