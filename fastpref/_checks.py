@@ -13,7 +13,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,10 @@ def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) ->
 
 
 def shape_error(name: str, value: Tensor, wanted: str, dims: int = 1) -> ValueError:
-    """Return the error of a tensor that is not `wanted`, of `dims` dimensions; for (B, 1) it names the remedy."""
+    """Return a ValueError that says which shape, of `dims` dimensions, is wanted.
+
+    For a tensor with a 1 too many at the end it suggests `squeeze(-1)`.
+    """
     remedy = f": pass {name}.squeeze(-1)" if value.dim() == dims + 1 and value.shape[-1] == 1 else ""
     return ValueError(f"{name} must be {wanted}; got {describe(value)}{remedy}")
 
@@ -117,6 +120,11 @@ def remembered(check: _Check) -> _Check:
     return call  # type: ignore[return-value]
 
 
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Return whether `value` is a sequence, and neither text nor bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise `TypeError` unless `value` is a string, and `ValueError` unless it is one of `choices`."""
     if isinstance(value, str) and value in choices:
@@ -125,7 +133,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     raise error(f"{name} must be one of {', '.join(map(repr, choices))}; got {describe(value)}")
 
 
-def _as_float(value: object) -> float | None:
+def as_float(value: object) -> float | None:
     """Return a real number as a float, infinite if it is beyond a float's range, and None for anything else."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
@@ -151,7 +159,7 @@ def check_finite(
         TypeError: `value` is no number.
         ValueError: `value` is NaN, infinite or out of bounds.
     """
-    number = value if type(value) is float else _as_float(value)
+    number = value if type(value) is float else as_float(value)
     if number is not None and (least < number < most if exclusive else least <= number <= most):
         return number
     if most < LARGEST:
@@ -170,16 +178,16 @@ def check_positive(name: str, value: object) -> float:
 
 
 def check_int(name: str, value: object, *, least: int | None = None) -> int:
-    """Return `value` as an int, or raise unless it is an integer, not a bool, and at least `least`.
+    """Return `value` as an int, or raise unless it is an integer, not a bool, of 64 bits and at least `least`.
 
     Raises:
         TypeError: `value` is no integer.
-        ValueError: `value` is below `least`.
+        ValueError: `value` is below `least`, or does not fit in 64 bits.
     """
     is_int = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
-    if is_int and (least is None or value >= least):  # type: ignore[operator]
+    if is_int and (-(2**63) if least is None else least) <= value < 2**63:  # type: ignore[operator]
         return int(value)  # type: ignore[arg-type]
-    bound = "" if least is None else f", {least} or more"
+    bound = " of 64 bits" if least is None else f" of 64 bits, {least} or more"
     raise (ValueError if is_int else TypeError)(f"{name} must be an int{bound}; got {describe(value)}")
 
 
@@ -340,7 +348,7 @@ def check_linear(
 
 
 def check_mode(mode: object, chunk_rows: object, filter_eps: object) -> tuple[int | None, float | None]:
-    """Check what says how, and not what, a `linear_*` function computes. Return the last two as an int and a float."""
+    """Check `mode`, `chunk_rows` and `filter_eps`. Return the last two, as an int and a float unless None."""
     check_choice("mode", mode, MODES)
     rows = None if chunk_rows is None else check_int("chunk_rows", chunk_rows, least=1)
     if filter_eps is None:

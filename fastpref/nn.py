@@ -462,13 +462,12 @@ class _PPOLoss(_Loss):
         self, dp_size: int, batch_num_tokens: Tensor | float | None, global_batch_size: Tensor | float | None
     ) -> Tensor | float | None:
         dp_size = check_int("dp_size", dp_size, least=1)
-        if self.options["reduction"] == "token":
-            name, total = "batch_num_tokens", batch_num_tokens
-        else:
-            name, total = "global_batch_size", global_batch_size
-        if total is None:
-            return None
-        return (total if isinstance(total, Tensor) else check_finite(name, total, least=0.0)) / dp_size
+        counts = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
+        for name, count in counts.items():
+            if count is not None and not isinstance(count, Tensor):
+                counts[name] = check_finite(name, count, least=0.0)
+        total = counts["batch_num_tokens" if self.options["reduction"] == "token" else "global_batch_size"]
+        return None if total is None else total / dp_size
 
 
 class PPOPolicyLoss(_PPOLoss):

@@ -29,7 +29,7 @@ REFERENCES = {"ref_chosen_logps": torch.randn(PAIRS), "ref_rejected_logps": torc
 # What an option may be given as, by what it is, and every one is wrong.
 NO_NUMBER: tuple[Any, ...] = ("0.1", "x", None, [0.1], {"a": 1.0}, True, 1j, torch.tensor(0.5))
 OUT_OF_RANGE = (math.nan, math.inf, -math.inf)
-NO_INT: tuple[Any, ...] = ("1", None, [1], 1.5, math.nan, True)
+NO_INT: tuple[Any, ...] = ("1", None, [1], 1.5, math.nan, True, 2**63)
 NO_BOOL: tuple[Any, ...] = ("false", "true", None, 0, 1, 1.0, [True])
 NO_CHOICE: tuple[Any, ...] = ("Mean!", None, ["mean"], {"mean": 1}, 1, True, math.nan)
 NO_NAMES: tuple[Any, ...] = (None, 1, True, {"lse": 1}, "lse", ["lsee"], [None], [["lse"]], {"lse"}, ["lse", "lse"])
@@ -37,7 +37,7 @@ NO_LOSS_TYPES: tuple[Any, ...] = (
     None, 1.0, True, "dpo", [], {}, ["sigmoid", None], [["sigmoid"]], {"sigmoid", "hinge"}, {"dpo": 1.0},
     {"sigmoid": None}, {"sigmoid": "1"}, {"sigmoid": math.nan}, {"sigmoid": True}, {1: 1.0}, iter(["sigmoid"]),
 )  # fmt: skip
-NO_WEIGHTS: tuple[Any, ...] = (1.0, "1", [1.0, 2.0], [None], ["1"], [math.nan], [True], {"sigmoid": 1.0}, {1.0})
+NO_WEIGHTS: tuple[Any, ...] = (1.0, "1", b"1", [1.0, 2.0], [None], ["1"], [math.nan], [True], {"sigmoid": 1.0}, {1.0})
 
 
 def optional(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ WRONG_NUMBERS = ("0.1", None, [0.1], (0.1, 0.2, 0.3), {"value": 0.1}, True, 1j, 
 WRONG_CHOICES = (None, 1, True, ["token"], {"token"}, math.nan, "Token", "")
 WRONG_BOOLS = (None, "true", 1, 0.0, [True], math.nan)
 # Beside those; and what of them an option takes.
-MORE_WRONG = {"clip": ("23", (0.1, "0.2"), [None, 0.2], [True, 0.2], (0.1, math.nan), [[0.1], 0.2], (0, 0), 0)}
+MORE_WRONG = {"clip": ("23", b"23", (0.1, "0.2"), [None, 0.2], [True, 0.2], (0.1, math.nan), [[0.1], 0.2], (0, 0), 0)}
 RIGHT = {"dual_clip": (None,), "denominator": (None,)}
 
 
@@ -189,3 +189,9 @@ def test_a_value_head_gives_one_dimension_too_many(function: Callable[..., Any],
     names = list(inspect.signature(function).parameters)
     with pytest.raises(ValueError, match=rf"^{names[place]} must be .*: pass {names[place]}\.squeeze\(-1\)"):
         function(*tensors)
+
+
+def test_a_kl_beyond_a_floats_range_moves_the_controller_as_far_as_any() -> None:
+    controller = fastpref.AdaptiveKLController(0.1, 6.0, 100)
+    controller.update(10**400, 50)
+    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * 50 / 100))

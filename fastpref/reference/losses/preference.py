@@ -22,6 +22,7 @@ from fastpref._checks import (
     check_vector,
     describe,
     is_like,
+    is_sequence,
     remembered,
     shape_error,
 )
@@ -109,13 +110,13 @@ def weighted_types(
     else:
         # Not any iterable: the order of a set differs from process to process, and with it which weight is whose.
         names = (loss_type,) if isinstance(loss_type, str) else loss_type
-        if not isinstance(names, Sequence):
+        if not is_sequence(names):
             raise TypeError(
                 "loss_type must be a name, a sequence of names, or a mapping of names to weights; got "
                 f"{describe(loss_type)}"
             )
         weights, weights_name = (1.0,) * len(names) if loss_weights is None else loss_weights, "loss_weights"
-        if not isinstance(weights, Sequence) or isinstance(weights, str):
+        if not is_sequence(weights):
             raise TypeError(f"loss_weights must be None or a sequence of numbers; got {describe(loss_weights)}")
     if not names:
         raise ValueError(f"loss_type must name at least one type; got {describe(loss_type)}")
@@ -429,7 +430,7 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> T
     check_tensor("logps", logps, FLOATING, "a floating-point tensor")
     check_tensor("ref_logps", ref_logps, FLOATING, "a floating-point tensor")
     if logps.shape != ref_logps.shape:
-        # Of (B,) and (B, 1) the second is the mistake.
+        # The tensor with more dimensions is the one to change.
         if logps.dim() > ref_logps.dim():
             raise shape_error("logps", logps, f"of ref_logps' shape, {tuple(ref_logps.shape)}", ref_logps.dim())
         raise shape_error("ref_logps", ref_logps, f"of logps' shape, {tuple(logps.shape)}", logps.dim())

@@ -7,7 +7,6 @@ every mask True where a token counts: what lies elsewhere, a NaN too, reaches ne
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastpref._checks import (
     FLOATING,
+    as_float,
     check_bool,
     check_choice,
     check_finite,
@@ -24,6 +24,7 @@ from fastpref._checks import (
     check_tensor,
     check_vector,
     describe,
+    is_sequence,
     shape_error,
 )
 from fastpref.reference.losses.preference import widen
@@ -116,7 +117,7 @@ def check_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: 
 
 def check_clip(clip: object) -> tuple[float, float]:
     """Return `clip`, a number above 0 or a pair (low, high), as a pair, or raise if it is neither."""
-    bounds = clip if isinstance(clip, Sequence) and len(clip) == 2 else (clip, clip)
+    bounds = clip if is_sequence(clip) and len(clip) == 2 else (clip, clip)
     try:
         low, high = [check_finite("clip", bound, least=0.0, most=MAX_CLIP) for bound in bounds]
         if low == high == 0:
@@ -135,7 +136,7 @@ def check_dual_clip(dual_clip: float | None) -> float | None:
 
 
 def counted(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common dtype, float32 at the least, and 0 where a token does not count."""
+    """Return the tensors in their common dtype, float32 at the least, and 0 where a token does not count."""
     return tuple(tensor.masked_fill(~mask, 0.0) for tensor in widen(*tensors))
 
 
@@ -238,7 +239,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
     check_tensor("x", x, FLOATING, "a floating-point tensor")
     check_tensor("mask", mask, (torch.bool,), "a bool tensor of x's shape, True where an element counts")
     if mask.shape != x.shape:
-        raise ValueError(f"mask must have x's shape {tuple(x.shape)}; got {describe(mask)}")
+        raise shape_error("mask", mask, f"{tuple(x.shape)}, like x", x.dim())
     check_same_device("mask", mask, "x", x)
     check_bool("shift_mean", shift_mean)
     (x,) = counted(mask, x)
@@ -257,7 +258,7 @@ def ppo_policy_loss(
 
     It is equation 7 of arXiv 1707.06347, with a bound of its own on either side. With `dual_clip=c`, a token's loss
     where A < 0 is the smaller of that and −A·c (arXiv 1912.09729), so that a ratio above c no longer counts there. At a
-    bound itself the gradient is that of −Aρ.
+    bound, the gradient is that of the unclipped −Aρ.
 
     Args:
         logps: (B, T), log π of the sampled tokens, nats, any floating dtype; computed in float32 (float64 for float64).
@@ -266,7 +267,7 @@ def ppo_policy_loss(
         mask: (B, T) bool, True where a token counts.
         clip: how far from 1 the ratio may be: a number above 0 for both sides, or a pair (low, high) of numbers that
             are 0 or more and not both 0. A `low` of 1 or more does not clip, because a ratio is never below 0.
-        dual_clip: None, or c above 1, which bounds the ratio where A < 0. `high` has no effect there.
+        dual_clip: None, or c above 1, which bounds the ratio where A < 0; `high` has no effect there.
         reduction: "token" for the mean over all tokens, "sequence" for the mean over sequences of each one's own mean;
             a sequence without a token is in neither.
         denominator: None, or a number or tensor () to divide by instead of the count of tokens, or of sequences: the
@@ -448,10 +449,11 @@ class AdaptiveKLController:
             if kl.numel() != 1 or kl.is_complex():
                 raise ValueError(f"kl must be a number or a real tensor of one element; got {describe(kl)}")
             kl = float(kl)
-        if not isinstance(kl, numbers.Real) or isinstance(kl, bool):
+        mean = as_float(kl)
+        if mean is None:
             raise TypeError(f"kl must be a number or a real tensor of one element; got {describe(kl)}")
-        if math.isnan(kl):
+        if math.isnan(mean):
             raise ValueError(f"kl must be a number, not NaN; got {describe(kl)}")
         samples = check_finite("n", n, least=0.0)
-        error = min(max(float(kl) / self.target - 1, -MAX_CHANGE), MAX_CHANGE)
+        error = min(max(mean / self.target - 1, -MAX_CHANGE), MAX_CHANGE)
         self.value *= 1 + error * samples / self.horizon
