@@ -98,4 +98,5 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling() or transformed():
         return function.apply(*arguments)
     # What that does here but for binding the arguments to the forward's signature, which takes longer than the rest.
+    # From torch 2.14 on, C++ binds them in both.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]

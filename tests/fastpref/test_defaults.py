@@ -119,6 +119,8 @@ def default_device() -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        # Before torch 2.9, torch.get_default_device fails on the None that this leaves.
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 
 @contextmanager

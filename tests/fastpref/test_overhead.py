@@ -82,6 +82,10 @@ class TestFromHiddenStates:
         ours = operators(step(fastpref.linear_sequence_logprobs, *batch))
         assert ours <= operators(step(lambda *given: eager(*given).sum(-1), *batch))
 
+    @pytest.mark.skipif(
+        not isinstance(vars(torch.autograd.Function)["apply"], classmethod),
+        reason="this torch binds a Function's arguments in C++, always",
+    )
     def test_few_functions_are_entered(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Among others, the arguments are not bound to a signature, as `autograd.Function.apply` does."""
         assert python_calls(lambda: fastpref.linear_token_logprobs(*batch)) <= 120
