@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _Check = TypeVar("_Check", bound=Callable[..., Any])
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
@@ -101,21 +102,18 @@ def check_vector(
 
 
 def remembered(check: _Check) -> _Check:
-    """Remember the answers of a check that reads options and no tensors: a training loop repeats its options.
+    """Cache the result of a check that reads only options: a training loop repeats them.
 
-    Options that cannot be hashed, such as a list, are checked at each call, and so are those of a call that Dynamo
-    traces, which warns of a cache.
+    Only numbers, strings and None are looked up, because the cache tells 1 from True, but not in a tuple. Options of
+    other types are checked at every call, and so are those of a call that Dynamo traces, which warns of a cache.
     """
     answers = functools.lru_cache(maxsize=256, typed=True)(check)
 
     @functools.wraps(check)
     def call(*arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, (*arguments, *options.values()))):
             return check(*arguments, **options)
-        try:
-            return answers(*arguments, **options)
-        except TypeError:
-            return check(*arguments, **options)
+        return answers(*arguments, **options)
 
     return call  # type: ignore[return-value]
 

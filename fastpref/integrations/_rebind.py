@@ -50,6 +50,8 @@ def rebind(value: Any, module: nn.Module, made: nn.Module) -> Any:
         made.__defaults__ = held.__defaults__ and tuple(map(copy, held.__defaults__))
         made.__kwdefaults__ = held.__kwdefaults__ and {name: copy(part) for name, part in held.__kwdefaults__.items()}
         made.__dict__ = held.__dict__
+        for name in ("__module__", "__qualname__", "__doc__"):
+            setattr(made, name, getattr(held, name))
         return made
 
     return copy(value)

@@ -66,7 +66,7 @@ def _defined_in(hooks: Mapping[int, Callable[..., Any]], wanted: Callable[[str],
 
 
 def users_hooks(hooks: Mapping[int, Callable[..., Any]]) -> dict[int, Any]:
-    """Return those of a module's hooks that neither manage its weights nor place its output on ranks."""
+    """Return those of a module's hooks that no distributed runtime and no parallel layout registered."""
     return _defined_in(hooks, lambda where: not where.startswith((*_RUNTIMES, *_LAYOUTS)))
 
 

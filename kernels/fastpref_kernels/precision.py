@@ -35,7 +35,10 @@ _BACKENDS = _backends()
 
 
 def _setting() -> tuple[Any, ...]:
-    """Return the process's precision, None where PyTorch cannot tell, whether float16 sums, and each backend's own."""
+    """Return the process's precision, whether float16 products accumulate in float16, and each backend's precision.
+
+    The first is None where PyTorch cannot tell.
+    """
     try:
         whole = torch.get_float32_matmul_precision()
     except RuntimeError:  # set for one backend and not for the other
@@ -53,7 +56,10 @@ def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
 
 
 def _is_full() -> bool:
-    """Whether the process itself asks for exact products. A setting that another thread has raised does not count."""
+    """Return whether the process asks for exact products.
+
+    It is False while another thread holds the precision raised, because that thread will restore a lower one.
+    """
     with _lock:
         return _saved is None and _FULL.issuperset(_setting())
 

@@ -365,3 +365,16 @@ class TestLayouts:
 def test_parts_that_are_no_numbers_are_refused(parts: Any) -> None:
     with pytest.raises(TypeError, match=r"^parts must be a floating-point tensor .*; got "):
         sum_parts(parts, None)
+
+
+def test_a_check_does_not_depend_on_the_calls_before_it() -> None:
+    """1 and True are equal, and so are tuples of them, but only one of them is a number."""
+    logps = torch.randn(4, PAIRS).unbind()
+    options: dict[str, Any] = {"loss_type": ("sigmoid", "hinge")}
+    fastpref.dpo_loss(*logps, **options, loss_weights=(2.0, 1.0))
+    with pytest.raises(TypeError, match=r"^loss_weights must be a finite number; got bool True"):
+        fastpref.dpo_loss(*logps, **options, loss_weights=(2.0, True))
+    fastpref.dpo_loss(*logps, beta=1.0)
+    with pytest.raises(TypeError, match=r"^beta must be a finite number above 0; got bool True") as caught:
+        fastpref.dpo_loss(*logps, beta=True)
+    assert caught.value.__context__ is None

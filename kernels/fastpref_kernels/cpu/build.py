@@ -34,7 +34,7 @@ SOURCES = tuple(
 )
 # The lines of a compiler's or linker's output that say what is wrong, and how many of them a warning shows.
 _ERROR, _SHOWN = re.compile(r"\berror\b|cannot|not found|undefined", re.IGNORECASE), 5
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h", "linear.h", "memory.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "rows.h", "linear.h", "memory.h", "product.h"))
 
 
 class BuildError(RuntimeError):

@@ -1,9 +1,10 @@
-// Log-probs from hidden states and the LM head, and their gradients: what `fastpref_kernels.linear` does, whose
-// docstring has the formulas, for a whole vocabulary and exact gradients. Small batches would spend most of their time
-// between its tensor operations.
+// Log-probs from hidden states and the LM head, and their gradients, in one operator per direction, for a whole
+// vocabulary and exact gradients. The formulas are in the docstring of `fastpref_kernels.linear`, whose tensor operations
+// would take most of a small batch's time.
 #include "lanes.h"
 #include "linear.h"
 #include "memory.h"
+#include "product.h"
 #include "rows.h"
 
 #include <ATen/DimVector.h>
@@ -36,12 +37,12 @@ using std::optional;
 
 // A tile of logits. More rows mean fewer passes over the weight and its gradient.
 constexpr int64_t kRows = 1024, kColumns = 4096;
-// Terms of a float32 product that oneDNN adds up before they meet the others.
+// oneDNN sums at most this many terms of a float32 product in one chain; the partial sums are then added.
 constexpr int64_t kSummed = 512;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNear = 600;  // below this, exp(a - z_y) is a float64 with room to spare
 
-// Tensor::narrow, in one operator where that is three, and none where nothing is left out.
+// Same as Tensor::narrow, but calls one operator instead of three, and none if the whole dimension is kept.
 Tensor narrowed(const Tensor& x, int64_t dim, int64_t begin, int64_t n) {
   if (n == x.size(dim)) return x;
   at::DimVector sizes(x.sizes());
@@ -49,22 +50,22 @@ Tensor narrowed(const Tensor& x, int64_t dim, int64_t begin, int64_t n) {
   return x.as_strided(sizes, x.strides(), x.storage_offset() + begin * x.stride(dim));
 }
 
-// A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns.
+// Returns a matrix in `dtype`, in scratch memory if it must be converted. Keeps its order, by rows or by columns.
 Tensor widened(Scratch name, const Tensor& x, at::ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
   if (x.stride(0) == 1 && x.stride(1) != 1) return widened(name, x.t(), dtype).t();
   return scratch(name, x.sizes(), dtype).copy_(x);
 }
 
+// Whether lines of a matrix overlap without being the same, as only `as_strided` makes them.
+bool overlaps(const Tensor& x) {
+  const int inner = x.stride(0) < x.stride(1) ? 0 : 1, outer = 1 - inner;
+  return 0 < x.stride(outer) && x.stride(outer) < x.stride(inner) * x.size(inner);
+}
+
 // out (M, N) = a (M, K) @ b (K, N), or += it: `product` of linear.py, for K > 0.
 void product(const Tensor& out, const Tensor& left, const Tensor& right, bool add, bool onednn) {
-  auto& dispatcher = c10::Dispatcher::singleton();
-  if (left.scalar_type() == at::kBFloat16) {
-    static const auto has = dispatcher.findSchemaOrThrow("fastpref_cpu::has_bf16_gemm", "").typed<bool()>();
-    static const auto gemm = dispatcher.findSchemaOrThrow("fastpref_cpu::bf16_gemm", "")
-                                 .typed<void(const Tensor&, const Tensor&, const Tensor&, bool, const optional<std::string>&)>();
-    if (has.call()) return gemm.call(out, left, right, add, std::nullopt);
-  }
+  if (left.scalar_type() == at::kBFloat16 && has_bf16_gemm()) return bf16_gemm(out, left, right, add, std::nullopt);
   Tensor result = out;
   const Tensor a = widened(Scratch::kLeft, left, out.scalar_type());
   Tensor b = widened(Scratch::kRight, right, out.scalar_type());
@@ -72,8 +73,8 @@ void product(const Tensor& out, const Tensor& left, const Tensor& right, bool ad
     using Linear = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, std::string_view,
                           c10::List<optional<at::Scalar>>, optional<std::string_view>);
     static const auto linear =
-        dispatcher.findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
-    if (!b.is_non_overlapping_and_dense()) b = b.contiguous();  // which oneDNN may refuse
+        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
+    if (overlaps(b)) b = b.contiguous();  // which oneDNN refuses
     // oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
     for (int64_t begin = 0; begin < a.size(1); begin += kSummed) {
       const int64_t terms = std::min(kSummed, a.size(1) - begin);
@@ -88,7 +89,7 @@ void product(const Tensor& out, const Tensor& left, const Tensor& right, bool ad
   }
 }
 
-// The pointer to (b, t, 0) of x (B, T, H), whose lines are contiguous, for place b * per_batch + t.
+// Returns a pointer to the first feature of scored row i in x (B, T, H), whose features are contiguous.
 template <typename T>
 T* line(T* data, const Tensor& x, const ScoredRows& rows, int64_t i) {
   return data + rows.index[i] / rows.per_batch * x.stride(0) + rows.index[i] % rows.per_batch * x.stride(1);
@@ -103,8 +104,31 @@ void for_rows(int64_t first, int64_t n, int64_t size, const F& f) {
                    });
 }
 
+// The operators can be called directly, and read and write by pointers: shapes are checked here too.
+void check_operands(const Tensor& hidden, const Tensor& weight, const optional<Tensor>& bias, const Tensor& labels,
+                    const optional<int64_t>& chunk_rows) {
+  const at::ScalarType dtype = hidden.scalar_type();
+  TORCH_CHECK(hidden.dim() == 3 && weight.dim() == 2 && weight.size(1) == hidden.size(2) &&
+                  weight.scalar_type() == dtype,
+              "hidden must be (B, T, H) and weight (V, H), of one dtype; got ", hidden.sizes(), " of ", dtype, " and ",
+              weight.sizes(), " of ", weight.scalar_type());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == dtype),
+              "bias must be (V,) = (", weight.size(0), ",) of ", dtype, "; got ", bias->sizes(), " of ",
+              bias->scalar_type());
+  TORCH_CHECK(labels.dim() == 2 && labels.size(0) == hidden.size(0) && labels.size(1) == hidden.size(1),
+              "labels must be (B, T) = (", hidden.size(0), ", ", hidden.size(1), "); got ", labels.sizes());
+  TORCH_CHECK(chunk_rows.value_or(1) >= 1, "chunk_rows must be None, or 1 or more; got ", *chunk_rows);
+}
+
+void check_store(const optional<Tensor>& store, const ScoredRows& rows, const Tensor& weight) {
+  TORCH_CHECK(!store || (store->dim() == 2 && store->size(0) >= rows.size() && store->size(1) == weight.size(0) &&
+                         (store->stride(1) == 1 || store->size(1) == 1)),
+              "store must have rows of V = ", weight.size(0), " contiguous numbers, one for each of ", rows.size(),
+              " scored tokens; got ", store->sizes());
+}
+
 struct Head {
-  const Tensor hidden;  // (B, T, H), lines contiguous
+  const Tensor hidden;  // (B, T, H), features contiguous
   const Tensor& weight;
   const optional<Tensor>& bias;
   const Transform transform;
@@ -160,7 +184,7 @@ struct Head {
     return z;
   }
 
-  // z of the labels, from a dot product of its own. It is the anchor: near the label's logit, and no more.
+  // z of the labels, from a dot product of its own. The exponentials are anchored at it, so it need not equal the tile's.
   void label_logits(const Tensor& x, const int64_t* labels, double* z) const {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, hidden.scalar_type(), "fastpref::label_logits", [&] {
       using A = acc_t<scalar_t>;
@@ -207,7 +231,7 @@ struct Results {
     }
   }
 
-  // Write what follows from the sums of a row to its place, and return what the gradient's products need at its label.
+  // Writes a row's results, and returns the value stored at its label for the backward's products.
   template <typename A>
   double finish(const double* state, int64_t R, const Head& head, int64_t stats, int64_t place) {
     const double anchor = state[0] == -kInf ? 0 : state[0];  // nothing but -inf: any anchor does
@@ -267,8 +291,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     double logit_scale, double temperature, optional<double> softcap, int64_t stats, optional<int64_t> chunk_rows,
     bool onednn) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_operands(hidden, weight, bias, labels, chunk_rows);
   const Head head(hidden, weight, bias, logit_scale, temperature, softcap, onednn);
   ScoredRows rows(labels, cu_seqlens, ignore_index, shift, head.V);
+  check_store(store, rows, weight);
   Results results({labels.size(0), rows.per_batch}, head.dtype, stats);
   const int64_t tiles = (head.V + kColumns - 1) / kColumns, R = rows.size();
   for (int64_t first = 0; first < R;) {
@@ -301,15 +327,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {results.logps, results.norm, shares, lse, entropy, mean, top1, log_sum_sq, dropped};
 }
 
-// Rows' values (n,) of planes (..., B, T'), contiguous and in `dtype`, if there are any.
-optional<Tensor> picked(const optional<Tensor>& planes, const ScoredRows& rows, int64_t first, int64_t n,
-                        at::ScalarType dtype) {
+// Returns rows' values (planes, n) of contiguous planes (..., B, T'), if there are any.
+optional<Tensor> picked(const optional<Tensor>& planes, const ScoredRows& rows, int64_t first, int64_t n) {
   if (!planes) return std::nullopt;
-  const Tensor given = planes->to(dtype).contiguous();
-  const int64_t count = given.dim() == 3 ? given.size(0) : 1, plane = given.numel() / count;
-  const Tensor out = at::empty({count, n}, dtype);
-  AT_DISPATCH_FLOATING_TYPES(dtype, "fastpref::picked", [&] {
-    const scalar_t* from = given.const_data_ptr<scalar_t>();
+  const int64_t count = planes->dim() == 3 ? planes->size(0) : 1, plane = planes->numel() / count;
+  const Tensor out = at::empty({count, n}, planes->scalar_type());
+  AT_DISPATCH_FLOATING_TYPES(planes->scalar_type(), "fastpref::picked", [&] {
+    const scalar_t* from = planes->const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
     for (int64_t k = 0; k < count; ++k) {
       for (int64_t i = 0; i < n; ++i) to[k * n + i] = from[k * plane + rows.index[first + i]];
@@ -349,15 +373,36 @@ void put_rows(const Tensor& out, const Tensor& values, const A* factor, const Sc
   });
 }
 
+void check_gradients(const optional<Tensor>& grad, const optional<Tensor>& grad_entropy, const Tensor& hidden,
+                     const Tensor& weight, const Tensor& labels, const ScoredRows& rows, const Tensor& norm,
+                     const optional<Tensor>& store, const optional<Tensor>& d_hidden,
+                     const optional<Tensor>& d_weight, const optional<Tensor>& d_bias) {
+  const std::array<int64_t, 2> shape{labels.size(0), rows.per_batch};
+  const auto is_plane = [&](const optional<Tensor>& x) { return !x || x->sizes() == at::IntArrayRef(shape); };
+  TORCH_CHECK((grad || grad_entropy) && is_plane(grad) && is_plane(grad_entropy),
+              "a gradient of the log-probs or of the entropy is needed, (B, T') = ", at::IntArrayRef(shape));
+  const int64_t planes = grad_entropy ? 4 : 3;
+  TORCH_CHECK(norm.dim() == 3 && norm.size(0) >= planes && norm.sizes().slice(1) == at::IntArrayRef(shape),
+              "norm must be ", planes, " planes or more of (B, T') = ", at::IntArrayRef(shape), "; got ", norm.sizes());
+  check_store(store, rows, weight);
+  TORCH_CHECK(!d_hidden || (d_hidden->sizes() == hidden.sizes() && (d_hidden->stride(2) == 1 || d_hidden->size(2) <= 1)),
+              "hidden's gradient must be (B, T, H) = ", hidden.sizes(), ", with contiguous features; got ",
+              d_hidden->sizes(), " with strides ", d_hidden->strides());
+  TORCH_CHECK(!d_weight || d_weight->sizes() == weight.sizes(), "weight's gradient must be ", weight.sizes(), "; got ",
+              d_weight->sizes());
+  TORCH_CHECK(!d_bias || (d_bias->dim() == 1 && d_bias->size(0) == weight.size(0)), "bias's gradient must be (V,) = (",
+              weight.size(0), ",); got ", d_bias->sizes());
+}
+
 // Sums of the gradients over rows: `fastpref::linear_logprobs_backward_`, without a filter. Where they are not `fresh`,
-// they are added to what is there. A d_weight of a narrower dtype than the sums' is for rows of one chunk.
+// they are added to what is there. d_weight may be narrower than the sums only if all rows fit in one chunk.
 template <typename A>
 void accumulate(const optional<Tensor>& grad, const optional<Tensor>& grad_entropy, const Head& head,
                 ScoredRows& rows, const Tensor& norm, const optional<Tensor>& store, const optional<Tensor>& d_hidden,
                 const optional<Tensor>& d_weight, const optional<Tensor>& d_bias, bool fresh,
                 optional<int64_t> chunk_rows) {
   const int64_t R = rows.size();
-  // The weight's is worth not writing twice: the first product of its columns overwrites it.
+  // d_weight is not zeroed: the first product of each block of columns overwrites it.
   if (fresh && d_hidden) d_hidden->zero_();
   if (fresh && d_bias) d_bias->zero_();
   if (fresh && d_weight && R == 0) d_weight->zero_();
@@ -366,12 +411,15 @@ void accumulate(const optional<Tensor>& grad, const optional<Tensor>& grad_entro
   // fp16 has no product of its own here, so its tiles need not be rounded to it.
   const at::ScalarType narrow =
       head.hidden.scalar_type() == at::kHalf ? head.dtype : head.hidden.scalar_type();
+  const auto planes = [&](const optional<Tensor>& x) {
+    return x ? optional<Tensor>(x->to(head.dtype).contiguous()) : std::nullopt;
+  };
+  const optional<Tensor> of_rows = planes(norm), of_logps = planes(grad), of_entropy = planes(grad_entropy);
   for (int64_t first = 0; first < R;) {
     const int64_t n = std::min(chunk_rows.value_or(kRows), R - first);
     const Tensor x = head.states(rows, first, n), y = at::from_blob(rows.label.data() + first, {n}, at::kLong);
-    const Tensor of_row = *picked(norm, rows, first, n, head.dtype);
-    const optional<Tensor> g = picked(grad, rows, first, n, head.dtype),
-                           h = picked(grad_entropy, rows, first, n, head.dtype);
+    const Tensor of_row = *picked(of_rows, rows, first, n);
+    const optional<Tensor> g = picked(of_logps, rows, first, n), h = picked(of_entropy, rows, first, n);
     std::vector<A> factors;
     Tensor right = x;
     if (keeps) {
@@ -419,8 +467,10 @@ void linear_logprobs_backward_(
     const optional<Tensor>& d_bias, bool fresh, int64_t ignore_index, bool shift, double logit_scale,
     double temperature, optional<double> softcap, optional<int64_t> chunk_rows, bool onednn) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_operands(hidden, weight, bias, labels, chunk_rows);
   const Head head(hidden, weight, bias, logit_scale, temperature, softcap, onednn);
   ScoredRows rows(labels, cu_seqlens, ignore_index, shift, std::nullopt);
+  check_gradients(grad, grad_entropy, hidden, weight, labels, rows, norm, store, d_hidden, d_weight, d_bias);
   const auto run = head.dtype == at::kDouble ? &accumulate<double> : &accumulate<float>;
   run(grad, grad_entropy, head, rows, norm, store, d_hidden, d_weight, d_bias, fresh, chunk_rows);
 }
@@ -433,8 +483,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
     at::ScalarType weight_dtype, at::ScalarType bias_dtype, int64_t ignore_index, bool shift, double logit_scale,
     double temperature, optional<double> softcap, optional<int64_t> chunk_rows, bool onednn) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_operands(hidden, weight, bias, labels, chunk_rows);
   const Head head(hidden, weight, bias, logit_scale, temperature, softcap, onednn);
   ScoredRows rows(labels, cu_seqlens, ignore_index, shift, std::nullopt);
+  check_gradients(grad, grad_entropy, hidden, weight, labels, rows, norm, store, std::nullopt, std::nullopt,
+                  std::nullopt);
   // Each row of hidden's gradient is written once. The weight's needs no sums between chunks where there is one chunk.
   const bool once = rows.size() <= chunk_rows.value_or(kRows);
   const auto fresh = [&](bool want, at::IntArrayRef size, at::ScalarType kind) {

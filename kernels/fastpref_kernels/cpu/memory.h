@@ -10,8 +10,8 @@ at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype);
 
 enum class Scratch { kStates, kScaledStates, kLogits, kGradient, kHidden, kWeight, kLeft, kRight, kCount };
 
-// Uninitialised memory of this thread, the same at its next call of that name: first touching memory costs as much as a
-// pass over logits. It is another tensor's as soon as that name is asked for again.
+// Uninitialised scratch of this thread: first touching memory costs as much as a pass over logits. The next call with
+// the same name returns the same memory.
 at::Tensor scratch(Scratch name, at::IntArrayRef size, at::ScalarType dtype);
 
 }  // namespace fastpref

@@ -1,6 +1,8 @@
 // bfloat16 matrix products that keep their float32 sums: by MKL where there is AMX to run it on, and by oneDNN's kernels
 // on packed blocks where the processor has no more than a bfloat16 dot product. A processor that can run both has both,
 // so that each can be tested there; the faster one is used.
+#include "product.h"
+
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -271,9 +273,6 @@ const std::vector<Route>& routes() {
   return found;
 }
 
-bool has_bf16_gemm() {
-  return !routes().empty() && routes().front().is_fastest();
-}
 
 std::vector<std::string> bf16_routes() {
   std::vector<std::string> names;
@@ -296,7 +295,13 @@ void check_matrix(const char* name, const Tensor& x, at::ScalarType dtype) {
               " on the CPU; got sizes ", x.sizes(), ", ", x.scalar_type(), " on ", x.device());
 }
 
-// out (M, N) float32 = left (M, K) @ right (K, N) in bfloat16, summed in float32; or += of it.
+
+}  // namespace
+
+bool has_bf16_gemm() {
+  return !routes().empty() && routes().front().is_fastest();
+}
+
 void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool add,
                const std::optional<std::string>& name) {
   const Route& route = route_named(name);
@@ -316,11 +321,9 @@ void bf16_gemm(const Tensor& out, const Tensor& left, const Tensor& right, bool 
   route.multiply(out, left, right, add);
 }
 
-}  // namespace
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
-  // Whether bf16_gemm, called without a route, has one that is worth calling.
   m.def("has_bf16_gemm() -> bool", &fastpref::has_bf16_gemm);
   m.def("bf16_routes() -> str[]", &fastpref::bf16_routes);
   m.def("bf16_gemm(Tensor(a!) out, Tensor left, Tensor right, bool add, str? route=None) -> ()", &fastpref::bf16_gemm);
