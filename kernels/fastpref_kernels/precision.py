@@ -51,7 +51,7 @@ def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
     torch.set_float32_matmul_precision(whole or "highest")
     torch.backends.cuda.matmul.allow_fp16_accumulation = accumulates
     for (backend, parent), value in zip(_BACKENDS, each, strict=True):
-        # What a backend takes from the setting above it, it goes on taking from there.
+        # "none" makes a backend follow the setting above it, as it did before.
         backend.fp32_precision = "none" if value == parent.fp32_precision else value
 
 

@@ -49,10 +49,8 @@ def assert_right(found: Tensor, left: Tensor, right: Tensor, start: Tensor | flo
     assert (error <= allowed).all(), f"{what}: {error.max():.1e} off, or NaN"
 
 
-@pytest.mark.parametrize(("route", "dtype"), OPERANDS, ids=str)
-@pytest.mark.parametrize("left_layout", LAYOUTS)
-def test_every_layout_and_size(route: str, dtype: torch.dtype, left_layout: str) -> None:
-    product = product_of(route)
+def assert_every_size(product: Product, dtype: torch.dtype, left_layout: str) -> None:
+    """Hold a product with its left operand in a layout, and the right one in every layout, against float64."""
     for right_layout in LAYOUTS:
         few = "contiguous" not in (left_layout, right_layout) and left_layout != right_layout
         for rows, columns, terms in TINY if few else (*TINY, *SIZES, *LARGE):
@@ -63,6 +61,22 @@ def test_every_layout_and_size(route: str, dtype: torch.dtype, left_layout: str)
             what = f"{rows} x {terms} {left_layout}, {terms} x {columns} {right_layout}"
             assert_right(found.product, left, right, 0.0, what)
             assert_right(found.added, left, right, start, f"{what}, added")
+
+
+@pytest.mark.parametrize(("route", "dtype"), OPERANDS, ids=str)
+@pytest.mark.parametrize("left_layout", LAYOUTS)
+def test_every_layout_and_size(route: str, dtype: torch.dtype, left_layout: str) -> None:
+    assert_every_size(product_of(route), dtype, left_layout)
+
+
+@pytest.mark.parametrize("route", ["used", "oneDNN"])
+@pytest.mark.parametrize("left_layout", LAYOUTS)
+def test_every_layout_and_size_without_a_compiler(
+    route: str, left_layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    product = product_of(route)
+    monkeypatch.setattr(cpu, "native", lambda: None)
+    assert_every_size(product, torch.float32, left_layout)
 
 
 @pytest.mark.parametrize("route", ["MKL", "oneDNN blocks"])
@@ -182,15 +196,21 @@ class TestFromHiddenStates:
 
 
 class TestWhichProduct:
-    def test_bfloat16_goes_to_the_faster_route(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_bfloat16_goes_to_the_faster_route(self) -> None:
         native = cpu.native()
         if not (native and native.has_bf16_gemm()):
             pytest.skip("the processor has neither AMX_BF16 nor a fast AVX512_BF16")
         assert cpu_linear.bf16_route() == native.bf16_routes()[0]
-        monkeypatch.setattr(cpu_linear, "_widened", lambda *_: pytest.fail("widened"))
         out, one = torch.empty(3, 2), torch.ones(3, 2).bfloat16()
         cpu_linear.product(out, one, one[:2], False)
         assert (out == 2).all()
+        # Operands that are widened are summed in another order.
+        left, right = normal(64, 1031, dtype=torch.bfloat16), normal(1031, 64, dtype=torch.bfloat16)
+        found, wanted = torch.empty(64, 64), torch.empty(64, 64)
+        cpu_linear.product(found, left, right, False)
+        native.bf16_gemm(wanted, left, right, False)
+        assert torch.equal(found, wanted)
+        assert not torch.equal(found, left.float() @ right.float())
 
     def test_a_process_without_onednn_does_without_its_bfloat16(self) -> None:
         """PyTorch's kernels on blocks raise there. A flag for TF32 warns where there is no GPU of Intel."""

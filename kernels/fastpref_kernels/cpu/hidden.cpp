@@ -63,10 +63,11 @@ bool overlaps(const Tensor& x) {
   return 0 < x.stride(outer) && x.stride(outer) < x.stride(inner) * x.size(inner);
 }
 
-// out (M, N) = a (M, K) @ b (K, N), or += it: `product` of linear.py, for K > 0.
+// out (M, N) = left (M, K) @ right (K, N), or += it, by whichever library is fastest at it with float32 sums.
 void product(const Tensor& out, const Tensor& left, const Tensor& right, bool add, bool onednn) {
   if (left.scalar_type() == at::kBFloat16 && has_bf16_gemm()) return bf16_gemm(out, left, right, add, std::nullopt);
   Tensor result = out;
+  if (left.size(1) == 0 && !add) result.zero_();  // which oneDNN leaves unwritten
   const Tensor a = widened(Scratch::kLeft, left, out.scalar_type());
   Tensor b = widened(Scratch::kRight, right, out.scalar_type());
   if (onednn && out.scalar_type() == at::kFloat) {
@@ -509,6 +510,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
 }  // namespace fastpref
 
 TORCH_LIBRARY_FRAGMENT(fastpref_cpu, m) {
+  m.def("product(Tensor(a!) out, Tensor left, Tensor right, bool add, bool onednn) -> ()", &fastpref::product);
   m.def("linear_logprobs", &fastpref::linear_logprobs);
   m.def("linear_logprobs_backward_", &fastpref::linear_logprobs_backward_);
   m.def(

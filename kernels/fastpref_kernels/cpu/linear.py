@@ -101,6 +101,10 @@ def _overlaps(x: Tensor) -> bool:
 
 def onednn_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """Compute out (M, N) = a (M, K) @ b (K, N), or += it, all of them float32, by oneDNN."""
+    native = cpu.native()
+    if native:
+        native.product(out, a, b, add, True)
+        return
     if not add and not a.shape[1]:
         out.zero_()
     if _overlaps(b):  # which oneDNN refuses
@@ -113,7 +117,7 @@ def onednn_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (M, N) = a (M, K) @ b (K, N), or += it, by whichever library is fastest at it with float32 sums.
+    """Compute out (M, N) = a (M, K) @ b (K, N), or += it, by whichever library is fastest at it with float32 sums.
 
     GF/s measured on two cores, N=512 rows, H=512: on a Xeon with AMX, bfloat16 by MKL's mixed product 1300 to 1550
     (the logits, and hidden's gradient) and 900 to 1340 (the weight's), float32 by MKL 325 to 340. On an EPYC with
@@ -122,11 +126,10 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     gave 150 to 190. On a Xeon with AVX512_BF16 and no AMX, products that round to bfloat16 gave 150, and float32 by MKL
     300. What has no faster product of its own is computed from operands widened to float32.
     """
-    if a.dtype == torch.bfloat16:
-        native = cpu.native()
-        if native and native.has_bf16_gemm():
-            native.bf16_gemm(out, a, b, add)
-            return
+    native = cpu.native()
+    if native:
+        native.product(out, a, b, add, _prefers_onednn())
+        return
     a, b = _widened("left", a, out.dtype), _widened("right", b, out.dtype)
     if out.dtype == torch.float32 and _prefers_onednn():
         onednn_product(out, a, b, add)
