@@ -13,7 +13,6 @@ from fastpref._checks import (
     REDUCTIONS,
     check_bool,
     check_choice,
-    check_finite,
     check_int,
     check_linear,
     check_scoring,
@@ -27,6 +26,7 @@ from fastpref.reference.logprobs import scored_targets, sequence_lengths
 from fastpref.reference.losses.preference import (
     NUMBERS,
     Weighted,
+    check_margin,
     dpo_loss,
     needs_lengths,
     needs_reference,
@@ -111,12 +111,10 @@ def resolve_options(
     ignore_index = check_scoring(ignore_index, shift)
     check_bool("average_logps", average_logps)
     like = _pairs(labels, cu_seqlens)
-    for name in ("chosen_lengths", "rejected_lengths", "margin", "weights"):
-        value = options[name]
-        if name == "margin" and value is not None and not isinstance(value, Tensor):
-            check_finite(name, value)
-        elif value is not None:
-            check_vector(name, value, NUMBERS, "a floating-point or integer tensor (B,)", like)
+    for name in ("chosen_lengths", "rejected_lengths", "weights"):
+        if options[name] is not None:
+            check_vector(name, options[name], NUMBERS, "a floating-point or integer tensor (B,)", like)
+    check_margin(options["margin"], like)
     types, numbers = resolve_types(
         reduction=reduction,
         **{name: value for name, value in options.items() if name not in ("chosen_lengths", "rejected_lengths")},
