@@ -97,6 +97,6 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         )
     if torch.compiler.is_compiling() or transformed():
         return function.apply(*arguments)
-    # What that does here but for binding the arguments to the forward's signature, which takes longer than the rest.
-    # From torch 2.14 on, C++ binds them in both.
+    # Function.apply first binds the arguments to the forward's signature, which takes longer than the rest of it. Its
+    # base class does not. From torch 2.14 on, both bind them in C++.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]

@@ -20,7 +20,7 @@ from fastpref.integrations._rebind import rebind
 _RUNTIMES = ("torch.distributed.", "deepspeed.", "accelerate.")
 # These place logits as a layout says; log-probs are whole on every rank.
 _LAYOUTS = ("torch.distributed.tensor._api", "transformers.integrations.tensor_parallel")
-# What a copy has of its own.
+# Attributes that a copy does not share with its module.
 _OWN = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_compiled_call_impl", "forward", "_old_forward")
 
 

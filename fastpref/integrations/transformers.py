@@ -136,7 +136,7 @@ class _Patch:
     own: Callable[..., Any] | None = None  # an instance's own forward, such as accelerate's; None: the class's
     owner: Any = None  # the model that `own` holds
     verify: bool = True
-    transform: dict[str, Any] = dataclasses.field(default_factory=dict)  # what replaces the config's
+    transform: dict[str, Any] = dataclasses.field(default_factory=dict)  # stated to attach, in place of the config's
 
 
 class _Attached:

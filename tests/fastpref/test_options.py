@@ -26,7 +26,7 @@ LABELS = torch.randint(7, (2 * PAIRS, 5))
 LOGITS = torch.randn(2 * PAIRS, 5, 7)
 REFERENCES = {"ref_chosen_logps": torch.randn(PAIRS), "ref_rejected_logps": torch.randn(PAIRS)}
 
-# What an option may be given as, by what it is, and every one is wrong.
+# Wrong values for each kind of option.
 NO_NUMBER: tuple[Any, ...] = ("0.1", "x", None, [0.1], {"a": 1.0}, True, 1j, torch.tensor(0.5))
 OUT_OF_RANGE = (math.nan, math.inf, -math.inf)
 NO_INT: tuple[Any, ...] = ("1", None, [1], 1.5, math.nan, True, 2**63)

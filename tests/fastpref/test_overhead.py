@@ -17,7 +17,7 @@ from fastpref_kernels import cpu
 
 def operators(function: Callable[[], Any]) -> int:
     """Return how many ATen operators a call runs on this thread, those inside of other operators too."""
-    function()  # what happens once
+    function()  # a first call does more
     with torch.autograd.profiler.profile() as profile:
         function()
     assert profile is not None

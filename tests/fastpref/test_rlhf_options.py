@@ -25,7 +25,7 @@ def tokens() -> Tensor:
 
 
 def of_tokens(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """`function` of so many tensors (B, T) and a mask."""
+    """Return a call of `function` with `count` tensors (B, T), a mask and options."""
     return lambda **options: function(*(tokens() for _ in range(count)), WHOLE, **options)
 
 

@@ -196,7 +196,7 @@ def resolve_types(
     margin: Tensor | float | None, weights: Tensor | None, **options: Any,
 ) -> tuple[Weighted, Numbers]:  # fmt: skip
     """Check `dpo_loss`'s options. Return the loss types, each with its weight, and the options that are numbers."""
-    # What is remembered holds no tensor.
+    # The cache must not keep tensors alive.
     check = _types_and_numbers if isinstance(margin, Tensor) or weights is not None else _remembered
     return check(loss_type, loss_weights, margin=margin, weights=weights, **options)
 

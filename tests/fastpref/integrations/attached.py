@@ -19,7 +19,7 @@ SIZES = {
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-# What each does to its logits is far from nothing at these sizes.
+# At these sizes each scale and cap changes the log-probs clearly.
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MODELS = {
     "Llama": {},
