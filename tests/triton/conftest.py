@@ -4,11 +4,12 @@ The interpreter is chosen when Triton is imported, so a process is one or the ot
 """
 
 import os
+from pathlib import Path
 
 import torch
 
 collect_ignore = []
 if os.environ.get("TRITON_INTERPRET") == "1":
-    collect_ignore += ["test_interpreter.py", "test_offline_compile.py", "test_offline_rlhf.py"]
+    collect_ignore += [path.name for path in Path(__file__).parent.glob("test_*.py")]
 elif not (torch.cuda.is_available() or torch.xpu.is_available()):
     collect_ignore += ["launched"]

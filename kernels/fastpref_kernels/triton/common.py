@@ -1,8 +1,11 @@
-"""What every kernel needs: exp and log1p to float32's last digits, and the launch on a tensor's own device."""
+"""Functions that every kernel or its launcher uses: numbers as arguments, devices, and exp, log1p and tanh."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import struct
 from typing import Any
 
 import torch
@@ -13,36 +16,47 @@ from torch import Tensor
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-def split(value: float) -> tuple[float, float]:
-    """`value` as two numbers a kernel can take: Triton passes a Python float as fp32, and float64 needs the rest."""
-    high = float(torch.tensor(value, dtype=torch.float32, device="cpu"))
-    return high, value - high
+@functools.lru_cache(maxsize=1024)
+def split(*values: float) -> tuple[float, ...]:
+    """Return two numbers for each value, which `join` adds: the value in float32, and what that leaves of it.
+
+    Triton passes a Python float as float32, and float64 needs the rest.
+    """
+    return tuple(part for value in values for part in _split(value))
+
+
+def _split(value: float) -> tuple[float, float]:
+    try:
+        (high,) = struct.unpack("f", struct.pack("f", value))
+    except OverflowError:
+        high = math.copysign(math.inf, value)
+    return high, value - high if math.isfinite(high) else 0.0
 
 
 @triton.jit
 def join(high, low, ACC: tl.constexpr):
-    """The number that `split` made two of."""
+    """Return the number that `split` made two of."""
     return tl.full((), high, ACC) + tl.full((), low, ACC)
 
 
 def on_device(device: torch.device) -> Any:
-    """Make `device` current: Triton launches on the current one. A CPU is the interpreter's."""
+    """Return a context in which `device` is current: Triton launches on that. On a CPU it does nothing."""
     return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, which may be strided or expanded, contiguous: for what is small, unlike logits."""
+    """Return tensors that may be strided or expanded as contiguous ones, for what is small, unlike logits."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """float64 for float64, float32 for all else."""
+    """Return what sums of this dtype are made in: float64 for float64, float32 for all else."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @triton.jit
 def power_rate(rate, ACC: tl.constexpr):
-    """What x is multiplied by so that `power` of it is e^(rate * x): the change of base is made once, not per x."""
+    """Return what x is multiplied by so that `power` of it is e^(rate * x), to change the base once and not per x."""
     if tl.float64 == ACC:
         return rate
     else:
@@ -51,7 +65,7 @@ def power_rate(rate, ACC: tl.constexpr):
 
 @triton.jit
 def power(x, ACC: tl.constexpr):
-    """2^x in fp32, which is what the special-function unit has; e^x in fp64."""
+    """Return 2^x in fp32, which is what the special-function unit has, and e^x in fp64."""
     if tl.float64 == ACC:
         return tl.exp(x)
     else:
