@@ -71,8 +71,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         # torch.func always makes that graph.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
+        if not torch.compiler.is_compiling() and not transformed():
             raise RuntimeError(
                 "create_graph=True asks for second derivatives, and fastpref's functions are once_differentiable: call "
                 "the function of this name in fastpref.reference, which is plain PyTorch"
@@ -88,14 +90,15 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     There Dynamo would trace the forward with a context before its arguments, `setup_context` or not. Outside of a
     graph nothing is won, and `apply` refuses the transforms that have no rule here: a tangent would be lost silently.
     """
-    if torch.compiler.is_compiling() and not wants_gradient(*arguments):
+    compiling = torch.compiler.is_compiling()
+    if compiling and not wants_gradient(*arguments):
         return function.forward(*arguments)
     # The flag and not is_exporting(), which Dynamo takes to be True in every graph before torch 2.12.
     if torch.compiler._is_exporting_flag:
         raise NotImplementedError(
             "torch.export would keep the forward and lose the gradient: export under torch.no_grad()"
         )
-    if torch.compiler.is_compiling() or transformed():
+    if compiling or transformed():
         return function.apply(*arguments)
     # Function.apply first binds the arguments to the forward's signature, which takes longer than the rest of it. Its
     # base class does not. From torch 2.14 on, both bind them in C++.

@@ -17,37 +17,40 @@ def fused(tensor: Any) -> bool:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """An operator that returns its loss and, beside it, the loss's partial derivatives (B, columns)."""
+    """An operator that returns its loss and, beside it, the loss's partial derivatives.
+
+    Of a loss of (B,) tensors the partial derivatives are (n, B), by the first n tensors; of one of (B, K) tensors they
+    are (B, K), by the first.
+    """
 
     @staticmethod
-    def forward(operator: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.fastpref, operator)(*arguments)
+    def forward(operator: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.fastpref, operator)(*tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        loss, partials, *rest = output
-        del loss
+        partials = output[1]
         ctx.save_for_backward(partials)
-        ctx.mark_non_differentiable(partials, *rest)
-        # A (B, K) loss has one differentiable input; a loss of pairs has two, or four with its reference.
-        ctx.inputs = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.is_floating_point()]
-        ctx.dtypes = [inputs[i].dtype for i in ctx.inputs]
-        ctx.arity = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.of_groups = inputs[2].dim() == 2
+        differentiable = inputs[2 : 3 if ctx.of_groups else 2 + partials.shape[0]]
+        ctx.dtypes = [tensor.dtype for tensor in differentiable]
+        ctx.others = (None,) * (len(inputs) - 2 - len(differentiable))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (partials,) = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * ctx.arity
-        scaled = grad_loss[..., None] * partials
-        columns = [scaled] if len(ctx.inputs) == 1 else list(scaled.unbind(-1))
-        for i, dtype, column in zip(ctx.inputs, ctx.dtypes, columns, strict=False):
-            if ctx.needs_input_grad[i]:
-                grads[i] = column.to(dtype)
-        return tuple(grads)
+        grads = [grad_loss[..., None] * partials] if ctx.of_groups else (grad_loss * partials).unbind(0)
+        needed = ctx.needs_input_grad[2 : 2 + len(ctx.dtypes)]
+        given = [
+            (grad if grad.dtype == dtype else grad.to(dtype)) if is_needed else None
+            for grad, dtype, is_needed in zip(grads, ctx.dtypes, needed, strict=True)
+        ]
+        return None, None, *given, *ctx.others
 
 
 def launch(operator: str, reduction: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Run `fastpref::operator`; returns (loss, *whatever it reports beside the loss), without the derivatives."""
-    loss, _, *rest = apply(_FusedLoss, operator, *enter(*tensors), *options, reduction)
+    loss, _, *rest = apply(_FusedLoss, operator, (*options, reduction), *enter(*tensors))
     return (loss, *rest)

@@ -8,10 +8,12 @@ multiplication.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fastpref._checks import are_like_vectors, remembered
 from fastpref._results import KTOResult, PreferenceLoss
 from fastpref.losses._launch import fused, launch
 from fastpref.reference.losses import preference as reference
@@ -19,6 +21,10 @@ from fastpref.reference.losses.loss_types import LOSS_TYPES
 from fastpref.reference.losses.preference import implicit_reward, wpo_weights
 
 __all__ = ["dpo_loss", "implicit_reward", "kto_loss", "wpo_weights"]
+
+# `dpo_loss`'s tensors beside log-probs. The margins are only among them where they are not one number.
+_OF_PAIRS = ("chosen_lengths", "rejected_lengths", "weights", "margin")
+_STAND_IN = torch.empty(0)
 
 
 def dpo_loss(
@@ -105,11 +111,7 @@ def dpo_loss(
         "loss_weights": loss_weights,
         "label_smoothing": label_smoothing,
         "reduction": reduction,
-        "chosen_lengths": chosen_lengths,
-        "rejected_lengths": rejected_lengths,
         "length_normalize": length_normalize,
-        "margin": margin,
-        "weights": weights,
         "f_divergence": f_divergence,
         "f_alpha": f_alpha,
         "reference_free": reference_free,
@@ -119,43 +121,96 @@ def dpo_loss(
         "sft_weight": sft_weight,
         "sft_reduction": sft_reduction,
     }
+    of_pairs: dict[str, Any] = {
+        "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "weights": weights,
+    }  # fmt: skip
+    (of_pairs if isinstance(margin, Tensor) else options)["margin"] = margin
     logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     if not fused(policy_chosen_logps):
-        return reference.dpo_loss(*logps, **options)
-    types, numbers, margin, weights = reference.check_dpo(*logps, **options)
-    beta, label_smoothing, f_alpha, delta, gamma, discopop_tau, sft_weight = numbers
-    if reduction == "none" and any(kind.mixes_pairs for kind, _ in types):
-        # One launch gives each pair the gradient of one loss: here those of two losses meet in it.
-        return reference.dpo_loss(*logps, **options)
-    # The likelihood is part of another type's launch; alone it is its own.
-    likelihood = sft_weight + sum(weight for kind, weight in types if kind.likelihood)
-    launched = [pair for pair in types if not pair[0].likelihood] or [(LOSS_TYPES["sft"], 0.0)]
-    per_pair, constant = (margin, 0.0) if isinstance(margin, Tensor) else (None, margin or 0.0)
-    results: list[tuple[Tensor, ...]] = []
-    for kind, weight in launched:
-        compared = logps if kind.reference and not reference_free else (*logps[:2], None, None)
-        takes = kind.takes
-        made = launch(
+        return reference.dpo_loss(*logps, **of_pairs, **options)
+    given = (*logps, *of_pairs.values())
+    if not torch.compiler.is_compiling() and are_like_vectors(*given):
+        launches = _resolve_alike(*[value is not None for value in given], **options)
+    else:
+        launches, of_pairs = _resolve(logps, of_pairs, options)
+    if not launches:
+        return reference.dpo_loss(*logps, **of_pairs, **options)
+    results = [
+        launch(
             "dpo_loss", reduction,
             (
-                *compared, chosen_lengths, rejected_lengths,
-                per_pair if "margin" in takes else None, weights if "weights" in takes else None,
+                policy_chosen_logps, policy_rejected_logps, ref_chosen_logps if of_type.reference else None,
+                ref_rejected_logps if of_type.reference else None, chosen_lengths, rejected_lengths,
+                of_pairs.get("margin") if of_type.margin else None, of_pairs["weights"] if of_type.weights else None,
             ),
-            (
-                kind.name, weight, beta, label_smoothing if "label_smoothing" in takes else 0.0,
-                constant if "margin" in takes else 0.0,
-                kind.normalized or (length_normalize and "length_normalize" in takes),
-                f_divergence if "f_divergence" in takes else "reverse_kl", f_alpha, delta, gamma, discopop_tau,
-                likelihood, sft_reduction,
-            ),
-        )  # fmt: skip
-        likelihood = 0.0
-        # Rewards are relative to the reference if any type is.
-        results.insert(0 if kind.reference else len(results), made)
+            of_type.options,
+        )
+        for of_type in launches
+    ]  # fmt: skip
     loss = results[0][0]
     for made in results[1:]:
         loss = loss + made[0]
     return PreferenceLoss(loss, *results[0][1:])
+
+
+class _Launch(NamedTuple):
+    """One launch of `fastpref::dpo_loss`.
+
+    Attributes:
+        reference: whether it is given the reference's log-probs.
+        margin: whether it is given the pairs' margins.
+        weights: whether it is given the pairs' weights.
+        options: its other arguments, but for the reduction.
+    """
+
+    reference: bool
+    margin: bool
+    weights: bool
+    options: tuple[Any, ...]
+
+
+def _resolve(
+    logps: Sequence[Tensor | None], of_pairs: dict[str, Any], options: Mapping[str, Any]
+) -> tuple[tuple[_Launch, ...], dict[str, Any]]:
+    """Check `dpo_loss`'s arguments. Return its launches, none where they cannot do it, and `of_pairs` as they take it.
+
+    The losses of the launches are added, and the first gives the rewards.
+    """
+    types, numbers, margin, weights = reference.check_dpo(*logps, **of_pairs, **options)  # type: ignore[arg-type]
+    of_pairs = of_pairs | {"weights": weights}
+    constant = 0.0
+    if isinstance(margin, Tensor):
+        of_pairs["margin"] = margin
+    else:
+        constant = margin or 0.0
+    if options["reduction"] == "none" and any(kind.mixes_pairs for kind, _ in types):
+        # One launch gives each pair the gradient of one loss: here those of two losses meet in it.
+        return (), of_pairs
+    # The likelihood is part of another type's launch; alone it is its own.
+    likelihood = numbers.sft_weight + sum(weight for kind, weight in types if kind.likelihood)
+    found: list[_Launch] = []
+    for kind, weight in [pair for pair in types if not pair[0].likelihood] or [(LOSS_TYPES["sft"], 0.0)]:
+        takes = kind.takes
+        of_type = (
+            kind.name, weight, numbers.beta, numbers.label_smoothing if "label_smoothing" in takes else 0.0,
+            constant if "margin" in takes else 0.0,
+            kind.normalized or (options["length_normalize"] and "length_normalize" in takes),
+            options["f_divergence"] if "f_divergence" in takes else "reverse_kl", numbers.f_alpha, numbers.delta,
+            numbers.gamma, numbers.discopop_tau, likelihood, options["sft_reduction"],
+        )  # fmt: skip
+        likelihood = 0.0
+        uses_reference = kind.reference and not options["reference_free"]
+        made = _Launch(uses_reference, "margin" in takes, "weights" in takes, of_type)
+        # Rewards are relative to the reference if any type is.
+        found.insert(0 if kind.reference else len(found), made)
+    return tuple(found), of_pairs
+
+
+@remembered
+def _resolve_alike(*given: bool, **options: Any) -> tuple[_Launch, ...]:
+    """Return the launches of `_resolve` for tensors that are alike, of which it is only told which are given."""
+    tensors = [_STAND_IN if is_given else None for is_given in given]
+    return _resolve(tensors[:4], dict(zip(_OF_PAIRS, tensors[4:], strict=False)), options)[0]
 
 
 def kto_loss(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpref
+from fastpref.losses import TABLE
 from fastpref_kernels import cpu
 
 
@@ -128,3 +130,41 @@ class TestLosses:
         formula = operators(lambda: F.cross_entropy(rewards, best))
         assert operators(lambda: fastpref.best_of_k_loss(rewards, best)) <= formula + 1
         assert python_calls(lambda: fastpref.best_of_k_loss(rewards, best)) <= 25
+
+
+class TestLossesOnAGPU:
+    """Losses as tensors of a GPU take them, to the launch, which does nothing here."""
+
+    @pytest.fixture(autouse=True)
+    def stubbed(self) -> Iterator[None]:
+        pytest.importorskip("triton")
+        from benchmarks import sass
+        from benchmarks.stubbed_driver import stubbed_launches
+        from benchmarks.triton_on_cpu import launchers_on_cpu
+
+        with stubbed_launches(sass.TARGETS["sm_90"]), launchers_on_cpu():
+            yield
+
+    # A forward allocates what the launch writes, and a backward multiplies once. Every function counts that PyTorch,
+    # Triton and the stubs enter too, which differ between their versions.
+    @pytest.mark.parametrize(
+        ("name", "in_forward", "in_step", "entered"),
+        [
+            ("dpo_loss:sigmoid", 12, 48, 112),
+            ("kto_loss", 9, 35, 105),
+            ("pairwise_reward_loss", 6, 28, 100),
+            ("best_of_k_loss", 6, 24, 94),
+            ("ranking_loss", 6, 24, 99),
+            ("plackett_luce_loss", 6, 24, 99),
+        ],
+    )
+    def test_counts(self, name: str, in_forward: int, in_step: int, entered: int) -> None:
+        (row,) = [loss for loss in TABLE if loss.name == name]
+        tensors, options = row.example(torch.Generator().manual_seed(0), 8)
+        given = [tensor.float().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors]
+        options = {name: value for name, value in options.items() if not name.endswith("lengths")}
+        call = functools.partial(row.function, *given, **row.options, **options)
+        assert operators(call) <= in_forward
+        assert operators(step(call)) <= in_step
+        if isinstance(vars(torch.autograd.Function)["apply"], classmethod):
+            assert python_calls(step(call)) <= entered

@@ -61,7 +61,7 @@ class Pairs:
         return self.beta * gap if self.margin is None else self.beta * gap - self.margin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one of a name, and it keys caches
 class LossType:
     """One `loss_type`.
 

@@ -1,4 +1,4 @@
-"""What every loss's kernel needs: log σ and σ, the sum over programs, and the launch.
+"""Functions that every loss's kernel or its launcher uses: log σ and σ, the sum over programs, and the launch.
 
 A program takes a tile of elements; the losses are summed by whichever program finishes last, in the order of the
 programs, so two runs agree bit for bit.
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.linear import widened
-from fastpref_kernels.triton.common import accumulator, exp, log1p, on_device
+from fastpref_kernels.triton.common import accumulator, exp, log1p
+from fastpref_kernels.triton.launch import launch
 
 # Programs whose losses are summed at a time.
 SUM_BLOCK: tl.constexpr = tl.constexpr(128)
@@ -22,13 +22,13 @@ SUM_BLOCK: tl.constexpr = tl.constexpr(128)
 
 @triton.jit
 def log_sigmoid(x, ACC: tl.constexpr):
-    """log σ(x), to its last digits far from 0."""
+    """Return log σ(x), to its last digits far from 0 too."""
     return tl.minimum(x, 0.0) - log1p(exp(-tl.abs(x), ACC))
 
 
 @triton.jit
 def sigmoid(x, ACC: tl.constexpr):
-    """σ(x), from the exponential that does not overflow."""
+    """Return σ(x), from the exponential that does not overflow."""
     e = exp(-tl.abs(x), ACC)
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
@@ -58,31 +58,51 @@ def finish(losses, total, scratch, ticket, loss, index, inside, N, SUMMED: tl.co
         tl.store(loss + index, losses, mask=inside)
 
 
-def outputs(first: Tensor, dtype: torch.dtype, columns: int, reduction: str) -> tuple[Tensor, Tensor]:
-    """Empty loss and partial derivatives; a sum or mean over nothing is 0, and no program would write it."""
-    N = first.shape[0]
-    shape = (N,) if reduction == "none" else ()
-    loss = first.new_empty(shape, dtype=dtype) if N else first.new_zeros(shape, dtype=dtype)
-    return loss, first.new_empty((N, columns), dtype=dtype)
+def outputs(reduction: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return uninitialized memory for the loss of these tensors, and for the partial derivatives by each of them.
+
+    Args:
+        reduction: "mean", "sum" or "none". A sum or mean over nothing is 0, and no program would write it.
+        tensors: tensors (N,) or one tensor (N, K), on one device.
+
+    Returns:
+        The loss, () or (N,), and the partial derivatives, (n, N) by n tensors (N,) or (N, K).
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    first, dtype = given[0], widest(given)
+    shape = first.shape
+    if reduction == "none":
+        loss = first.new_empty(shape[:1], dtype=dtype)
+    else:
+        loss = first.new_empty((), dtype=dtype) if shape[0] else first.new_zeros((), dtype=dtype)
+    return loss, loss.new_empty(shape if len(shape) == 2 else (len(given), shape[0]))
 
 
-def launch(kernel: Any, programs: int, loss: Tensor, reduction: str, tensors: list[Any], scalars: list[Any],
-            warps: int, ticket: Tensor | None = None, **constants: Any) -> None:  # fmt: skip
-    """Launch over `programs` tiles; only several of them need a place to meet, and a counter at 0 if none is given."""
-    if programs == 0:
+def launch_loss(
+    kernel: Any, elements: int, per_program: int, loss: Tensor, reduction: str, tensors: list[Any],
+    scalars: tuple[Any, ...], warps: int, ticket: Tensor | None = None, **constants: Any,
+) -> None:  # fmt: skip
+    """Launch as many programs as the elements need.
+
+    If there are several, they share their sums through scratch memory and a ticket that starts at 0.
+    """
+    if elements == 0:
         return
+    programs = (elements + per_program - 1) // per_program
     scratch = None
     if programs > 1 and reduction != "none":
         scratch = loss.new_empty(programs)
         ticket = loss.new_zeros(1, dtype=torch.int32) if ticket is None else ticket
-    acc = accumulator(loss.dtype)
-    with on_device(loss.device):
-        kernel[(programs,)](
-            *tensors, scratch, ticket, *scalars, SUMMED=reduction != "none", MEAN=reduction == "mean", ACC=acc,
-            **constants, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        kernel, programs, *tensors, scratch, ticket, *scalars, SUMMED=reduction != "none", MEAN=reduction == "mean",
+        ACC=accumulator(loss.dtype), **constants, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
-def widest(*tensors: Tensor | None) -> torch.dtype:
-    """What a loss of these is computed in."""
-    return widened(*(tensor.dtype for tensor in tensors if tensor is not None))
+def widest(tensors: list[Tensor]) -> torch.dtype:
+    """Return the dtype in which a loss of these is computed: their common dtype, float32 at the least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -6,6 +6,7 @@ chosen when the kernel is compiled.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -14,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels.triton import launches
-from fastpref_kernels.triton.common import accumulator, dense, exp, join, log1p, on_device, split
-from fastpref_kernels.triton.loss import finish, launch, log_sigmoid, outputs, sigmoid, widest
+from fastpref_kernels.triton.common import accumulator, dense, exp, join, log1p, split
+from fastpref_kernels.triton.launch import launch
+from fastpref_kernels.triton.loss import finish, launch_loss, log_sigmoid, outputs, sigmoid
 
 # Halves of one tensor, as often as not: the second begins where the number of pairs puts it.
 PAIRS = ["chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths"]
@@ -212,7 +214,7 @@ def order_kernel(
 def dpo_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, margins, weights,  # (N,)
     ordered, places,  # (2, N), (2, N), what `order_kernel` made, or None
-    loss, partials, chosen_rewards, rejected_rewards, scratch, ticket,  # () or (N,), (N, 2 or 4), (N,), (N,)
+    loss, partials, chosen_rewards, rejected_rewards, scratch, ticket,  # () or (N,), (2 or 4, N), (N,), (N,)
     N, beta_high, beta_low, smoothing_high, smoothing_low, margin_high, margin_low, rate_high, rate_low,
     largest_high, largest_low, delta_high, delta_low, gamma_high, gamma_low, tau_high, tau_low, spread_high, spread_low,
     scale_high, scale_low,
@@ -277,13 +279,10 @@ def dpo_kernel(
     if ref_chosen is not None:
         w -= tl.load(ref_chosen + i, mask=inside, other=0.0).to(ACC)
         l -= tl.load(ref_rejected + i, mask=inside, other=0.0).to(ACC)  # noqa: E741
-        tl.store(partials + i * 4, by_w, mask=inside)
-        tl.store(partials + i * 4 + 1, by_l, mask=inside)
-        tl.store(partials + i * 4 + 2, by_rw, mask=inside)
-        tl.store(partials + i * 4 + 3, by_rl, mask=inside)
-    else:
-        tl.store(partials + i * 2, by_w, mask=inside)
-        tl.store(partials + i * 2 + 1, by_l, mask=inside)
+        tl.store(partials + 2 * N + i, by_rw, mask=inside)
+        tl.store(partials + 3 * N + i, by_rl, mask=inside)
+    tl.store(partials + i, by_w, mask=inside)
+    tl.store(partials + N + i, by_l, mask=inside)
     tl.store(chosen_rewards + i, beta * w, mask=inside)
     tl.store(rejected_rewards + i, beta * l, mask=inside)
     total = tl.sum(tl.where(inside, losses, 0.0))
@@ -293,7 +292,7 @@ def dpo_kernel(
 @triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["logps", "ref_logps", "desirable", "kl"])
 def kto_kernel(
     logps, ref_logps, desirable, kl,  # (N,), (N,), (N,) bool, (K,)
-    loss, partials, rewards, scratch, ticket,  # () or (N,), (N, 2), (N,)
+    loss, partials, rewards, scratch, ticket,  # () or (N,), (2, N), (N,)
     N, K, kl_high, kl_low, beta_high, beta_low, desirable_high, desirable_low, undesirable_high, undesirable_low,
     SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -320,10 +319,30 @@ def kto_kernel(
     by_logp = weight * towards * sigmoid(v, ACC) * sigmoid(-v, ACC)
     if MEAN:
         by_logp = by_logp / N
-    tl.store(partials + i * 2, by_logp, mask=inside)
-    tl.store(partials + i * 2 + 1, -by_logp, mask=inside)
+    tl.store(partials + i, by_logp, mask=inside)
+    tl.store(partials + N + i, -by_logp, mask=inside)
     tl.store(rewards + i, beta * ratio, mask=inside)
     finish(losses, tl.sum(tl.where(inside, losses, 0.0)), scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
+
+
+@functools.lru_cache(maxsize=256)
+def _dpo_scalars(
+    dtype: torch.dtype, loss_type: str, loss_weight: float, beta: float, label_smoothing: float,
+    constant_margin: float, f_divergence: str, f_alpha: float, delta: float, gamma: float, discopop_tau: float,
+    sft_weight: float,
+) -> tuple[str, tuple[float, ...], tuple[float, ...]]:  # fmt: skip
+    """Return the divergence to compile for, and the numbers that `order_kernel` and `dpo_kernel` take."""
+    # α - 1, and 1 - 2ε, are made here: in float32 a small difference would lose its digits.
+    rate = -1.0 if f_divergence == "forward_kl" else f_alpha - 1
+    kind = "reverse_kl" if f_divergence == "alpha" and rate == 0 else f_divergence
+    # The largest exponent whose power over the rate the dtype holds; a hair below, as in the formula's code.
+    largest = math.log(torch.finfo(dtype).max) + min(math.log(abs(rate) or 1.0), 0.0) - 1e-3
+    spread = 1 / (1 - 2 * label_smoothing) if loss_type == "robust" else 1.0
+    numbers = split(
+        beta, label_smoothing, constant_margin, rate, largest, delta, gamma, discopop_tau, spread,
+        loss_weight, sft_weight,
+    )  # fmt: skip
+    return kind, split(rate, largest), numbers
 
 
 def dpo_loss(
@@ -334,38 +353,32 @@ def dpo_loss(
     sft_weight: float, sft_reduction: str, reduction: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::dpo_loss`."""
-    N, dtype = chosen.shape[0], widest(chosen, rejected, ref_chosen, ref_rejected)
     pairs, order = launches.SMALL["dpo"], launches.SMALL["order"]
-    loss, partials = outputs(chosen, dtype, 2 if ref_chosen is None else 4, reduction)
-    chosen_rewards, rejected_rewards = (chosen.new_empty(chosen.shape, dtype=dtype) for _ in range(2))
-    # α - 1, and 1 - 2ε, are made here: in float32 a small difference would lose its digits.
-    rate = -1.0 if f_divergence == "forward_kl" else f_alpha - 1
-    kind = "reverse_kl" if f_divergence == "alpha" and rate == 0 else f_divergence
-    # The largest exponent whose power over the rate the dtype holds; a hair below, as in the formula's code.
-    largest = math.log(torch.finfo(dtype).max) + min(math.log(abs(rate) or 1.0), 0.0) - 1e-3
-    spread = 1 / (1 - 2 * label_smoothing) if loss_type == "robust" else 1.0
-    tensors = dense(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+    loss, partials = outputs(reduction, chosen, rejected, ref_chosen, ref_rejected)
+    N, dtype = chosen.shape[0], loss.dtype
+    chosen_rewards, rejected_rewards = loss.new_empty(N), loss.new_empty(N)
+    kind, order_scalars, scalars = _dpo_scalars(
+        dtype, loss_type, loss_weight, beta, label_smoothing, constant_margin, f_divergence, f_alpha, delta, gamma,
+        discopop_tau, sft_weight,
+    )  # fmt: skip
+    *tensors, margin, weights = dense(
+        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, margin, weights
+    )
     shape = {"PAIRED": loss_type == "aot", "NORMALIZE": length_normalize, "F_DIVERGENCE": kind}
     ordered = places = ticket = None
     if loss_type in ("aot", "aot_unpaired") and N:
         ordered, places = chosen.new_empty((2, N), dtype=dtype), chosen.new_empty((2, N), dtype=torch.int32)
         ticket = chosen.new_empty(1, dtype=torch.int32)
-        with on_device(chosen.device):
-            order_kernel[(triton.cdiv(N, order.block),)](
-                *tensors, ordered, places, ticket, N, *split(rate), *split(largest), **shape, ACC=accumulator(dtype),
-                BLOCK=order.block, num_warps=order.warps,
-                enable_fp_fusion=False,  # an element must be alike wherever it is made
-            )  # fmt: skip
-    scalars = (
-        beta, label_smoothing, constant_margin, rate, largest, delta, gamma, discopop_tau, spread,
-        loss_weight, sft_weight,
-    )  # fmt: skip
-    launch(
-        dpo_kernel, triton.cdiv(N, pairs.block), loss, reduction,
-        [*tensors, *dense(margin, weights), ordered, places, loss, partials, chosen_rewards, rejected_rewards],
-        [N, *(part for scalar in scalars for part in split(scalar))], LOSS_TYPE=loss_type, **shape,
-        SFT=sft_reduction if sft_weight else None, BLOCK=pairs.block, warps=pairs.warps,
-        ticket=ticket,
+        launch(
+            order_kernel, (N + order.block - 1) // order.block, *tensors, ordered, places, ticket, N, *order_scalars,
+            **shape, ACC=accumulator(dtype), BLOCK=order.block, num_warps=order.warps,
+            enable_fp_fusion=False,  # an element must be alike wherever it is made
+        )  # fmt: skip
+    launch_loss(
+        dpo_kernel, N, pairs.block, loss, reduction,
+        [*tensors, margin, weights, ordered, places, loss, partials, chosen_rewards, rejected_rewards],
+        (N, *scalars), pairs.warps, ticket, LOSS_TYPE=loss_type, **shape, SFT=sft_reduction if sft_weight else None,
+        BLOCK=pairs.block,
     )  # fmt: skip
     return loss, partials, chosen_rewards, rejected_rewards
 
@@ -375,15 +388,14 @@ def kto_loss(
     desirable_weight: float, undesirable_weight: float, reduction: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`fastpref::kto_loss`."""
-    N, dtype = logps.shape[0], widest(logps, ref_logps)
+    N = logps.shape[0]
     block, warps, _ = launches.SMALL["kto"]
-    loss, partials = outputs(logps, dtype, 2, reduction)
-    rewards = logps.new_empty(logps.shape, dtype=dtype)
-    scalars = (constant_kl, beta, desirable_weight, undesirable_weight)
-    launch(
-        kto_kernel, triton.cdiv(N, block), loss, reduction,
+    loss, partials = outputs(reduction, logps, ref_logps)
+    rewards = loss.new_empty(N)
+    launch_loss(
+        kto_kernel, N, block, loss, reduction,
         [*dense(logps, ref_logps, desirable, kl), loss, partials, rewards],
-        [N, 0 if kl is None else kl.numel(), *(part for scalar in scalars for part in split(scalar))], warps,
+        (N, 0 if kl is None else kl.numel(), *split(constant_kl, beta, desirable_weight, undesirable_weight)), warps,
         BLOCK=block,
     )  # fmt: skip
     return loss, partials, rewards

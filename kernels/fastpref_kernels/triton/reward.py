@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import dense, exp, join, split
-from fastpref_kernels.triton.loss import finish, launch, log_sigmoid, outputs, sigmoid, widest
+from fastpref_kernels.triton.loss import finish, launch_loss, log_sigmoid, outputs, sigmoid
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["chosen", "rejected", "margin"])
 def pairwise_reward_kernel(
     chosen, rejected, margin,  # (N,)
-    loss, partials, scratch, ticket,  # () or (N,), (N, 2)
+    loss, partials, scratch, ticket,  # () or (N,), (2, N)
     N, constant_high, constant_low, center_high, center_low,
     SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -38,8 +38,8 @@ def pairwise_reward_kernel(
     scale = 1.0
     if MEAN:
         scale = 1.0 / N.to(ACC)
-    tl.store(partials + i * 2, (by_sum + by_u) * scale, mask=inside)
-    tl.store(partials + i * 2 + 1, (by_sum - by_u) * scale, mask=inside)
+    tl.store(partials + i, (by_sum + by_u) * scale, mask=inside)
+    tl.store(partials + N + i, (by_sum - by_u) * scale, mask=inside)
     total = tl.sum(tl.where(inside, losses, 0.0))
     finish(losses, total, scratch, ticket, loss, i, inside, N, SUMMED, MEAN)
 
@@ -131,12 +131,12 @@ def pairwise_reward_loss(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fastpref::pairwise_reward_loss`."""
-    loss, partials = outputs(chosen, widest(chosen, rejected), 2, reduction)
+    loss, partials = outputs(reduction, chosen, rejected)
     block, warps, _ = launches.SMALL["pairwise_reward"]
-    launch(
-        pairwise_reward_kernel, triton.cdiv(chosen.shape[0], block), loss, reduction,
+    launch_loss(
+        pairwise_reward_kernel, chosen.shape[0], block, loss, reduction,
         [*dense(chosen, rejected, margin), loss, partials],
-        [chosen.shape[0], *split(constant_margin), *split(center_weight)], warps, BLOCK=block,
+        (chosen.shape[0], *split(constant_margin, center_weight)), warps, BLOCK=block,
     )  # fmt: skip
     return loss, partials
 
@@ -144,13 +144,13 @@ def pairwise_reward_loss(
 def best_of_k_loss(rewards: Tensor, best: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """`fastpref::best_of_k_loss`."""
     N, K = rewards.shape
-    loss, partials = outputs(rewards, widest(rewards), K, reduction)
+    loss, partials = outputs(reduction, rewards)
     block, warps, _ = launches.SMALL["best_of_k"]
-    answers = triton.next_power_of_2(K)
+    answers = 1 << (K - 1).bit_length()
     prompts = max(1, block // answers)
-    launch(
-        best_of_k_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, best), loss, partials],
-        [N, K], warps, PROMPTS=prompts, BLOCK_K=answers,
+    launch_loss(
+        best_of_k_kernel, N, prompts, loss, reduction, [*dense(rewards, best), loss, partials], (N, K), warps,
+        PROMPTS=prompts, BLOCK_K=answers,
     )  # fmt: skip
     return loss, partials
 
@@ -159,13 +159,13 @@ def _of_ranking(
     all_pairs: bool, rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
     N, K = rewards.shape
-    loss, partials = outputs(rewards, widest(rewards), K, reduction)
-    answers = triton.next_power_of_2(K)
+    loss, partials = outputs(reduction, rewards)
+    answers = 1 << (K - 1).bit_length()
     block, warps, _ = launches.SMALL["ranking_wide" if answers > 32 else "ranking"]
     prompts = max(1, block // answers**2)
-    launch(
-        ranking_kernel, triton.cdiv(N, prompts), loss, reduction, [*dense(rewards, ranks, mask), loss, partials],
-        [N, K], warps, ALL_PAIRS=all_pairs, PROMPTS=prompts, BLOCK_K=answers,
+    launch_loss(
+        ranking_kernel, N, prompts, loss, reduction, [*dense(rewards, ranks, mask), loss, partials], (N, K), warps,
+        ALL_PAIRS=all_pairs, PROMPTS=prompts, BLOCK_K=answers,
     )  # fmt: skip
     return loss, partials
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastpref_kernels.linear import widened
 from fastpref_kernels.triton import launches
-from fastpref_kernels.triton.common import accumulator, dense, join, on_device, split
+from fastpref_kernels.triton.common import accumulator, dense, join, split
+from fastpref_kernels.triton.launch import launch
 
 
 @triton.jit
@@ -70,9 +71,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages, returns = (rewards.new_empty((B, T), dtype=dtype) for _ in range(2))
     block, warps, _ = launches.SMALL["gae"]
     if B and T:
-        with on_device(rewards.device):
-            gae_kernel[(B,)](
-                *dense(rewards, values, mask), advantages, returns, T, *split(gamma), *split(gamma * lam),
-                ACC=accumulator(dtype), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
-            )  # fmt: skip
+        launch(
+            gae_kernel, B, *dense(rewards, values, mask), advantages, returns, T, *split(gamma, gamma * lam),
+            ACC=accumulator(dtype), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return advantages, returns

@@ -67,6 +67,8 @@ def small_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small blocks, so that a small vocabulary has full blocks, a last one, and one with the label in it.
     for kernel in launches.ROWS:
         monkeypatch.setitem(launches.ROWS, kernel, launches.Launch(32, 1))
+    # And segments of two blocks, so that it has several.
+    monkeypatch.setattr(launches, "SHORTEST_SEGMENT", 64)
     for kernel in launches.SMALL.keys() - {"order", "gae"}:
         monkeypatch.setitem(launches.SMALL, kernel, launches.SMALL[kernel]._replace(block=32))
     with launchers_on_cpu(travelling):
