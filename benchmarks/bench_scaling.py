@@ -80,7 +80,9 @@ class Problem:
         """Bytes of this rank's contributions to a step's all-reduces, after the formulas of docs/scaling.md."""
         if not self.group:
             return 0
-        return 24 * self.scored + (0 if self.form == "logits" else 4 * self.scored * self.width)
+        if self.form == "logits":
+            return 24 * self.labels[:, 1:].numel()
+        return 24 * self.scored + 4 * self.scored * self.width
 
     def gradients(self) -> int:
         """Bytes of the gradients a step makes."""

@@ -73,6 +73,15 @@ def is_like(value: object, checked: Tensor) -> bool:
     )
 
 
+def are_like_vectors(first: object, *others: object) -> bool:
+    """Return whether `first` is a floating-point tensor (B,), and every other one None or like it."""
+    if not isinstance(first, Tensor) or first.is_nested or first.layout is not torch.strided:
+        return False
+    if first.dtype not in FLOATING or first.dim() != 1:
+        return False
+    return all(other is None or is_like(other, first) for other in others)
+
+
 def check_vector(
     name: str, value: object, dtypes: Sequence[torch.dtype], wanted: str, like: tuple[str, Tensor] | None = None
 ) -> None:
@@ -343,6 +352,25 @@ def check_linear(
         check_same_device(name, value, of, hidden)
         if value.dtype != hidden.dtype and not cast:
             raise TypeError(f"{name} must have {of}'s dtype, {hidden.dtype}; got {describe(value)}")
+
+
+def check_scored_rows(scored_rows: object, sequences: int) -> tuple[int | None, list[int] | None]:
+    """Check `scored_rows`. Return the number of rows, and that of each sequence, None where they are not given."""
+    if scored_rows is None:
+        return None, None
+    if is_sequence(scored_rows):
+        counts = [check_int(f"scored_rows[{i}]", count, least=0) for i, count in enumerate(scored_rows)]
+        if len(counts) != sequences:
+            raise ValueError(
+                f"scored_rows must have one number for each of {sequences} sequences; got {len(counts)}, {counts}"
+            )
+        return sum(counts), counts
+    if isinstance(scored_rows, Tensor):
+        raise TypeError(
+            "scored_rows must be an int or a sequence of ints that the host knows, such as a list; "
+            f"got {describe(scored_rows)}"
+        )
+    return check_int("scored_rows", scored_rows, least=0), None
 
 
 def check_mode(mode: object, chunk_rows: object, filter_eps: object) -> tuple[int | None, float | None]:

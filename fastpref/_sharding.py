@@ -69,7 +69,7 @@ def resolve_group(process_group: Any) -> Any:
 
 def _of_group(columns: int, device: torch.device, process_group: Any) -> Shard:
     group = resolve_group(process_group)
-    own = torch.tensor([columns], dtype=torch.int64, device=device)
+    own = torch.full((1,), columns, dtype=torch.int64, device=device)  # filled there, not copied: a copy waits
     sizes = own.new_empty(dist.get_world_size(group))
     # Its name from torch 2.13 on, and before.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -97,7 +97,7 @@ def _of_dtensor(name: str, value: Any, axis: int, device: torch.device) -> tuple
     ranks, vocabulary = mesh.size(dim), value.shape[axis]
     largest = (vocabulary + ranks - 1) // ranks
     first = min(mesh.get_local_rank(dim) * largest, vocabulary)
-    bounds = torch.tensor([first, vocabulary], dtype=torch.int64, device=device)
+    bounds = torch.stack([torch.full((), n, dtype=torch.int64, device=device) for n in (first, vocabulary)])
     return Shard(mesh.get_group(dim), bounds, largest), dim
 
 

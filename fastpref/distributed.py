@@ -1,7 +1,8 @@
 """Log-probs over a vocabulary that is split over ranks: each folds its own columns, and only sums of rows travel.
 
 A rank's sums of a row are of exponentials at an anchor of its own. One all-reduce finds the highest anchor of each row,
-and a second adds up the sums, brought to it: 8 bytes and 16 bytes a scored row, and more for each statistic.
+and a second adds up the sums, brought to it: 8 bytes and 16 bytes a row, and more for each statistic. The rows are
+those that are scored; from logits, whose scored rows nobody has counted, they are all.
 The gradient of the head's shard is made from what is here. That of the hidden states is one all-reduce of scored rows
 more, in float32. Logits that are split so need none: their gradient is of what is here.
 
@@ -29,15 +30,17 @@ _ENTROPY, _MEAN, _TOP1, _LOG_SUM_SQ, _DROPPED = 2, 4, 8, 16, 32
 
 
 def of_shard(
-    shard: Shard | None, labels: Tensor, cu_seqlens: Tensor | None, columns: int, ignore_index: int, shift: bool
-) -> tuple[Any, Tensor | None, Tensor, int]:
-    """The group and bounds that a Function is given, None for a whole vocabulary, and its labels and ignore_index.
+    shard: Shard | None, labels: Tensor, cu_seqlens: Tensor | None, columns: int, ignore_index: int, shift: bool,
+    checks: bool = True,
+) -> tuple[Any, Tensor | None, Tensor, int]:  # fmt: skip
+    """Return the group and bounds that a Function is given, None for a whole vocabulary, its labels and ignore_index.
 
-    A shard's labels (B, T) are its columns; -1 or past its end where they are another's, `UNSCORED` where none is.
+    A shard's labels (B, T) are its columns; -1 or past its end where they are another's, `UNSCORED` where none is. With
+    `checks`, labels outside of the vocabulary raise, for which the host waits.
     """
     if shard is None:
         return None, None, labels, ignore_index
-    here = torch.ops.fastpref.shard_labels(labels, cu_seqlens, shard.bounds, columns, ignore_index, shift)
+    here = torch.ops.fastpref.shard_labels(labels, cu_seqlens, shard.bounds, columns, ignore_index, shift, checks)
     return shard.group, shard.bounds, here, UNSCORED
 
 
@@ -68,43 +71,52 @@ def _whole_sums(sums: Tensor, group: Any, stats: int) -> Tensor:
     return torch.stack([found.get(i, torch.zeros_like(rest)) for i in range(8)])
 
 
-def _reduced(planes: Tensor, scored: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """`reduce` of planes (n, B, T'), (n, R) -> (n, R): of the scored positions, whose number a graph does not know."""
-    if not has_values(planes):
+def _scored_rows(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, rows: int | None) -> ops.Rows | None:
+    """Return the scored rows of a shard's labels; None in a graph that does not know their number."""
+    if rows is None and not has_values(labels):
+        return None
+    return ops.Rows.of(labels, cu_seqlens, UNSCORED, shift, rows)
+
+
+def _reduced(planes: Tensor, rows: ops.Rows | None, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `reduce`, (n, R) -> (n, R), of planes (n, B, T'): of the scored rows alone where they are known."""
+    if rows is None:
         return reduce(planes.flatten(1)).view_as(planes)
-    whole = torch.zeros_like(planes)
-    whole[:, scored] = reduce(planes[:, scored])
-    return whole
-
-
-def _merge(sums: Tensor, scored: Tensor, group: Any, stats: int) -> Tensor:
-    """`_whole_sums` of (8, B, T')."""
-    return _reduced(sums, scored, lambda rows: _whole_sums(rows, group, stats))
+    return rows.spread(reduce(rows.take(planes, slice(None))), planes.dtype)
 
 
 def linear_logprobs(group: Any, bounds: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator `linear_logprobs`, or its like where the weight is a group's shard, and labels are the shard's."""
+    """Run the operator `linear_logprobs`, or its parts where the weight is a group's shard, and labels are its."""
     if group is None:
         return torch.ops.fastpref.linear_logprobs(*arguments)
-    hidden, _, _, labels, cu_seqlens, store, *scoring, stats, _, filter_eps = arguments
+    hidden, _, _, labels, cu_seqlens, store, *scoring, stats, rows, _, filter_eps = arguments
     sums, masses = torch.ops.fastpref.linear_fold(*arguments)
-    _, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=scoring[1])
-    whole = _merge(sums, scored, group, stats)
-    *results, dropped = torch.ops.fastpref.linear_settle(
-        hidden, labels, cu_seqlens, bounds, sums, whole, masses, store, *scoring, stats, filter_eps
+    found = _scored_rows(labels, cu_seqlens, scoring[1], rows)
+    whole = _reduced(sums, found, lambda sums: _whole_sums(sums, group, stats))
+    *results, dropped = torch.ops.fastpref.linear_finalize(
+        hidden, labels, cu_seqlens, bounds, sums, whole, masses, store, *scoring, stats, rows, filter_eps
     )
     if stats & _DROPPED:
-        dropped = _reduced(dropped[None], scored, lambda rows: _all_reduce(rows, group))[0]
+        dropped = _reduced(dropped[None], found, lambda dropped: _all_reduce(dropped, group))[0]
     return *results, dropped
 
 
-def reduce_hidden(group: Any, d_hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool) -> Tensor:
-    """The gradient of the hidden states (B, T, H), summed over the group: the scored rows alone, the rest being 0."""
-    if not has_values(d_hidden):
+def reduce_hidden(
+    group: Any, d_hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, rows: int | None
+) -> Tensor:
+    """Return the gradient of the hidden states (B, T, H), summed over the group.
+
+    Only scored rows travel, because the rest is 0; in a graph that does not know their number, all do.
+    """
+    found = _scored_rows(labels, cu_seqlens, shift, rows)
+    if found is None:
         return _all_reduce(d_hidden, group)
-    _, scored = scored_targets(labels, cu_seqlens, ignore_index=UNSCORED, shift=shift)
-    rows = d_hidden[:, : scored.shape[1]]
-    rows[scored] = _all_reduce(rows[scored], group)
+    if len(found):
+        flat = d_hidden.flatten(0, 1)
+        source = found.source.clamp(max=len(flat) - 1)
+        summed = _all_reduce(flat.index_select(0, source), group)
+        summed.masked_fill_((found.source >= len(flat))[:, None], 0.0)  # rows that are left over
+        flat.zero_().index_add_(0, source, summed)
     return d_hidden
 
 
@@ -190,10 +202,12 @@ class _ShardedLogprobs(torch.autograd.Function):
                 sums[3] = (squares.double().exp() * mass * mass - e * e).masked_fill(dead, 0.0)
             if stats & _MEAN:
                 sums[4] = mean.double() * columns
-        whole = _merge(sums, scored, group, stats & ~_TOP1)
+        sums[1:].masked_fill_(targets == ops.INVALID, torch.nan)
+        whole = _reduced(sums, None, lambda sums: _whole_sums(sums, group, stats & ~_TOP1))
         none = sums.new_zeros((0, *scored.shape), dtype=torch.float32)
-        logps, whole_norm, _, *statistics, _ = torch.ops.fastpref.linear_settle(
-            logits, labels, cu_seqlens, bounds, sums, whole, none, None, *scoring, stats & ~_TOP1, None
+        # With room for every position, nobody has to know how many are scored.
+        logps, whole_norm, _, *statistics, _ = torch.ops.fastpref.linear_finalize(
+            logits, labels, cu_seqlens, bounds, sums, whole, none, None, *scoring, stats & ~_TOP1, scored.numel(), None
         )
         if stats & _TOP1:
             # With any statistic but "lse", what the operator anchors a row at is its maximum.
@@ -232,10 +246,12 @@ class _ShardedLogprobs(torch.autograd.Function):
         value = torch.zeros_like(logp) if grad is None else -grad
         if grad_entropy is not None:
             value = value - grad_entropy * (logp + norm[3]).masked_fill(logp.exp() == 0, 0.0)
-        away = scored & ((targets < 0) | (targets >= columns))
+        # Where the label is another shard's, the operator's gradient of the nearest column is wrong.
+        away = (scored & ((targets < 0) | (targets >= columns)))[..., None]
         near = _nearest(labels, columns)
-        place = (*away.nonzero(as_tuple=True), near[:, int(shift) :][away])
-        value = (value * logp.exp())[away] * _slope(logits[place].to(own.dtype), *ctx.scoring[2:])
+        column = near[:, int(shift) :, None].clamp(min=0)
+        of_column = logits[:, : scored.shape[1]].gather(-1, column)
+        value = (value * logp.exp())[..., None] * _slope(of_column.to(own.dtype), *ctx.scoring[2:])
         arguments = (grad, grad_entropy, logits, near, cu_seqlens, None, norm, norm.new_empty(0), *ctx.scoring, "none")
         if ctx.inplace:
             torch.ops.fastpref.logprobs_backward_(*arguments)
@@ -243,7 +259,8 @@ class _ShardedLogprobs(torch.autograd.Function):
             d_logits = logits.detach()
         else:
             d_logits = torch.ops.fastpref.logprobs_backward(*arguments)
-        d_logits[place] = value.to(d_logits.dtype)
+        rows = d_logits[:, : scored.shape[1]]
+        rows.scatter_(-1, column, torch.where(away, value.to(d_logits.dtype), rows.gather(-1, column)))
         return (d_logits, *none)
 
 
@@ -256,7 +273,9 @@ def sharded_logprobs(
     `scoring` is the operator's but its reduction; `inplace` writes the gradient over the logits.
     """
     ignore_index, shift, *transform = scoring
-    group, bounds, labels, ignore_index = of_shard(shard, labels, cu_seqlens, logits.shape[-1], ignore_index, shift)
+    group, bounds, labels, ignore_index = of_shard(
+        shard, labels, cu_seqlens, logits.shape[-1], ignore_index, shift, checks=ops.on_host(labels)
+    )
     logps, _, _, _, *statistics = apply(
         _ShardedLogprobs, logits, labels, cu_seqlens, bounds, group, (ignore_index, shift, *transform), stats, inplace
     )
@@ -276,7 +295,7 @@ def _top1(group: Any, top: Tensor, top1: Tensor, targets: Tensor, columns: int, 
     maxima = torch.stack(
         [torch.where(before, top, own), torch.where(after, top, -torch.inf), torch.where(first, top, -torch.inf)]
     )
-    below, above, label = _reduced(maxima, scored, lambda rows: _all_reduce(rows, group, dist.ReduceOp.MAX))
+    below, above, label = _all_reduce(maxima, group, dist.ReduceOp.MAX)
     return (below < label) & (above <= label) & scored
 
 

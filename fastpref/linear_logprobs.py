@@ -23,6 +23,7 @@ from fastpref._checks import (
 )
 from fastpref._function import apply, enter, has_values, once_differentiable, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
+from fastpref._rows import ScoredRows, count_columns, resolve_rows
 from fastpref._sharding import Shard, resolve_head
 from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
 from fastpref_kernels import ops
@@ -106,7 +107,9 @@ class _LinearLogprobs(torch.autograd.Function):
             store if ctx.capacity else None, shares, needed, *dtypes, *ctx.scoring, *ctx.chunking,
         )  # fmt: skip
         if ctx.group is not None and needed[0]:
-            d_hidden = distributed.reduce_hidden(ctx.group, gradients[0], labels, cu_seqlens, ctx.scoring[1])
+            d_hidden = distributed.reduce_hidden(
+                ctx.group, gradients[0], labels, cu_seqlens, ctx.scoring[1], ctx.chunking[0]
+            )
             gradients = (d_hidden.to(hidden.dtype), *gradients[1:])
         return *(gradient if want else None for gradient, want in zip(gradients, needed, strict=True)), *none
 
@@ -148,32 +151,36 @@ def reduce_sequences(
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shard: Shard | None, mode: str,
-    chunk_rows: int | None, filter_eps: float | None, reduction: str, cu_seqlens: Tensor | None,
+    chunk_rows: int | None, filter_eps: float | None, scored_rows: Any, reduction: str, cu_seqlens: Tensor | None,
     ld_alpha: float | None, shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float,
-    logit_scale: float, softcap: float | None, stats: tuple[str, ...],
+    logit_scale: float, softcap: float | None, stats: tuple[str, ...], known: ScoredRows | None = None,
 ) -> Any:  # fmt: skip
-    """Compute what both public functions give, from plain tensors that are checked; "none" is for the first."""
+    """Compute what both public functions give, from plain tensors that are checked; "none" is for the first.
+
+    `known` stands in for `scored_rows` where a caller has resolved it.
+    """
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
     chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
     ignore_index = check_scoring(ignore_index, shift)
     temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     names = check_stats(stats, LINEAR_STATISTICS)
+    if known is None:
+        known = resolve_rows(scored_rows, labels, cu_seqlens, count_columns(weight, shard), ignore_index, shift)
     rows_shape = labels.shape[:-1]
     hidden = hidden[None] if hidden.dim() == 2 else hidden
     labels = labels[None] if labels.dim() == 1 else labels
     dtype = compute_dtype(hidden)
     saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
     _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    # Where it is not known how many positions are scored, there is room for all of them.
-    capacity = (int(scored.count_nonzero()) if has_values(scored) else scored.numel()) if saves else 0
+    capacity = known.room(scored) if saves else 0
     group, bounds, labels, ignore_index = distributed.of_shard(
-        shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift
+        shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift, checks=known.told is None
     )
     scoring = (ignore_index, shift, logit_scale, temperature, softcap)
     bits = sum(1 << LINEAR_STATISTICS.index(name) for name in names)
     logps, _, _, _, *statistics = apply(
         _LinearLogprobs, hidden, weight, bias, labels, cu_seqlens, group, bounds, capacity, dtype, scoring, bits,
-        chunk_rows, filter_eps,
+        known.told, chunk_rows, filter_eps,
     )  # fmt: skip
 
     def rows(values: Tensor) -> Tensor:
@@ -197,6 +204,7 @@ def linear_token_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -226,6 +234,11 @@ def linear_token_logprobs(
         filter_eps: None: exact. Otherwise a row's gradient leaves out every 4096 columns whose softmax mass is below
             it, unless they hold the label: their products are not made. The statistic "dropped_mass" says what it cost.
             A backward through the statistic "entropy" is exact: it leaves nothing out, of the log-probs' part either.
+        scored_rows: how many labels are scored, or a number that is no smaller: an int for the batch, or a sequence of
+            ints, one for each sequence. A GPU then works without the host ever waiting for it, and a CUDA graph can
+            hold the call; None: the host reads the number once. On a GPU nothing checks what is given: where more are
+            scored, or a label is outside of the vocabulary, log-probs are NaN. A graph of `torch.compile` on a CPU
+            does without the number.
         process_group: the ranks that hold the vocabulary's parts in their order, each with some rows of the weight
             (and of the bias) as `weight`, as many as it likes; or a one-dimensional device mesh. All give the same
             hidden states and labels, and get the same results, and the same gradient of the hidden states. None: the
@@ -248,13 +261,13 @@ def linear_token_logprobs(
         TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; `mode="save"` with fp16; a DTensor that is split in another way, or
             ranks that give different hidden states.
-        IndexError: a scored label outside [0, V).
+        IndexError: a scored label outside [0, V); on a GPU only where `scored_rows` is None.
     """
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, None, sharded=shard is not None)
     return linear_logprobs(
-        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, "none", None, None, None, ignore_index,
-        shift, temperature, logit_scale, softcap, stats,
+        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, scored_rows, "none", None, None, None,
+        ignore_index, shift, temperature, logit_scale, softcap, stats,
     )  # fmt: skip
 
 
@@ -271,6 +284,7 @@ def linear_sequence_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -293,6 +307,7 @@ def linear_sequence_logprobs(
         mode: as in `linear_token_logprobs`, like every argument after it.
         chunk_rows: the rows of a tile of logits.
         filter_eps: the softmax mass below which columns are left out of the gradient.
+        scored_rows: how many labels are scored, if the caller knows it.
         process_group: the ranks that hold the vocabulary's parts.
         ignore_index: the label that is not scored.
         shift: labels are aligned with `input_ids`.
@@ -308,13 +323,13 @@ def linear_sequence_logprobs(
     Raises:
         TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option.
-        IndexError: a scored label outside [0, V).
+        IndexError: a scored label outside [0, V); on a GPU only where `scored_rows` is None.
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
     ld_alpha = check_ld(ld_alpha, shared_lengths)
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     return linear_logprobs(
-        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, reduction, cu_seqlens, ld_alpha,
+        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, scored_rows, reduction, cu_seqlens, ld_alpha,
         shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,
     )  # fmt: skip

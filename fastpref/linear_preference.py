@@ -8,7 +8,7 @@ fewest there can be, and nothing of N × V outlives its chunk. A batch that is o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fastpref._checks import (
 )
 from fastpref._function import apply, enter, has_values, once_differentiable, transformed, wants_gradient
 from fastpref._results import LINEAR_STATISTICS, check_stats, linear_group_type, linear_loss_type
+from fastpref._rows import ScoredRows, count_columns, resolve_rows, smaller
 from fastpref._sharding import Shard, resolve_head
 from fastpref.linear_logprobs import (
     cast,
@@ -33,6 +34,7 @@ from fastpref.linear_logprobs import (
     empty,
     exponentials,
     linear_logprobs,
+    reduce_sequences,
 )
 from fastpref.losses.preference import dpo_loss
 from fastpref.reference.linear_preference import (
@@ -42,39 +44,81 @@ from fastpref.reference.linear_preference import (
     check_halves,
     check_losses,
     check_references,
-    count_sequences,
     resolve_options,
 )
-from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
+from fastpref.reference.logprobs import (
+    count_sequences,
+    ld_weights,
+    scored_targets,
+    sequence_index,
+    sequence_lengths,
+    weigh,
+)
 from fastpref.reference.losses.preference import reduce
 from fastpref_kernels import ops
 
 
-def _plan(
-    scored: Tensor, cu_seqlens: Tensor | None, sequences: int, group_size: int, limit: int
-) -> tuple[list[tuple[int, int]], int] | None:
-    """Runs of groups with at most `limit` scored rows, and the most rows of one; None where a group has more."""
-    groups = sequences // group_size
-    if not has_values(scored):
-        # Shapes are known and no values: every position counts, and packed sequences cannot be told apart.
-        if cu_seqlens is not None:
-            return ([(0, groups)], scored.numel()) if scored.numel() <= limit else None
-        rows = [group_size * scored.shape[1]] * groups
-    else:
-        rows = sequence_lengths(scored, cu_seqlens, sequences).view(group_size, groups).sum(0).tolist()
-    runs: list[tuple[int, int]] = []
-    begin, held, most = 0, 0, 0
+class _Run(NamedTuple):
+    """Groups whose exponentials are kept together: those in [begin, end), and their scored rows.
+
+    `rows` is None where a graph does not know it.
+    """
+
+    begin: int
+    end: int
+    rows: int | None
+
+
+def _runs(rows: list[int], limit: int) -> list[_Run]:
+    """Return the fewest runs of groups that have at most `limit` rows each; no group has more."""
+    runs: list[_Run] = []
+    begin, held = 0, 0
     for group, count in enumerate(rows):
-        if count > limit:
-            return None
         if held + count > limit:
-            runs.append((begin, group))
+            runs.append(_Run(begin, group, held))
             begin, held = group, 0
         held += count
-        most = max(most, held)
-    if groups:
-        runs.append((begin, groups))
-    return runs, most
+    return [*runs, _Run(begin, len(rows), held)] if rows else []
+
+
+def _even_runs(rows: list[int], limit: int) -> list[_Run]:
+    """Return as few runs as `_runs` with the least limit that gives so few: the last is no remainder of a few rows."""
+    runs = _runs(rows, limit)
+    least = max(rows, default=0)
+    while least < limit:
+        middle = (least + limit) // 2
+        if len(_runs(rows, middle)) == len(runs):
+            limit = middle
+        else:
+            least = middle + 1
+    return _runs(rows, limit)
+
+
+def _plan(
+    known: ScoredRows, scored: Tensor, cu_seqlens: Tensor | None, sequences: int, group_size: int, limit: int
+) -> tuple[list[_Run], int] | None:
+    """Return runs of groups of at most `limit` scored rows, and the rows to make room for; None where one has more."""
+    groups = sequences // group_size
+    if known.of_sequences is None and not has_values(scored):
+        if groups and known.total is not None and known.total <= limit:
+            return [_Run(0, groups, known.total)], known.total
+        # Shapes are known and no values: every position counts, and packed sequences cannot be told apart.
+        if cu_seqlens is not None:
+            return ([_Run(0, groups, None)], scored.numel()) if scored.numel() <= limit else None
+        rows = group_size * scored.shape[1]
+        if rows > limit:
+            return None
+        runs = _runs([rows] * groups, limit)
+        room = max([0, *((run.end - run.begin) * rows for run in runs)])
+        return [_Run(run.begin, run.end, None) for run in runs], room
+    if groups and known.total is not None and known.total <= limit:
+        return [_Run(0, groups, known.total)], known.total
+    of_sequences = known.by_sequence(scored, cu_seqlens, sequences)
+    of_groups = [sum(of_sequences[group::groups]) for group in range(groups)]
+    if max(of_groups, default=0) > limit:
+        return None
+    runs = _even_runs(of_groups, limit)
+    return runs, max((run.rows or 0 for run in runs), default=0)
 
 
 def _merged(statistics: list[Tensor], of_chunk: list[Tensor]) -> list[Tensor]:
@@ -113,7 +157,7 @@ class _GradientsInForward(torch.autograd.Function):
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
         group: Any, bounds: Tensor | None, token_weights: Tensor, needed: tuple[bool, ...], dtype: torch.dtype,
-        loss_fn: LossFunction, group_size: int, plan: tuple[list[tuple[int, int]], int], mean: bool,
+        loss_fn: LossFunction, group_size: int, plan: tuple[list[_Run], int], told: int | None, mean: bool,
         scoring: tuple[Any, ...], stats: int, filter_eps: float | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ignore_index, shift, *_ = scoring
@@ -133,17 +177,17 @@ class _GradientsInForward(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         scale = 1 / max(groups, 1) if mean else 1.0
         statistics: list[Tensor] = []
-        for number, (begin, end) in enumerate(runs):
+        for number, (begin, end, run_rows) in enumerate(runs):
+            of_run = None if told is None else run_rows
             of_position = index % groups
             inside = (of_position >= begin) & (of_position < end)
             chunk = labels.clone()
             chunk[:, int(shift) :] = targets.masked_fill(~inside, ignore_index)
             token, norm, shares, *of_chunk = distributed.linear_logprobs(
-                group, bounds, *operands, chunk, cu_seqlens, store, *scoring, stats, None, filter_eps
+                group, bounds, *operands, chunk, cu_seqlens, store, *scoring, stats, of_run, None, filter_eps
             )
             statistics = _merged(statistics, of_chunk)
-            weighted = weigh(token, token_weights).reshape(-1).double()
-            made = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index.reshape(-1), weighted).to(wide)
+            made = reduce_sequences(weigh(token, token_weights), scored, cu_seqlens, "sum", None, None)
             logps = logps + made
 
             # Groups of other chunks are there, at 0, so that the loss may hold something of its own for every group.
@@ -154,10 +198,13 @@ class _GradientsInForward(torch.autograd.Function):
             by_sequence = torch.where(of_groups, gradient * scale, 0.0).T.reshape(-1)
             torch.ops.fastpref.linear_logprobs_backward_(
                 by_sequence[index] * token_weights, None, *operands, chunk, cu_seqlens, norm, store, shares, *totals,
-                number == 0, *scoring, None, filter_eps,
+                number == 0, *scoring, of_run, None, filter_eps,
             )  # fmt: skip
         if group is not None and totals[0] is not None:
-            distributed.reduce_hidden(group, totals[0], labels, cu_seqlens, shift)
+            # Not `told`, which may be fewer than were counted where the runs begin.
+            of_runs = [run.rows for run in runs if run.rows is not None]
+            rows = sum(of_runs) if told is not None and len(of_runs) == len(runs) else told
+            distributed.reduce_hidden(group, totals[0], labels, cu_seqlens, shift, rows)
         kept = [loss.new_empty(0) if total is None else total for total in totals]
         return loss * scale, logps, *kept, *statistics
 
@@ -181,12 +228,21 @@ class _GradientsInForward(torch.autograd.Function):
         ), *none
 
 
+def _most_columns(weight: Tensor, shard: Shard | None) -> int | None:
+    """Return the most columns of a rank; None where the host would have to wait for a device to know it."""
+    if shard is None:
+        return weight.shape[0]
+    if isinstance(shard.largest, int) or ops.on_host(weight):
+        return int(shard.largest)
+    return None
+
+
 def _group_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shard: Shard | None, loss_fn: LossFunction, *,
     group_size: int, reduction: str, average_logps: bool, stats: tuple[str, ...], cu_seqlens: Tensor | None,
     ld_alpha: float | None, shared_lengths: Tensor | None, mode: str, chunk_rows: int | None,
-    filter_eps: float | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
-    softcap: float | None, mixes_groups: bool = False,
+    filter_eps: float | None, scored_rows: Any, ignore_index: int, shift: bool, temperature: float,
+    logit_scale: float, softcap: float | None, known: ScoredRows | None = None, mixes_groups: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Return the loss, the sequences' log-probs (S,), detached, and the statistics, of tensors that are checked."""
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
@@ -200,6 +256,8 @@ def _group_loss(
     names = check_stats(stats, LINEAR_STATISTICS)
     dtype = compute_dtype(hidden)
     sequences = count_sequences(labels, cu_seqlens)
+    if known is None:
+        known = resolve_rows(scored_rows, labels, cu_seqlens, count_columns(weight, shard), ignore_index, shift)
     rows_labels = labels[None] if labels.dim() == 1 else labels
     _, scored = scored_targets(rows_labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
     plan, held = None, "recompute" if mode == "auto" else mode
@@ -209,16 +267,16 @@ def _group_loss(
     # A graph cannot be told how many rows the ranks of a group agree on, unless DTensors or the caller say it.
     agreed = shard is None or chunk_rows or isinstance(shard.largest, int) or not torch.compiler.is_compiling()
     if apart and agreed and wants_gradient(hidden, weight, bias):
-        columns = weight.shape[0] if shard is None else int(shard.largest)
-        limit = chunk_rows or ops.loss_chunk_rows(weight, columns, dtype)
-        plan = _plan(scored, cu_seqlens, sequences, group_size, limit)
+        limit = chunk_rows or ops.loss_chunk_rows(weight, _most_columns(weight, shard), dtype)
+        plan = _plan(known, scored, cu_seqlens, sequences, group_size, limit)
         if plan is not None and len(plan[0]) <= 1:
             # One chunk's exponentials may as well wait for the backward: its products then need no float32 buffer.
             plan, held = None, "save"
     if plan is None:
         result = linear_logprobs(
-            hidden, weight, labels, bias, shard, held, chunk_rows, filter_eps, "mean" if average_logps else "sum",
-            cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,
+            hidden, weight, labels, bias, shard, held, chunk_rows, filter_eps, None,
+            "mean" if average_logps else "sum", cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature,
+            logit_scale, softcap, stats, known,
         )  # fmt: skip
         logps, *statistics = result if names else (result,)
         members = logps.view(group_size, sequences // group_size).T
@@ -236,13 +294,14 @@ def _group_loss(
         lengths = sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
         token_weights = token_weights / lengths[sequence_index(scored, cu_seqlens)]
     group, bounds, rows_labels, ignore_index = distributed.of_shard(
-        shard, rows_labels, cu_seqlens, weight.shape[0], ignore_index, shift
+        shard, rows_labels, cu_seqlens, weight.shape[0], ignore_index, shift, checks=known.told is None
     )
     scoring = (ignore_index, shift, logit_scale, temperature, softcap)
     needed = tuple(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     loss, logps, _, _, _, *statistics = apply(
         _GradientsInForward, hidden[None] if hidden.dim() == 2 else hidden, weight, bias, rows_labels, cu_seqlens,
-        group, bounds, token_weights, needed, dtype, loss_fn, group_size, plan, reduction == "mean", scoring,
+        group, bounds, token_weights, needed, dtype, loss_fn, group_size, plan, known.told, reduction == "mean",
+        scoring,
         sum(1 << LINEAR_STATISTICS.index(name) for name in names), filter_eps,
     )  # fmt: skip
     shape = (*labels.shape[:-1], scored.shape[-1])
@@ -286,6 +345,7 @@ def linear_dpo_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -342,6 +402,8 @@ def linear_dpo_loss(
         chunk_rows: the most scored rows whose exponentials are kept at a time. None: what fills 80 MiB on a CPU, 1 GiB
             on a GPU.
         filter_eps: as in `linear_token_logprobs`, like every argument after it.
+        scored_rows: how many labels are scored, if the caller knows it. A batch of several chunks needs it for each
+            sequence; of an int, the host reads where chunks begin.
         process_group: the ranks that hold the vocabulary's parts; of `ref_weight`, too, where that is no DTensor.
         ignore_index: the label that is not scored.
         shift: labels are aligned with `input_ids`.
@@ -356,7 +418,7 @@ def linear_dpo_loss(
     Raises:
         TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; a reference given twice, or not at all.
-        IndexError: a scored label outside [0, V).
+        IndexError: a scored label outside [0, V); on a GPU only where `scored_rows` is None.
     """
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
     ref_shard = None
@@ -379,10 +441,17 @@ def linear_dpo_loss(
         labels, cu_seqlens, ref_chosen_logps, ref_rejected_logps, ref_hidden, ref_weight, ref_bias, reference_free,
         ref_shard is not None,
     )  # fmt: skip
+    known = None
+    if ref_weight is not None and not reference_free:
+        # One read serves both models: a label must be in the smaller vocabulary.
+        ignore_index = check_scoring(ignore_index, shift)
+        vocabulary = smaller(count_columns(weight, shard), count_columns(ref_weight, ref_shard))
+        known = resolve_rows(scored_rows, labels, cu_seqlens, vocabulary, ignore_index, shift)
     scoring = {
         "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
-        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
-        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "scored_rows": scored_rows, "known": known,
+        "ignore_index": ignore_index, "shift": shift, "temperature": temperature, "logit_scale": logit_scale,
+        "softcap": softcap,
     }  # fmt: skip
     if ref_hidden is not None and not reference_free:
         assert ref_weight is not None
@@ -430,6 +499,7 @@ def linear_preference_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -459,6 +529,7 @@ def linear_preference_loss(
         mode: how and when the gradients are made.
         chunk_rows: the most scored rows whose exponentials are kept at a time.
         filter_eps: the softmax mass below which columns are left out of the gradient.
+        scored_rows: how many labels are scored, if the caller knows it.
         process_group: the ranks that hold the vocabulary's parts.
         ignore_index: the label that is not scored.
         shift: labels are aligned with `input_ids`.
@@ -473,14 +544,14 @@ def linear_preference_loss(
         TypeError: a wrong dtype, or an option of a wrong type.
         ValueError: a wrong shape, device or option; losses of another shape than (G,), or that would train something
             `loss_fn` closes over (outside of `torch.compile`, where that is constant).
-        IndexError: a scored label outside [0, V).
+        IndexError: a scored label outside [0, V); on a GPU only where `scored_rows` is None.
     """
     hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
     loss, logps, statistics = _group_loss(
         hidden, weight, labels, bias, shard, loss_fn, group_size=group_size, reduction=reduction,
         average_logps=average_logps, stats=stats, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha,
-        shared_lengths=shared_lengths, mode=mode, chunk_rows=chunk_rows, filter_eps=filter_eps,
+        shared_lengths=shared_lengths, mode=mode, chunk_rows=chunk_rows, filter_eps=filter_eps, scored_rows=scored_rows,
         ignore_index=ignore_index, shift=shift, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
     )  # fmt: skip
     members = logps.view(group_size, logps.shape[0] // group_size).T

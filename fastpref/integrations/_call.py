@@ -28,7 +28,7 @@ from fastpref.integrations._stand_in import (
 )
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 
-_SCORING = ("ignore_index", "shift", "temperature", "stats", "mode", "chunk_rows", "filter_eps")
+_SCORING = ("ignore_index", "shift", "temperature", "stats", "mode", "chunk_rows", "filter_eps", "scored_rows")
 _SEQUENCE = ("cu_seqlens", "ld_alpha", "shared_lengths")
 # Keywords of models' forwards and of these functions that a scored call cannot follow, and why.
 _REFUSED = {

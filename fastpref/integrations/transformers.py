@@ -30,10 +30,10 @@ def attach(model: Any, *, verify: bool = True, logit_scale: float | None = None,
     `model(input_ids, ..., labels=labels, fastpref=True)` returns a named tuple: `logprobs`, the statistics asked for,
     `last_hidden_state` (what the head was given), and the model's own outputs except `loss` and `logits`: `aux_loss`,
     `past_key_values`, `hidden_states` and so on. It also takes `linear_token_logprobs`' ignore_index, shift,
-    temperature, stats, mode, chunk_rows and filter_eps; and with `reduction="sum"` or "mean", which makes log-probs of
-    sequences, `linear_sequence_logprobs`' cu_seqlens, ld_alpha and shared_lengths. `shift_labels`, which transformers
-    passes under context parallelism, are scored as they are. All other arguments go to the model, and a call
-    without `fastpref` behaves as before. No call changes what calls share, so threads may use one model.
+    temperature, stats, mode, chunk_rows, filter_eps and scored_rows; and with `reduction="sum"` or "mean", which makes
+    log-probs of sequences, `linear_sequence_logprobs`' cu_seqlens, ld_alpha and shared_lengths. `shift_labels`, which
+    transformers passes under context parallelism, are scored as they are. All other arguments go to the model, and a
+    call without `fastpref` behaves as before. No call changes what calls share, so threads may use one model.
 
     `fastpref` may also be a function, called where the head's product would be: `fastpref(hidden, weight, labels,
     bias=..., logit_scale=..., softcap=...)` with hidden (B, T, H), weight (V, H), labels (B, T), and bias (V,) or None;

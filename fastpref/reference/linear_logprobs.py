@@ -7,6 +7,7 @@ follows is `fastpref.reference`'s own log-probs of them. It materialises those l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,19 @@ from fastpref._checks import (
     check_ld,
     check_linear,
     check_mode,
+    check_scored_rows,
     check_scoring,
     check_transform,
 )
 from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
 from fastpref.reference.distributed import whole_head
-from fastpref.reference.logprobs import scored_targets, sequence_logprobs, token_logprobs
+from fastpref.reference.logprobs import (
+    count_sequences,
+    scored_targets,
+    sequence_lengths,
+    sequence_logprobs,
+    token_logprobs,
+)
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -34,6 +42,22 @@ def autocast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tu
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_room(scored_rows: object, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> None:
+    """Raise `ValueError` where more labels are scored than `scored_rows` says, if it is given. Reads values."""
+    sequences = count_sequences(labels, cu_seqlens)
+    total, of_sequences = check_scored_rows(scored_rows, sequences)
+    if total is None:
+        return
+    rows = labels[None] if labels.dim() == 1 else labels
+    _, scored = scored_targets(rows, cu_seqlens, ignore_index=ignore_index, shift=shift)
+    found = sequence_lengths(scored, cu_seqlens, sequences).tolist()
+    if sum(found) > total or any(have > room for have, room in zip(found, of_sequences or (), strict=False)):
+        raise ValueError(
+            f"scored_rows must be no fewer than the labels that are scored, {sum(found)}, by sequence {found}; "
+            f"got {scored_rows}"
+        )
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scored: Tensor) -> Tensor:
@@ -86,6 +110,7 @@ def linear_token_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -96,13 +121,14 @@ def linear_token_logprobs(
 ) -> Any:
     """`fastpref.linear_token_logprobs` in plain PyTorch.
 
-    `mode`, `chunk_rows` and `filter_eps` are checked and change nothing here: every gradient is exact, as elsewhere an
-    entropy's is with any `filter_eps`, and the statistic "dropped_mass" is 0.
+    `mode`, `chunk_rows`, `filter_eps` and `scored_rows` are checked and change nothing here: every gradient is exact,
+    as elsewhere an entropy's is with any `filter_eps`, and the statistic "dropped_mass" is 0.
     """
     hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
     check_linear(hidden, weight, labels, bias, None)
     check_mode(mode, chunk_rows, filter_eps)
     ignore_index = check_scoring(ignore_index, shift)
+    check_room(scored_rows, labels, None, ignore_index, shift)
     temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     return _logprobs(
         token_logprobs, hidden, weight, labels, bias, stats, None, ignore_index=ignore_index, shift=shift,
@@ -123,6 +149,7 @@ def linear_sequence_logprobs(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -133,7 +160,7 @@ def linear_sequence_logprobs(
 ) -> Any:
     """`fastpref.linear_sequence_logprobs` in plain PyTorch.
 
-    `mode`, `chunk_rows` and `filter_eps` are checked and change nothing here.
+    `mode`, `chunk_rows`, `filter_eps` and `scored_rows` are checked and change nothing here.
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
     ld_alpha = check_ld(ld_alpha, shared_lengths)
@@ -141,6 +168,7 @@ def linear_sequence_logprobs(
     check_linear(hidden, weight, labels, bias, cu_seqlens)
     check_mode(mode, chunk_rows, filter_eps)
     ignore_index = check_scoring(ignore_index, shift)
+    check_room(scored_rows, labels, cu_seqlens, ignore_index, shift)
     temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
     function = partial(
         sequence_logprobs, reduction=reduction, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, shared_lengths=shared_lengths

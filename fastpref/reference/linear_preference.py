@@ -22,7 +22,7 @@ from fastpref._checks import (
 from fastpref._results import linear_group_type, linear_loss_type
 from fastpref.reference.distributed import whole_head
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs
-from fastpref.reference.logprobs import scored_targets, sequence_lengths
+from fastpref.reference.logprobs import count_sequences, scored_targets, sequence_lengths
 from fastpref.reference.losses.preference import (
     NUMBERS,
     Weighted,
@@ -36,13 +36,6 @@ from fastpref.reference.losses.preference import (
 
 LossFunction = Callable[[Tensor], Tensor]
 """Log-probs (G, K) -> losses (G,), each group on its own."""
-
-
-def count_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many sequences (B, T), (T,) or packed labels hold."""
-    if cu_seqlens is not None:
-        return cu_seqlens.shape[0] - 1
-    return labels.shape[0] if labels.dim() == 2 else 1
 
 
 def _pairs(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[str, Tensor]:
@@ -218,6 +211,7 @@ def linear_dpo_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -245,8 +239,8 @@ def linear_dpo_loss(
     )  # fmt: skip
     linear = {
         "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
-        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
-        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "scored_rows": scored_rows, "ignore_index": ignore_index,
+        "shift": shift, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
     }  # fmt: skip
     if ref_hidden is not None and not options["reference_free"]:
         assert ref_weight is not None
@@ -281,6 +275,7 @@ def linear_preference_loss(
     mode: str = "auto",
     chunk_rows: int | None = None,
     filter_eps: float | None = None,
+    scored_rows: int | Sequence[int] | None = None,
     process_group: Any = None,
     ignore_index: int = -100,
     shift: bool = True,
@@ -296,8 +291,8 @@ def linear_preference_loss(
     group_size = check_group(labels, cu_seqlens, group_size, ld_alpha, shared_lengths)
     linear = {
         "cu_seqlens": cu_seqlens, "ld_alpha": ld_alpha, "shared_lengths": shared_lengths, "mode": mode,
-        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "ignore_index": ignore_index, "shift": shift,
-        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+        "chunk_rows": chunk_rows, "filter_eps": filter_eps, "scored_rows": scored_rows, "ignore_index": ignore_index,
+        "shift": shift, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
     }  # fmt: skip
     logps, statistics, names = _sequences(hidden, weight, labels, bias, average_logps, stats, linear)
     # Sequence k·G + i is member k of group i.

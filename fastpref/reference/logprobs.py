@@ -73,8 +73,18 @@ def scored_targets(
     scored = targets != ignore_index
     if shift and cu_seqlens is not None:
         following = torch.arange(labels.shape[-1], device=labels.device)[1:]
-        scored = scored & ~torch.isin(following, cu_seqlens)
+        bounds = cu_seqlens.long().contiguous()
+        nearest = torch.searchsorted(bounds, following).clamp(max=len(bounds) - 1)
+        # Not torch.isin, which has a GPU wait where there are many boundaries.
+        scored = scored & (bounds[nearest] != following)
     return targets, scored
+
+
+def count_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return how many sequences (B, T), (T,) or packed labels hold."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    return labels.shape[0] if labels.dim() == 2 else 1
 
 
 def sequence_index(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:

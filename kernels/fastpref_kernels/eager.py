@@ -44,7 +44,8 @@ def scored_targets(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int,
     scored = targets != ignore_index
     if shift and cu_seqlens is not None:
         starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
-        starts[cu_seqlens.long()] = True
+        # Where nobody checks boundaries, one past the end must not end the process: a GPU asserts that indices fit.
+        starts.index_fill_(0, cu_seqlens.long().clamp(0, labels.shape[1]), True)
         scored = scored & ~starts[1:-1]
     return targets, scored
 

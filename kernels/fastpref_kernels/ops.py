@@ -20,7 +20,8 @@ from fastpref_kernels.cpu import linear as cpu_linear
 from fastpref_kernels.triton import launches
 
 NAMESPACE = "fastpref"
-UNSCORED = linear.UNSCORED
+UNSCORED, INVALID = linear.UNSCORED, linear.INVALID
+Rows = linear.Rows
 TRITON_KEYS = ("CUDA", "XPU")
 # Importing it is left to the first launch.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,38 +54,42 @@ _SCHEMAS = (
     "logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, Tensor? cu_seqlens, "
     f"Tensor? weights, Tensor norm, Tensor counts, {_SCORING}) -> ()",
     # hidden (B, T, H), weight (V, H), bias (V,), the rest as above. store: (rows, V) or None, rows no fewer than are
-    # scored: receives what the backward's products need, in a dtype of float32's range. chunk_rows: the rows of a tile.
+    # scored: receives what the backward's products need, in a dtype of float32's range. rows: how many are scored, or
+    # more, of labels that are in range; None: the host reads it and checks them. chunk_rows: the most rows of a tile.
     # -> logps, norm, the softmax mass of every tile (chunks, B, T') where filter_eps asks for it, and the statistics,
     #    the last of them what filter_eps drops.
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor(a!)? store, "
-    f"{_LINEAR}, int stats, int? chunk_rows, float? filter_eps) -> "
+    f"{_LINEAR}, int stats, SymInt? rows, int? chunk_rows, float? filter_eps) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # The same in parts, for a weight whose rows are a shard of the vocabulary. shard: int64 (2,), its first column and
     # the number of all. shard_labels checks labels, and makes of them columns of the shard, or what lies outside it.
     # linear_fold: the sums of each row (8, B, T') float64, as linear.fold has them, and each tile's mass at the row's
-    # anchor. linear_settle: linear_logprobs' results, from those sums and the sums over all shards.
-    "shard_labels(Tensor labels, Tensor? cu_seqlens, Tensor shard, int columns, int ignore_index, bool shift) -> "
-    "Tensor",
+    # anchor. linear_finalize: linear_logprobs' results, from those sums and the sums over all shards. With `checks`, a
+    # label that is in no shard is an error, and else its row is NaN.
+    "shard_labels(Tensor labels, Tensor? cu_seqlens, Tensor shard, int columns, int ignore_index, bool shift, "
+    "bool checks) -> Tensor",
     "linear_fold(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor(a!)? store, "
-    f"{_LINEAR}, int stats, int? chunk_rows, float? filter_eps) -> (Tensor, Tensor)",
-    "linear_settle(Tensor hidden, Tensor labels, Tensor? cu_seqlens, Tensor shard, Tensor sums, Tensor whole_sums, "
-    f"Tensor masses, Tensor(a!)? store, {_LINEAR}, int stats, float? filter_eps) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_LINEAR}, int stats, SymInt? rows, int? chunk_rows, float? filter_eps) -> (Tensor, Tensor)",
+    "linear_finalize(Tensor hidden, Tensor labels, Tensor? cu_seqlens, Tensor shard, Tensor sums, Tensor whole_sums, "
+    f"Tensor masses, Tensor(a!)? store, {_LINEAR}, int stats, SymInt? rows, "
+    "float? filter_eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # grad and grad_entropy (B, T'). -> the gradients of hidden, weight and bias that are needed, in these dtypes; empty
     # where not. A label outside of the weight's rows is another shard's: the row has no label here. The dtypes are
     # three arguments and not a ScalarType[], whose elements reach Python as integers before torch 2.12.
     "linear_logprobs_backward(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, bool[] needed, "
-    f"ScalarType hidden_dtype, ScalarType weight_dtype, ScalarType bias_dtype, {_LINEAR}, int? chunk_rows, "
-    "float? filter_eps) -> (Tensor, Tensor, Tensor)",
+    f"ScalarType hidden_dtype, ScalarType weight_dtype, ScalarType bias_dtype, {_LINEAR}, SymInt? rows, "
+    "int? chunk_rows, float? filter_eps) -> (Tensor, Tensor, Tensor)",
     # The same sums, over calls. Adds to float32 (float64) d_hidden, d_weight and d_bias, or, where they are fresh,
     # fills them.
     "linear_logprobs_backward_(Tensor? grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor labels, Tensor? cu_seqlens, Tensor norm, Tensor? store, Tensor shares, Tensor(a!)? d_hidden, "
-    f"Tensor(b!)? d_weight, Tensor(c!)? d_bias, bool fresh, {_LINEAR}, int? chunk_rows, float? filter_eps) -> ()",
+    f"Tensor(b!)? d_weight, Tensor(c!)? d_bias, bool fresh, {_LINEAR}, SymInt? rows, int? chunk_rows, "
+    "float? filter_eps) -> ()",
     # A gradient's float32 sums, times the upstream scalar if there is one, rounded once, to a parameter's dtype.
     "scaled_gradient(Tensor total, Tensor? upstream, ScalarType dtype) -> Tensor",
-    # Losses: the loss, its partial derivatives by every differentiable input, one column each, and what is reported.
+    # Losses: the loss, its partial derivatives, (n, B) by the first n tensors or (B, K) by rewards (B, K), and what is
+    # reported.
     # constant_margin and constant_kl are what is the same for all, where no tensor is given.
     "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
     "Tensor? rejected_lengths, Tensor? margin, Tensor? weights, str loss_type, float loss_weight, float beta, "
@@ -102,13 +107,13 @@ _SCHEMAS = (
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
 )
 
-# Operators that read values on the host on every device: they check labels, or gather the scored rows, whose number
-# only the host can make room for. No CUDA graph can hold them.
+# Operators that read values on the host on every device, if they are not told the number of scored rows: they check
+# labels, or gather those rows. What they are told is no part of a tag, so no graph of the compiler's holds them.
 _WAITING = {
     "linear_logprobs",
     "shard_labels",
     "linear_fold",
-    "linear_settle",
+    "linear_finalize",
     "linear_logprobs_backward",
     "linear_logprobs_backward_",
 }
@@ -119,15 +124,31 @@ def fuses_losses(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") and _HAS_TRITON
 
 
-def loss_chunk_rows(weight: Tensor, columns: int, dtype: torch.dtype) -> int:
-    """How many rows' exponentials, of so many columns, a loss from hidden states keeps at a time if it is not told."""
-    limit = cpu_linear.LOSS_BYTES if weight.device.type == "cpu" else linear.LOSS_BYTES
-    return max(1, limit // (columns * dtype.itemsize))
+def on_host(tensor: Tensor) -> bool:
+    """Return whether the host has a tensor's values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def loss_chunk_rows(weight: Tensor, columns: int | None, dtype: torch.dtype) -> int:
+    """Return how many rows' exponentials a loss from hidden states keeps at a time if it is not told.
+
+    Args:
+        weight: (V, H), for its device.
+        columns: V, or the most columns of a rank of a group; None where only the device knows them.
+        dtype: the dtype of the exponentials.
+    """
+    if on_host(weight):
+        assert columns is not None
+        return max(1, cpu_linear.LOSS_BYTES // (columns * dtype.itemsize))
+    tile = launches.TILE.rows
+    limit = tile if columns is None else max(1, linear.LOSS_BYTES // (columns * dtype.itemsize))
+    # Whole tiles, because a part of one costs as many launches.
+    return limit - limit % tile if limit > tile else limit
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on `like`'s device, for what is large and lives until a backward."""
-    make = cpu_linear.empty if like.device.type == "cpu" else linear.empty
+    """Return uninitialised memory on `like`'s device, for what is large and lives until a backward."""
+    make = cpu_linear.empty if on_host(like) else linear.empty
     return make(shape, dtype, like.device)
 
 
@@ -138,10 +159,10 @@ def release_memory(keep: int | None) -> None:
 
 def _launcher(module: str, name: str) -> Any:
     """The Triton launcher of an operator, imported when it is first called."""
+    kernels = functools.cache(lambda: importlib.import_module(f"fastpref_kernels.triton.{module}"))
 
     def call(*arguments: Any) -> Any:
-        kernels = importlib.import_module(f"fastpref_kernels.triton.{module}")
-        return getattr(kernels, name)(*arguments)
+        return getattr(kernels(), name)(*arguments)
 
     return call
 
@@ -180,11 +201,11 @@ def _fold_fake(
     return hidden.new_empty((8, *rows), dtype=torch.float64), hidden.new_empty((chunks, *rows), dtype=torch.float32)
 
 
-def _settle_fake(
+def _finalize_fake(
     hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shard: Tensor, sums: Tensor, whole_sums: Tensor,
     masses: Tensor, store: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *_, stats, _ = rest
+    *_, stats, _, _ = rest
     dtype, rows = torch.promote_types(hidden.dtype, torch.float32), sums.shape[1:]
     return (
         hidden.new_empty(rows, dtype=dtype),
@@ -198,10 +219,10 @@ def _settle_fake(
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    """Folded, then settled."""
-    hidden, _, _, labels, cu_seqlens, store, *scoring, stats, _, filter_eps = arguments
+    hidden, _, _, labels, cu_seqlens, store, *scoring, stats, rows, _, filter_eps = arguments
     sums, masses = _fold_fake(*arguments)
-    return _settle_fake(hidden, labels, cu_seqlens, labels, sums, sums, masses, store, *scoring, stats, filter_eps)
+    given = (hidden, labels, cu_seqlens, labels, sums, sums, masses, store)
+    return _finalize_fake(*given, *scoring, stats, rows, filter_eps)
 
 
 def _linear_backward_fake(
@@ -216,31 +237,32 @@ def _linear_backward_fake(
     )
 
 
-def _loss_fake(columns: int, reduction: str, first: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = linear.widened(*(tensor.dtype for tensor in (first, *others) if tensor is not None))
-    loss = first.new_empty(first.shape[:1] if reduction == "none" else (), dtype=dtype)
-    return loss, loss.new_empty(first.shape[0], columns)
+def _loss_fake(reduction: str, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    tensors = [tensor for tensor in given if tensor is not None]
+    shape = tensors[0].shape
+    dtype = linear.widened(*(tensor.dtype for tensor in tensors))
+    loss = tensors[0].new_empty(shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, loss.new_empty(shape if len(shape) == 2 else (len(tensors), *shape))
 
 
 def _dpo_fake(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    columns = 2 if ref_chosen is None else 4
-    loss, partials = _loss_fake(columns, rest[-1], chosen, rejected, ref_chosen, ref_rejected)
+    loss, partials = _loss_fake(rest[-1], chosen, rejected, ref_chosen, ref_rejected)
     return loss, partials, loss.new_empty(chosen.shape), loss.new_empty(chosen.shape)
 
 
 def _kto_fake(logps: Tensor, ref_logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loss, partials = _loss_fake(2, rest[-1], logps, ref_logps)
+    loss, partials = _loss_fake(rest[-1], logps, ref_logps)
     return loss, partials, loss.new_empty(logps.shape)
 
 
 def _pairwise_fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _loss_fake(2, rest[-1], chosen, rejected)
+    return _loss_fake(rest[-1], chosen, rejected)
 
 
 def _group_fake(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _loss_fake(rewards.shape[1], rest[-1], rewards)
+    return _loss_fake(rest[-1], rewards)
 
 
 def _gae_fake(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -268,18 +290,26 @@ def _implement_linear(key: str, backend: linear.Backend, module: Any = linear) -
     """Register log-probs from hidden states on a backend's products and row passes, by a module's functions."""
     _LIBRARY.impl("linear_logprobs", functools.partial(module.logprobs, backend), key)
     _LIBRARY.impl("linear_fold", functools.partial(linear.fold_shard, backend), key)
+    _LIBRARY.impl("linear_finalize", functools.partial(linear.finalize_shard, backend), key)
     _LIBRARY.impl("linear_logprobs_backward_", functools.partial(module.accumulate_gradients, backend), key)
     _LIBRARY.impl("linear_logprobs_backward", functools.partial(module.gradients, backend), key)
     _LIBRARY.impl("scaled_gradient", functools.partial(linear.scaled_gradient, backend), key)
+
+
+def triton_backend() -> linear.Backend:
+    """Return the backend of a device that Triton compiles for: the library's products, and our row passes."""
+    return linear.library_backend(
+        _launcher("linear", "fold"), _launcher("linear", "fold_backward"), lambda: launches.TILE,
+        product_fold=_launcher("product", "product_fold"), filtered=_launcher("filtered", "filtered_gradients"),
+        **{name: _launcher("rows", name) for name in ("dot", "gather", "scatter", "rescale")},
+    )  # fmt: skip
 
 
 def _implement_triton(key: str) -> None:
     """Register the Triton launchers."""
     _LIBRARY.impl("gae", _launcher("rlhf", "gae"), key)
     _implement(key, _launcher("logprobs", "logprobs"), _launcher("logprobs", "write_gradient"))
-    folds = (_launcher("linear", "fold"), _launcher("linear", "fold_backward"))
-    fused = _launcher("product", "product_fold")
-    _implement_linear(key, linear.library_backend(*folds, fused, lambda: launches.TILE))
+    _implement_linear(key, triton_backend())
     for name, module in LOSSES.items():
         _LIBRARY.impl(name, _launcher(module, name), key)
 
@@ -296,7 +326,6 @@ def _register() -> None:
     _implement_linear("CompositeExplicitAutograd", linear.library_backend(linear.fold, linear.fold_backward))
     _LIBRARY.impl("gae", gae.gae, "CompositeExplicitAutograd")
     _LIBRARY.impl("shard_labels", linear.shard_labels, "CompositeExplicitAutograd")
-    _LIBRARY.impl("linear_settle", linear.settle_shard, "CompositeExplicitAutograd")
     if _HAS_TRITON:
         for key in TRITON_KEYS:
             _implement_triton(key)
@@ -307,7 +336,7 @@ def _register() -> None:
         "linear_logprobs": _linear_fake,
         "shard_labels": lambda labels, *_: torch.empty_like(labels, dtype=torch.int64),
         "linear_fold": _fold_fake,
-        "linear_settle": _settle_fake,
+        "linear_finalize": _finalize_fake,
         "linear_logprobs_backward_": lambda *_: None,
         "linear_logprobs_backward": _linear_backward_fake,
         "scaled_gradient": lambda total, _, dtype: torch.empty_like(total, dtype=dtype),

@@ -2,7 +2,8 @@
 
 An autocast would round their operands. `torch.set_float32_matmul_precision("high")` leaves a float32 product ten bits
 of mantissa on a GPU, and "medium" leaves it seven on a CPU with AMX, which moves a log-prob by 1e-2.
-`torch.backends.cuda.matmul.allow_fp16_accumulation` has a GPU sum the terms of a float16 product in float16.
+`torch.backends.cuda.matmul.allow_fp16_accumulation` has a GPU sum the terms of a float16 product in float16. And by
+default a GPU may round the parts of one sum that it splits over programs, where the result has 16 bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_FULL = frozenset(("highest", "ieee", "none", None, False))
+_FULL = frozenset(("highest", "ieee", "none", None, False, (False, False)))
+_REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 _lock = threading.Lock()
 _holders = 0
 _saved: tuple[Any, ...] | None = None
@@ -34,8 +36,19 @@ def _backends() -> list[tuple[Any, Any]]:
 _BACKENDS = _backends()
 
 
+def _forbids_splits(name: str) -> bool:
+    """Return whether a sum may have no parts, which a process can ask for from PyTorch 2.10 on."""
+    return not getattr(torch.backends.cuda.matmul, f"{name}_split_k", True)
+
+
+def _reduction(name: str) -> Any:
+    """Return whether parts of a sum may be rounded, with False where a sum may have no parts."""
+    rounds = getattr(torch.backends.cuda.matmul, name)
+    return (rounds, False) if _forbids_splits(name) else rounds
+
+
 def _setting() -> tuple[Any, ...]:
-    """Return the process's precision, whether float16 products accumulate in float16, and each backend's precision.
+    """Return the process's precision, how a GPU sums 16-bit products, and each backend's precision.
 
     The first is None where PyTorch cannot tell.
     """
@@ -44,24 +57,28 @@ def _setting() -> tuple[Any, ...]:
     except RuntimeError:  # set for one backend and not for the other
         whole = None
     accumulates = torch.backends.cuda.matmul.allow_fp16_accumulation
-    return whole, accumulates, *[backend.fp32_precision for backend, _ in _BACKENDS]
+    return whole, accumulates, *map(_reduction, _REDUCTIONS), *[backend.fp32_precision for backend, _ in _BACKENDS]
 
 
-def _restore(whole: str | None, accumulates: bool, *each: str | None) -> None:
+def _restore(whole: str | None, accumulates: bool, fp16: Any, bf16: Any, *each: str | None) -> None:
     torch.set_float32_matmul_precision(whole or "highest")
-    torch.backends.cuda.matmul.allow_fp16_accumulation = accumulates
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_accumulation = accumulates
+    for name, value in zip(_REDUCTIONS, (fp16, bf16), strict=True):
+        setattr(matmul, name, value)
     for (backend, parent), value in zip(_BACKENDS, each, strict=True):
         # "none" makes a backend follow the setting above it, as it did before.
         backend.fp32_precision = "none" if value == parent.fp32_precision else value
 
 
 def _is_full() -> bool:
-    """Return whether the process asks for exact products.
+    """Return whether the process asks for exact products of float32 results.
 
     It is False while another thread holds the precision raised, because that thread will restore a lower one.
     """
     with _lock:
-        return _saved is None and _FULL.issuperset(_setting())
+        whole, accumulates, _, _, *each = _setting()
+        return _saved is None and _FULL.issuperset((whole, accumulates, *each))
 
 
 @contextmanager
@@ -75,9 +92,14 @@ def full_float32() -> Iterator[None]:
     with _lock:
         setting = _setting()
         if not _FULL.issuperset(setting):
-            _saved = setting  # by another thread, perhaps, since the first came
+            # Where another thread has set something since the first came, the rest of it is what the first has set.
+            earlier = setting if _saved is None else _saved
+            _saved = tuple(old if new in _FULL else new for old, new in zip(earlier, setting, strict=True))
             torch.set_float32_matmul_precision("highest")
             torch.backends.cuda.matmul.allow_fp16_accumulation = False
+            for name in _REDUCTIONS:
+                # A process that lets no sum be split stays without splits.
+                setattr(torch.backends.cuda.matmul, name, (False, False) if _forbids_splits(name) else False)
         _holders += 1
     try:
         yield

@@ -487,9 +487,13 @@ def payload(run: Callable[[], Any]) -> int:
 
 @over(form=["logits", "linear", "loss"], statistics=[False, True])
 def what_travels_is_what_the_documentation_says(form: str, statistics: bool) -> None:
-    """24 bytes a scored row, the gradient of hidden states in float32, and so much for each statistic."""
+    """24 bytes a row, the gradient of hidden states in float32, and so much for each statistic.
+
+    The rows are those that are scored, of logits all.
+    """
     problem = Head(77, torch.bfloat16)
-    rows, features = int((problem.labels[:, 1:] != -100).sum()), problem.hidden.shape[-1]
+    scored, features = problem.labels[:, 1:] != -100, problem.hidden.shape[-1]
+    rows = scored.numel() if form == "logits" else int(scored.sum())
     top1 = 24 if form == "logits" else 16
     stats = {"entropy": 8, "mean_logits": 8, "log_sum_sq_probs": 8, "is_top1": top1} if statistics else {}
     leaves = problem.leaves(by_group)

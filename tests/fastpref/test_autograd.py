@@ -120,7 +120,7 @@ class TestOpcheck:
             "gae",
             "shard_labels",
             "linear_fold",
-            "linear_settle",
+            "linear_finalize",
         }
         assert on_cpu == {"logprobs", "logprobs_backward", "logprobs_backward_"} | checked_elsewhere
 

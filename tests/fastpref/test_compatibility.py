@@ -654,7 +654,7 @@ def elsewhere(*places: str) -> Callable[[type[Step]], None]:
 
 
 TWICE = "refused: once_differentiable"
-UNRUN, HOST = "GPU test, not run yet", "no: the host counts scored rows (GPU test, not run yet)"
+UNRUN, HOST = "GPU test, not run yet", "with `scored_rows` (GPU test, not run yet)"
 WRAPPED, VOCABULARIES = "tests/distributed/wrapped.py", "tests/distributed/vocabulary.py"
 CUDA = "tests/gpu/test_cuda.py"
 
@@ -777,6 +777,7 @@ SECTIONS: dict[str, list[Row]] = {
                 f"{CUDA}::test_captured_in_a_graph",
                 f"{CUDA}::test_a_loss_waits_for_nothing_and_is_captured",
                 f"{CUDA}::test_scored_rows_are_counted_by_the_host",
+                f"{CUDA}::test_told_its_scored_rows_a_step_waits_for_nothing_and_is_captured",
             ),
             (UNRUN, HOST, HOST, UNRUN, HOST),
         ),
@@ -843,7 +844,7 @@ def test_operators_that_wait_for_the_host_are_run_between_cuda_graphs() -> None:
     # What runs on every device; the rest are kernels of their own on a GPU, and tests/gpu looks for waits there.
     backend = linear.library_backend(linear.fold, linear.fold_backward)
     hidden, weight, labels = torch.randn(2, 4, 6), torch.randn(9, 6), torch.randint(9, (2, 4))
-    scoring, chunking, shard = (-100, True, 1.0, 1.0, None), (None, None), torch.tensor([0, 9])
+    scoring, chunking, shard = (-100, True, 1.0, 1.0, None), (None, None, None), torch.tensor([0, 9])
     given = (hidden, weight, None, labels, None, None, *scoring, 0, *chunking)
     logps, norm, shares, *_ = linear.logprobs(backend, *given)
     sums, masses = linear.fold_shard(backend, *given)
@@ -852,10 +853,10 @@ def test_operators_that_wait_for_the_host_are_run_between_cuda_graphs() -> None:
     calls: dict[str, Callable[[], Any]] = {
         "linear_logprobs": lambda: linear.logprobs(backend, *given),
         "linear_fold": lambda: linear.fold_shard(backend, *given),
-        "linear_settle": lambda: linear.settle_shard(
-            hidden, labels, None, shard, sums, sums, masses, None, *scoring, 0, None
+        "linear_finalize": lambda: linear.finalize_shard(
+            backend, hidden, labels, None, shard, sums, sums, masses, None, *scoring, 0, None, None
         ),
-        "shard_labels": lambda: linear.shard_labels(labels, None, shard, 9, -100, True),
+        "shard_labels": lambda: linear.shard_labels(labels, None, shard, 9, -100, True, True),
         "linear_logprobs_backward": lambda: linear.gradients(
             backend, *back, [True, True, False], *dtypes, *scoring, *chunking
         ),

@@ -15,6 +15,7 @@ import fastpref
 from fastpref import linear_logprobs as module
 from fastpref_kernels import linear
 from fastpref_kernels.cpu import linear as cpu_linear
+from fastpref_kernels.linear import rows as linear_rows
 
 V = 3 * linear.COLUMNS + 5
 
@@ -76,13 +77,13 @@ class TestFilter:
 
         def work(filter_eps: float | None) -> int:
             logps, norm, shares, *_ = linear.logprobs(
-                backend, hidden, weight, None, labels, None, None, *scoring, 0, None, filter_eps
+                backend, hidden, weight, None, labels, None, None, *scoring, 0, None, None, filter_eps
             )
             made.clear()
             totals = torch.empty_like(hidden), torch.empty_like(weight), None
             linear.accumulate_gradients(
                 backend, torch.ones_like(logps), None, hidden, weight, None, labels, None, norm, None, shares, *totals,
-                True, *scoring, None, filter_eps,
+                True, *scoring, None, None, filter_eps,
             )  # fmt: skip
             return sum(made)
 
@@ -173,7 +174,7 @@ class TestAnchors:
         labels = torch.zeros(1, rows, dtype=torch.long)
         given = (hidden, weight, None, labels, None, store, -100, False, 1.0, 1.0, None)
         with LargestMade(store) as made:
-            _, norm, *_ = linear.logprobs(cpu_linear.BACKEND, *given, 2, None, None)
+            _, norm, *_ = linear.logprobs(cpu_linear.BACKEND, *given, 2, None, None, None)
         assert made.nbytes <= rows * linear.COLUMNS * 8
         z = hidden[0].double() @ weight.double().T - norm[0, 0, :, None]
         torch.testing.assert_close(store[:, 1:].double(), z[:, 1:].exp(), rtol=1e-2, atol=1e-5)
@@ -187,7 +188,7 @@ class TestAnchors:
         anchors[0, 1 if rows == 40 else slice(1, 3)], anchors[-2, 0] = -2.5, -torch.inf
         kept = torch.rand(rows, V).bfloat16()
         wanted = (kept.double() * anchors.exp().repeat_interleave(columns, 0)[:V].T).bfloat16()
-        linear._reanchor(kept, anchors, anchor, columns, torch.float32)
+        linear_rows.rescale(kept, (anchors - anchor).exp(), columns)
         torch.testing.assert_close(kept, wanted, rtol=2**-7, atol=0.0)
         assert not kept[0, (pieces - 2) * columns : (pieces - 1) * columns].any()
 
@@ -213,27 +214,27 @@ def test_operators(dtype: torch.dtype) -> None:
     operators = torch.ops.fastpref
     checks = ("test_schema", "test_faketensor")
     for stats, filter_eps in ((0, None), (63, 0.1)):
-        forward = (hidden, weight, bias, labels, None, store, *scoring, stats, None, filter_eps)
+        forward = (hidden, weight, bias, labels, None, store, *scoring, stats, None, None, filter_eps)
         torch.library.opcheck(operators.linear_logprobs.default, forward, test_utils=checks)
         logps, norm, shares, *_ = operators.linear_logprobs(*forward)
         grad_entropy = torch.randn_like(logps) if stats else None
         given = (torch.randn_like(logps), grad_entropy, hidden, weight, bias, labels, None, norm, store, shares)
         dtypes = (dtype, dtype, torch.float32)
-        backward = (*given, [True, False, True], *dtypes, *scoring, 2, filter_eps)
+        backward = (*given, [True, False, True], *dtypes, *scoring, None, 2, filter_eps)
         torch.library.opcheck(operators.linear_logprobs_backward.default, backward, test_utils=checks)
         totals = [torch.zeros(t.shape) for t in (hidden, weight, bias)]
-        adding = (*given, *totals, False, *scoring, None, filter_eps)
+        adding = (*given, *totals, False, *scoring, None, None, filter_eps)
         torch.library.opcheck(operators.linear_logprobs_backward_.default, adding, test_utils=checks)
         shard = torch.tensor([4, 20])
-        sharded = (labels, None, shard, 9, -100, True)
+        sharded = (labels, None, shard, 9, -100, True, True)
         torch.library.opcheck(operators.shard_labels.default, sharded, test_utils=checks)
         of_shard = operators.shard_labels(*sharded)
         scoring_here = (-2, *scoring[1:])
-        fold = (hidden, weight, bias, of_shard, None, store, *scoring_here, stats, None, filter_eps)
+        fold = (hidden, weight, bias, of_shard, None, store, *scoring_here, stats, None, None, filter_eps)
         torch.library.opcheck(operators.linear_fold.default, fold, test_utils=checks)
         sums, masses = operators.linear_fold(*fold)
-        settle = (hidden, of_shard, None, shard, sums, sums, masses, store, *scoring_here, stats, filter_eps)
-        torch.library.opcheck(operators.linear_settle.default, settle, test_utils=checks)
+        settle = (hidden, of_shard, None, shard, sums, sums, masses, store, *scoring_here, stats, None, filter_eps)
+        torch.library.opcheck(operators.linear_finalize.default, settle, test_utils=checks)
     total = torch.randn(5, 6)
     for upstream in (None, torch.tensor(2.0)):
         torch.library.opcheck(operators.scaled_gradient.default, (total, upstream, dtype), test_utils=checks)

@@ -53,6 +53,7 @@ def wrong_values(name: str, default: Any) -> Sequence[Any]:
         "stats": NO_NAMES,
         "chunk_rows": (*optional(NO_INT), 0, -1),
         "group_size": (*NO_INT, 0, -1, 3),
+        "scored_rows": (*optional(NO_INT), -1, [1], [4] * 9, [4, -1], [4, 1.5], 1, [0, 0]),
         "ignore_index": NO_INT,
         "keep": (*optional(NO_INT), -1),
         "dp_size": (*NO_INT, 0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from tests.synchronisation import no_synchronisation
 from tests.tolerance import assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("unpoisoned")
+_Results = TypeVar("_Results")
 every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
 
 
@@ -49,6 +50,18 @@ def launches(function: Callable[[], object]) -> int:
         function()
         torch.cuda.synchronize()
     return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def captured(call: Callable[[], _Results]) -> tuple[torch.cuda.CUDAGraph, _Results]:
+    """Return a graph of a call, and its results in the memory that a replay writes to."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -109,13 +122,7 @@ def test_a_loss_waits_for_nothing_and_is_captured(loss: Loss) -> None:
     truth = call()
     with no_synchronisation():
         call()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    graph, results = captured(call)
     graph.replay()
     for found, wanted in zip(results, truth, strict=True):
         assert torch.equal(found, wanted)
@@ -194,15 +201,15 @@ def test_captured_in_a_graph() -> None:
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
-def from_hidden(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+def from_hidden(hidden: Tensor, labels: Tensor, weight: Tensor, **options: Any) -> Tensor:
     """`step` from hidden states, by way of log-probs and by the loss that makes its gradients in the forward."""
-    chosen, rejected = fastpref.linear_sequence_logprobs(hidden, weight, labels).chunk(2)
+    chosen, rejected = fastpref.linear_sequence_logprobs(hidden, weight, labels, **options).chunk(2)
     loss = fastpref.dpo_loss(chosen, rejected, reference_free=True).loss
-    return loss + fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True, chunk_rows=16).loss
+    return loss + fastpref.linear_dpo_loss(hidden, weight, labels, reference_free=True, chunk_rows=16, **options).loss
 
 
 def test_scored_rows_are_counted_by_the_host() -> None:
-    """So no graph can hold what is made from hidden states: capture would fail where this does."""
+    """So no graph can hold what is made from hidden states where nobody says how many there are."""
     _, labels = make(4, 8, 1000)
     hidden = torch.randn(4, 8, 64, device="cuda", requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
@@ -210,6 +217,46 @@ def test_scored_rows_are_counted_by_the_host() -> None:
     for call in (fastpref.linear_token_logprobs, fastpref.linear_sequence_logprobs):
         with no_synchronisation(), pytest.raises(RuntimeError, match="synchroniz"):
             call(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("options", [{"mode": "save"}, {"mode": "recompute"}, {}, {"filter_eps": 1e-3}], ids=str)
+@pytest.mark.parametrize("room", [0, 2])
+def test_told_its_scored_rows_a_step_waits_for_nothing_and_is_captured(room: int, options: dict[str, Any]) -> None:
+    """A replay is of other labels too, of which as many are scored, or fewer."""
+    _, labels = make(4, 8, 1000)
+    hidden = torch.randn(4, 8, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    counts = [count + room for count in (labels[:, 1:] != -100).sum(-1).tolist()]
+
+    def call() -> list[Tensor]:
+        value = from_hidden(hidden, labels, weight, scored_rows=counts, **options)
+        return [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+
+    call()
+    with no_synchronisation():
+        call()
+    graph, results = captured(call)
+    with torch.no_grad():
+        labels.copy_(torch.randint(1000, labels.shape, device="cuda"))
+        labels[:, 1] = -100
+        labels[0, 3:5] = -100
+        hidden.copy_(torch.randn_like(hidden))
+    graph.replay()
+    value = from_hidden(hidden, labels, weight, **options)
+    wanted = [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+    torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_labels_and_too_few_rows_are_never_numbers() -> None:
+    _, labels = make(4, 8, 1000)
+    hidden, weight = torch.randn(4, 8, 64, device="cuda"), torch.randn(1000, 64, device="cuda")
+    scored = labels[:, 1:] != -100
+    assert fastpref.linear_token_logprobs(hidden, weight, labels, scored_rows=20)[scored].isnan().all()
+    labels[2, 4] = 1000
+    found = fastpref.linear_token_logprobs(hidden, weight, labels, scored_rows=28)
+    assert found.isnan().nonzero().tolist() == [[2, 3]]
+    with pytest.raises(IndexError, match=r"label 1000 at scored position \[2, 3\]"):
+        fastpref.linear_token_logprobs(hidden, weight, labels)
 
 
 @pytest.mark.parametrize("form", ["logits", "hidden"])

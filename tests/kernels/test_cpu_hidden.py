@@ -28,7 +28,7 @@ def operands() -> dict[str, Any]:
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, store: Tensor, chunk_rows: Any) -> Any:
-    arguments = (hidden, weight, bias, labels, None, store, *SCORING, 0, chunk_rows, None)
+    arguments = (hidden, weight, bias, labels, None, store, *SCORING, 0, None, chunk_rows, None)
     return torch.ops.fastpref.linear_logprobs(*arguments)
 
 
@@ -44,7 +44,7 @@ def backward_(
     shares = torch.empty(0, B, T - 1)
     operands = (grad, grad_entropy, hidden, weight, bias, labels, None, norm, store, shares)
     torch.ops.fastpref.linear_logprobs_backward_(
-        *operands, d_hidden, d_weight, d_bias, True, *SCORING, chunk_rows, None
+        *operands, d_hidden, d_weight, d_bias, True, *SCORING, None, chunk_rows, None
     )
 
 

@@ -86,10 +86,11 @@ def test_every_library_product_is_made_at_full_precision(setting: str, monkeypat
     SETTINGS[setting]()
     before = precision._setting()
     with torch.autocast("cpu", torch.bfloat16):
-        logps, norm, *_ = linear.logprobs(backend, hidden, weight, None, labels, None, None, *scoring, 0, None, None)
+        chunking = (None, None, None)
+        logps, norm, *_ = linear.logprobs(backend, hidden, weight, None, labels, None, None, *scoring, 0, *chunking)
         given = (torch.ones_like(logps), None, hidden, weight, None, labels, None, norm, None, hidden.new_zeros(0))
         totals = (torch.empty_like(hidden), torch.empty_like(weight), None)
-        linear.accumulate_gradients(backend, *given, *totals, True, *scoring, None, None)
+        linear.accumulate_gradients(backend, *given, *totals, True, *scoring, *chunking)
     assert len(seen) == 4
     assert {value for setting in seen for value in setting} <= EXACT
     assert precision._setting() == before
@@ -162,6 +163,60 @@ def test_a_setting_that_comes_in_the_middle_is_kept_and_without_effect() -> None
     assert torch.get_float32_matmul_precision() == "high"
 
 
+def test_a_setting_that_comes_in_the_middle_leaves_the_others_as_they_were() -> None:
+    """What a second call then finds is in part what the first has set, and is not the process's."""
+    before = precision._setting()
+    assert True in before  # a process lets a GPU round parts of a sum, unless it is told otherwise
+    with precision.full_float32():
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+        with precision.full_float32():
+            assert set(precision._setting()) <= EXACT
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert precision._setting() == before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k"),
+    reason="this torch cannot be told to split no sum",
+)
+def test_a_process_that_splits_no_sum_stays_so() -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    try:
+        before = precision._setting()
+        with precision.full_float32():
+            assert not matmul.allow_bf16_reduced_precision_reduction
+            assert not matmul.allow_bf16_reduced_precision_reduction_split_k
+            assert matmul.allow_fp16_reduced_precision_reduction_split_k
+        assert precision._setting() == before
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+
+
+def test_a_narrow_gradient_is_rounded_once() -> None:
+    """It is a product whose result has 16 bits, of which a GPU may by default round each part of a sum."""
+    seen: list[tuple[Any, ...]] = []
+
+    def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        if out.dtype == torch.bfloat16:
+            seen.append(precision._setting())
+        linear.library_product(out, a, b, add)
+
+    backend = linear.library_backend(linear.fold, linear.fold_backward)._replace(product=product)
+    hidden, weight, labels = (value.detach() for value in problem())
+    given = (hidden.bfloat16(), weight.bfloat16(), None, labels, None)
+    scoring, chunking = (-100, True, 1.0, 1.0, None), (None, None, None)
+    before = precision._setting()
+    logps, norm, shares, *_ = linear.logprobs(backend, *given, None, *scoring, 0, *chunking)
+    linear.gradients(
+        backend, torch.ones_like(logps), None, *given, norm, None, shares, [True, True, False],
+        *[torch.bfloat16] * 3, *scoring, *chunking,
+    )  # fmt: skip
+    assert len(seen) == 1
+    assert set(seen[0]) <= EXACT
+    assert precision._setting() == before
+
+
 @lowered
 def test_compiled(setting: str) -> None:
     hidden, weight, labels = (value.detach() for value in problem())
@@ -181,7 +236,7 @@ def test_no_operator_with_products_is_left_out() -> None:
         "logprobs_backward",
         "logprobs_backward_",
         "shard_labels",
-        "linear_settle",
+        "linear_finalize",
         "scaled_gradient",
     }
     implemented = {

@@ -23,7 +23,7 @@ REINSTALL = {
 TARGET = "python -c 'from triton.runtime import driver; print(driver.active.get_current_target())'   (shows it whole)"
 KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
 # Registered for every device because of the memory that it writes to; what it computes is PyTorch's.
-PYTORCH = {"scaled_gradient"}
+PYTORCH = {"linear_finalize", "scaled_gradient"}
 
 
 def gpu_section() -> tuple[Section, list[str], bool]:

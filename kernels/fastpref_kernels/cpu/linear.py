@@ -152,40 +152,48 @@ def fold_backward(*arguments: Any) -> None:
     (cpu.native() or linear).fold_backward(*arguments)
 
 
-BACKEND = linear.Backend(
-    product, fold, fold_backward, scratch, empty, _gradient_dtype,
-    tile=lambda: linear.Tile(ROWS, linear.COLUMNS), whole=False,
-)  # fmt: skip
+BACKEND = linear.library_backend(fold, fold_backward, lambda: linear.Tile(ROWS, linear.COLUMNS))._replace(
+    product=product, scratch=scratch, empty=empty, gradient_dtype=_gradient_dtype, whole=False, rounds=False
+)
+
+
+def _untold(arguments: tuple[Any, ...]) -> tuple[list[Any], int | None, float | None, tuple[Any, ...]]:
+    """Return what comes before the number of rows, chunk_rows and filter_eps; those two; and all without the number.
+
+    A host loses nothing by counting the rows, and checks every label as it does.
+    """
+    *given, _, chunk_rows, filter_eps = arguments
+    return given, chunk_rows, filter_eps, (*given, None, chunk_rows, filter_eps)
 
 
 @own_precision
 def logprobs(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, ...]:
     """`fastpref_kernels.linear.logprobs`."""
-    *given, filter_eps = arguments
+    given, chunk_rows, filter_eps, arguments = _untold(arguments)
     native = cpu.native()
     if not native or filter_eps is not None:
         return linear.logprobs(backend, *arguments)
-    return native.linear_logprobs(*given, _prefers_onednn())
+    return native.linear_logprobs(*given, chunk_rows, _prefers_onednn())
 
 
 @own_precision
 def accumulate_gradients(backend: linear.Backend, *arguments: Any) -> None:
     """`fastpref_kernels.linear.accumulate_gradients`."""
-    *given, filter_eps = arguments
+    given, chunk_rows, filter_eps, arguments = _untold(arguments)
     native = cpu.native()
     if not native or filter_eps is not None:
         linear.accumulate_gradients(backend, *arguments)
     else:
         del given[9]  # the tiles' masses, which only a filter asks for
-        native.linear_logprobs_backward_(*given, _prefers_onednn())
+        native.linear_logprobs_backward_(*given, chunk_rows, _prefers_onednn())
 
 
 @own_precision
 def gradients(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`fastpref_kernels.linear.gradients`."""
-    *given, filter_eps = arguments
+    given, chunk_rows, filter_eps, arguments = _untold(arguments)
     native = cpu.native()
     if not native or filter_eps is not None:
         return linear.gradients(backend, *arguments)
     del given[9]
-    return native.linear_logprobs_backward(*given, _prefers_onednn())
+    return native.linear_logprobs_backward(*given, chunk_rows, _prefers_onednn())

@@ -28,18 +28,16 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-class ProductLaunch(NamedTuple):
-    """How the fused product and fold is cut up.
+class Blocks(NamedTuple):
+    """How a matrix product is cut up.
 
     Attributes:
         block_m: rows of a block.
-        block_n: columns of a block; it divides `fastpref_kernels.linear.COLUMNS`.
+        block_n: columns of a block.
         block_k: terms of a sum that are multiplied at a time.
         group_m: blocks of rows that go over the columns together, so that a cache holds what they share.
         stages: loads of `block_k` terms in flight.
         warps: warps of a program.
-        width: columns of a block that are folded at a time, `block_n` over a power of 2. Fewer columns take fewer
-            registers where one warp holds all columns of a row.
     """
 
     block_m: int
@@ -48,7 +46,22 @@ class ProductLaunch(NamedTuple):
     group_m: int
     stages: int
     warps: int
+
+
+class ProductLaunch(NamedTuple):
+    """How the fused product and fold is cut up.
+
+    Attributes:
+        blocks: how the product is; `block_n` divides `fastpref_kernels.linear.COLUMNS`.
+        width: columns of a block that are folded at a time, `block_n` over a power of 2. Fewer columns take fewer
+            registers.
+        described: whether tensor descriptors load the blocks, where the operands allow it. NVIDIA's GPUs have a unit
+            for that since compute capability 9.0, and other GPUs are slow at it. In float32 it takes more registers.
+    """
+
+    blocks: Blocks
     width: int
+    described: bool = False
 
 
 class Measured(NamedTuple):
@@ -75,14 +88,12 @@ class Measured(NamedTuple):
 
 # Kernels that go over rows, by the bytes of an element of the row.
 ROWS: dict[tuple[str, int], Launch] = {
-    # Enough loads in flight to cover the memory's latency with a few programs a multiprocessor, and few enough
-    # registers for nothing to spill.
-    ("logprobs_forward", 2): Launch(4096, 8),
-    ("logprobs_forward", 4): Launch(4096, 4),
-    ("logprobs_forward", 8): Launch(2048, 8),
-    # A thread holds three more sums, and every block waits for its maximum: smaller programs, more of them.
-    ("logprobs_statistics", 2): Launch(2048, 4),
-    ("logprobs_statistics", 4): Launch(2048, 4),
+    # At least 64 KiB of loads in flight a multiprocessor, and few enough registers for nothing to spill.
+    ("logprobs_forward", 2): Launch(4096, 4, 3),
+    ("logprobs_forward", 4): Launch(2048, 2, 3),
+    ("logprobs_forward", 8): Launch(2048, 8, 3),
+    ("logprobs_statistics", 2): Launch(4096, 4, 3),
+    ("logprobs_statistics", 4): Launch(2048, 2, 2),
     ("logprobs_statistics", 8): Launch(1024, 4),
     ("logprobs_backward", 2): Launch(4096, 4),
     ("logprobs_backward", 4): Launch(4096, 4),
@@ -95,7 +106,15 @@ ROWS: dict[tuple[str, int], Launch] = {
     ("fold_backward", 8): Launch(512, 2),
 }
 
-# Kernels on (B,), (B, K) and (B, T) tensors. A block counts pairs, prompts x K, prompts x K x K, or tokens.
+# A row of logits is summed in at most SEGMENTS segments, so that as many programs can share it. All but the last have
+# SHORTEST_SEGMENT logits or more: the end of a segment then costs a few percent of it.
+SEGMENTS = 8
+SHORTEST_SEGMENT = 16384
+
+# Programs for each multiprocessor where rows of logits are few: with 8 KiB of loads each they have 64 KiB in flight.
+PROGRAMS = 8
+
+# Kernels on (B,), (B, K), (B, T) and (R, H) tensors. A block counts pairs, prompts x K, prompts x K x K, or tokens.
 SMALL: dict[str, Launch] = {
     "dpo": Launch(1024, 8),
     # Each pair is compared with all others, so many small programs share that.
@@ -107,16 +126,43 @@ SMALL: dict[str, Launch] = {
     # A prompt of more than 32 answers fills more than one block.
     "ranking_wide": Launch(1024, 8),
     "gae": Launch(1024, 4),
+    # A block counts features of a row of hidden states.
+    "row_dot": Launch(1024, 4),
+    "row_copy": Launch(1024, 4),
 }
 
 # Rows and columns of a product of hidden states and the head, on a device with memory of its own.
 TILE = Tile(rows=4096, columns=4096)
 
+# Products over the rows that a filtered gradient keeps, by the bytes of an element. NVIDIA's tensor cores would round
+# float32, so there the threads multiply, and the registers that this takes limit a block.
+PICKED: dict[int, Blocks] = {
+    2: Blocks(128, 128, 64, 8, 3, 8),
+    4: Blocks(64, 32, 16, 8, 2, 4),
+}
+
+# (rows, columns, warps) of one step of the kernel that sums what those products multiply, for a bias.
+PICKED_SUMS = (16, 128, 4)
+
 # Empty, because no GPU has measured the fused kernel yet: until one has, no shape takes it.
 PRODUCTS: tuple[Measured, ...] = ()
 
-# (blocks of columns, rows, warps) of one step of the kernel that adds up the fused kernel's blocks.
+# (pieces of columns, rows, warps) of one step of the kernel that adds up what the fused kernel folded.
 COMBINE = (32, 32, 4)
+
+
+def segment_blocks(V: int, block: int) -> int:
+    """Return the blocks of a segment. They depend on V and the block alone, because they decide a row's bits."""
+    return max(-(-V // (SEGMENTS * block)), SHORTEST_SEGMENT // block, 1)
+
+
+def row_programs(rows: int, parts: int, multiprocessors: int) -> int:
+    """Return how many programs share a row of `parts` parts: 1 if the rows alone fill the device.
+
+    No program is left without a part.
+    """
+    wanted = min(parts, -(-PROGRAMS * multiprocessors // rows))
+    return -(-parts // -(-parts // wanted))
 
 
 def product_launch(device: str, dtype: torch.dtype, rows: int, features: int, vocabulary: int) -> ProductLaunch | None:

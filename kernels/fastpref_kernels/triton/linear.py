@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fastpref_kernels.linear import ENTROPY_LIMIT, LIMIT
 from fastpref_kernels.triton import launches
-from fastpref_kernels.triton.common import accumulator, dense, exp, join, on_device, power, power_rate, split, tanh
-from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment, _one_minus_exp
+from fastpref_kernels.triton.common import accumulator, dense, exp, join, power, power_rate, split, tanh
+from fastpref_kernels.triton.launch import launch
+from fastpref_kernels.triton.logprobs import ENTROPY, LOG_SUM_SQ, MEAN, TOP1, _alignment
+from fastpref_kernels.triton.logprobs_backward import one_minus_exp
 
 # Stands in for log 0, so that 0 * log 0 is 0.
 FLOOR: tl.constexpr = tl.constexpr(-1e30)
@@ -220,23 +222,28 @@ def fold_kernel(
 
 @triton.jit(
     do_not_specialize=["C", "column", "stride_z", "stride_out", "norm_row"],
-    do_not_specialize_on_alignment=["targets", "norm", "grad", "grad_entropy"],
+    do_not_specialize_on_alignment=["targets", "norm", "grad", "grad_entropy", "pick", "count"],
 )
 def fold_backward_kernel(
     out, z, bias, targets, norm, grad, grad_entropy,  # (R, C), (R, C), (C,), (R,), (3 or 4, R), (R,), (R,)
+    pick, count,  # (R,), (1,)
     C, column, stride_z, stride_out, norm_row,
     rate_high, rate_low, inner_high, inner_low, slope_high, slope_low,
     CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program r writes the gradient of row r of the tile. `out` may be `z`."""
+    """Program r writes the gradient of row r of the tile, which belongs to row pick[r]. `out` may be `z`."""
     r = tl.program_id(0).to(tl.int64)
+    row = z + tl.multiple_of(r * stride_z, ALIGN)
+    to = out + tl.multiple_of(r * stride_out, OUT_ALIGN)
+    if pick is not None:
+        if r >= tl.load(count):
+            return
+        r = tl.load(pick + r)
     rate = join(rate_high, rate_low, ACC)
     inner = join(inner_high, inner_low, ACC)
     slope = join(slope_high, slope_low, ACC)
 
-    row = z + tl.multiple_of(r * stride_z, ALIGN)
-    to = out + tl.multiple_of(r * stride_out, OUT_ALIGN)
     anchor = tl.load(norm + r).to(ACC)
     inverse = tl.load(norm + norm_row + r).to(ACC)
     logp = tl.load(norm + 2 * norm_row.to(tl.int64) + r).to(ACC)
@@ -271,7 +278,7 @@ def fold_backward_kernel(
         u = _load(row, bias, k, k < C, inner, CAP, ACC)
         value = _gradient(u, anchor, factor, rate, g, h, surprise, grad_entropy is not None, CAP, ACC)
         tl.store(to + k, value.to(out.dtype.element_ty), mask=k < C)
-    value = g * _one_minus_exp(logp, ACC)
+    value = g * one_minus_exp(logp, ACC)
     if grad_entropy is not None:
         p = exp(logp, ACC)
         value -= tl.where(p == 0.0, 0.0, h * p * (logp + entropy))
@@ -319,26 +326,29 @@ def fold(
     rate, inner, slope = _transform(logit_scale, temperature, softcap)
     block, warps, stages = launches.ROWS["fold", z.element_size()]
     to = z if store is None else store
-    with on_device(z.device):
-        fold_kernel[(R,)](
-            z, *dense(bias, targets), state, anchors, masses, store,
-            C, column, z.stride(0), to.stride(0), *state.stride(), anchors.stride(0), masses.stride(0),
-            *split(rate), *split(inner), *split(slope),
-            LIMIT=ENTROPY_LIMIT if stats & ENTROPY.value else LIMIT,
-            STATS=stats, CAP=softcap is not None, ACC=accumulator(z.dtype),
-            ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
-            STORE_ALIGN=_alignment(to.stride(0), itemsize=to.element_size()),
-            BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        fold_kernel, R, z, *dense(bias, targets), state, anchors, masses, store,
+        C, column, z.stride(0), to.stride(0), *state.stride(), anchors.stride(0), masses.stride(0),
+        *split(rate, inner, slope),
+        LIMIT=ENTROPY_LIMIT if stats & ENTROPY.value else LIMIT, STATS=stats, CAP=softcap is not None,
+        ACC=accumulator(z.dtype),
+        ALIGN=_alignment(z, z.stride(0)),
+        STORE_ALIGN=_alignment(to, to.stride(0)),
+        BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def fold_backward(
     z: Tensor, bias: Tensor | None, targets: Tensor, column: int, logit_scale: float, temperature: float,
     softcap: float | None, norm: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, out: Tensor,
+    pick: Tensor | None = None, count: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the gradient of a tile of products to `out`, which may be the tile itself.
 
     norm (3 or 4, R) holds the anchor, 1/S, logp and, where grad_entropy is given, the entropy.
+
+    Where pick (R,) int64 and count (1,) are given, row i of the tile belongs to row pick[i] of targets, norm and the
+    gradients, and only the first `count` rows of the tile are read and written.
     """
     R, C = z.shape
     if R == 0:
@@ -346,12 +356,11 @@ def fold_backward(
     rate, inner, slope = _transform(logit_scale, temperature, softcap)
     block, warps, stages = launches.ROWS["fold_backward", z.element_size()]
     norm = norm.contiguous()
-    with on_device(z.device):
-        fold_backward_kernel[(R,)](
-            out, z, *dense(bias, targets), norm, *dense(grad, grad_entropy),
-            C, column, z.stride(0), out.stride(0), norm.stride(0), *split(rate), *split(inner), *split(slope),
-            CAP=softcap is not None, ACC=accumulator(z.dtype),
-            ALIGN=_alignment(z.stride(0), itemsize=z.element_size()),
-            OUT_ALIGN=_alignment(out.stride(0), itemsize=out.element_size()),
-            BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        fold_backward_kernel, R, out, z, *dense(bias, targets), norm, *dense(grad, grad_entropy), pick, count,
+        C, column, z.stride(0), out.stride(0), norm.stride(0), *split(rate, inner, slope),
+        CAP=softcap is not None, ACC=accumulator(z.dtype),
+        ALIGN=_alignment(z, z.stride(0)),
+        OUT_ALIGN=_alignment(out, out.stride(0)),
+        BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip

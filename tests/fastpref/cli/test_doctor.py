@@ -149,7 +149,7 @@ class TestOperators:
                 "library products + PyTorch row pass",
                 "library products + Triton row pass",
             ),
-            ("linear_settle", "PyTorch", "PyTorch", "PyTorch"),
+            ("linear_finalize", "PyTorch", "PyTorch", "PyTorch"),
             ("scaled_gradient", "PyTorch", "PyTorch", "PyTorch"),
             ("gae", "PyTorch", "PyTorch", "Triton"),
             ("dpo_loss", "the reference formula", "the reference formula", "Triton"),

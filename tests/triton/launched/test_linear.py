@@ -441,6 +441,20 @@ def test_gradient_of_impossible_logits() -> None:
     assert (out[:, 40] == 0).all()
 
 
+@products
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_gradient_of_a_row_that_is_left_over(dtype: torch.dtype, softcap: float | None, with_entropy: bool) -> None:
+    """Its anchor is inf, so that no logit of it, however large, is more than 0 times a gradient of 0."""
+    norm = torch.tensor([[INF], [1.0], [0.0], [0.0]], dtype=dtype, device=DEVICE)
+    none, out = torch.zeros(1, dtype=dtype, device=DEVICE), torch.full((1, 300), torch.nan, dtype=dtype, device=DEVICE)
+    linear.fold_backward(
+        torch.full((1, 300), 1e3, dtype=dtype, device=DEVICE), None, torch.tensor([-2], device=DEVICE), 0,
+        1.0, 1.0, softcap, norm, none, none if with_entropy else None, out,
+    )  # fmt: skip
+    assert (out == 0).all()
+
+
 def test_nothing_to_do() -> None:
     empty = torch.empty(0, device=DEVICE)
     state, none = torch.empty(8, 0, dtype=torch.float64, device=DEVICE), torch.empty(0, dtype=torch.int64).to(DEVICE)

@@ -1,0 +1,150 @@
+"""Rows of hidden states as such: a label's dot product, rows taken out and added back, and kept exponentials moved.
+
+A program does one row. The operations and their edges are those of `fastpref_kernels.linear.rows`, without a read on
+the host and without a temporary.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpref_kernels.linear import widened
+from fastpref_kernels.triton import launches
+from fastpref_kernels.triton.common import accumulator
+from fastpref_kernels.triton.launch import launch
+
+# A number that differs from batch to batch must not compile a new kernel; H and the strides are a model's.
+LENGTHS = ["M"]
+# Factors that a program looks at in one go.
+PIECES: tl.constexpr = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize_on_alignment=["labels", "out"])
+def dot_kernel(
+    out, x, weight, labels,  # (R,), (R, H), (V, H), (R,)
+    H, stride_x, stride_xh, stride_w, stride_wh, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program r multiplies row r of x by row labels[r] of weight."""
+    r = tl.program_id(0).to(tl.int64)
+    x += r * stride_x
+    weight += tl.load(labels + r) * stride_w
+    sums = tl.zeros((BLOCK,), ACC)
+    for start in range(0, H, BLOCK):
+        h = start + tl.arange(0, BLOCK)
+        a = tl.load(x + h.to(tl.int64) * stride_xh, mask=h < H, other=0.0).to(ACC)
+        sums += a * tl.load(weight + h.to(tl.int64) * stride_wh, mask=h < H, other=0.0).to(ACC)
+    tl.store(out + r, tl.sum(sums))
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["source", "scale"])
+def gather_kernel(
+    out, x, source, scale,  # (R, H), (M, H), (R,), (R,) or None
+    M, H, stride_x, stride_xh, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program r copies row source[r] of x to row r of out, times scale[r]; zeros where there is no such row."""
+    r = tl.program_id(0).to(tl.int64)
+    row = tl.load(source + r)
+    x += row * stride_x
+    there = tl.where(row < M, H, 0)
+    for start in range(0, H, BLOCK):
+        h = start + tl.arange(0, BLOCK)
+        value = tl.load(x + h.to(tl.int64) * stride_xh, mask=h < there, other=0.0)
+        if scale is not None:
+            value = value.to(scale.dtype.element_ty) * tl.load(scale + r)
+        tl.store(out + r * H + h, value.to(out.dtype.element_ty), mask=h < H)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["source", "scale"])
+def scatter_kernel(
+    out, rows, source, scale,  # (M, H), (R, H), (R,), (R,) or None
+    M, H, stride_out, stride_rows, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program r adds row r, times scale[r], to row source[r] of out, and rounds once; no two have the same."""
+    r = tl.program_id(0).to(tl.int64)
+    row = tl.load(source + r)
+    if row < M:
+        out += row * stride_out
+        rows += r * stride_rows
+        for start in range(0, H, BLOCK):
+            h = start + tl.arange(0, BLOCK)
+            value = tl.load(rows + h, mask=h < H, other=0.0)
+            if scale is not None:
+                value *= tl.load(scale + r)
+            value += tl.load(out + h, mask=h < H, other=0.0).to(value.dtype)
+            tl.store(out + h, value.to(out.dtype.element_ty), mask=h < H)
+
+
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["factors"])
+def rescale_kernel(
+    kept, factors,  # (R, V), (pieces, R)
+    R, V, pieces, columns, stride_kept, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program r multiplies each piece of row r by its factor, where that is not 1. Few rows have such a piece."""
+    r = tl.program_id(0).to(tl.int64)
+    moved = tl.zeros((PIECES,), tl.int32)
+    for first in range(0, pieces, PIECES):
+        p = first + tl.arange(0, PIECES)
+        factor = tl.load(factors + p.to(tl.int64) * R + r, mask=p < pieces, other=1.0)
+        moved |= (factor != 1.0).to(tl.int32)
+    if tl.max(moved) != 0:
+        kept += r * stride_kept
+        for p in range(0, pieces):
+            factor = tl.load(factors + tl.full((), p, tl.int64) * R + r)
+            if factor != 1.0:
+                begin = p * columns
+                end = tl.minimum(begin + columns, V)
+                for start in range(begin, end, BLOCK):
+                    k = start + tl.arange(0, BLOCK)
+                    e = tl.load(kept + k, mask=k < end, other=0.0).to(factor.dtype)
+                    tl.store(kept + k, (e * factor).to(kept.dtype.element_ty), mask=k < end)
+
+
+def dot(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`fastpref_kernels.linear.rows.dot`."""
+    R, H = x.shape
+    out = x.new_empty(R, dtype=widened(x.dtype))
+    block, warps, _ = launches.SMALL["row_dot"]
+    if R:
+        launch(
+            dot_kernel, R, out, x, weight, labels, H, *x.stride(), *weight.stride(),
+            ACC=accumulator(x.dtype), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def gather(x: Tensor, source: Tensor, scale: Tensor | None) -> Tensor:
+    """`fastpref_kernels.linear.rows.gather`."""
+    (M, H), R = x.shape, source.shape[0]
+    out = x.new_empty((R, H))
+    block, warps, _ = launches.SMALL["row_copy"]
+    if R:
+        launch(
+            gather_kernel, R, out, x, source, scale, M, H, *x.stride(),
+            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def scatter(out: Tensor, source: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+    """`fastpref_kernels.linear.rows.scatter`."""
+    (M, H), R = out.shape, source.shape[0]
+    block, warps, _ = launches.SMALL["row_copy"]
+    if R:
+        launch(
+            scatter_kernel, R, out, rows, source, scale, M, H, out.stride(0), rows.stride(0),
+            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def rescale(kept: Tensor, factors: Tensor, columns: int) -> None:
+    """`fastpref_kernels.linear.rows.rescale`."""
+    R, V = kept.shape
+    factors = factors.to(widened(kept.dtype)).contiguous()
+    block, warps, _ = launches.SMALL["row_copy"]
+    if R:
+        launch(
+            rescale_kernel, R, kept, factors, R, V, len(factors), columns, kept.stride(0),
+            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
