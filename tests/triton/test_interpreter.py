@@ -14,7 +14,7 @@ LAUNCHED = Path(__file__).with_name("launched")
 
 
 # The long files run in parts, which several workers share.
-PARTS = {"test_losses.py": 3, "test_logprobs.py": 3, "test_product.py": 2}
+PARTS = {"test_losses.py": 3, "test_logprobs.py": 4, "test_product.py": 2}
 
 
 @pytest.mark.slow

@@ -1,18 +1,21 @@
-"""Log-probs of labels under logits, and the gradient of the logits: one program a row.
+"""Log-probs of labels under logits, and the launch of their gradient.
 
-Forward, where no statistic is asked for, is anchored at the label: logp = -log1p(sum over j != y of exp(z_j - z_y)).
-The label's logit is loaded first, so the sum needs no running maximum: per logit it is a widening, a subtraction, a
-multiplication, an exponential and an addition. The label is kept out of the sum by giving its block, and the last one,
-a masked pass of their own. A row whose other logits lie far above the label's, and every row with statistics, is
-anchored at its running maximum instead.
+A row has one program, or several if rows are few. If no statistic but `lse` is asked for, the sum is anchored at the
+label: logp = -log1p(sum over j != y of exp(z_j - z_y)). The label's logit is loaded first, so the sum needs no running
+maximum. A logit then costs a widening, a subtraction, a multiplication, an exponential and an addition. The block that
+holds the label and the row's last block go last, under a mask that leaves the label out. A row whose other logits lie
+far above the label's is summed again from its maximum. A row with statistics is summed from its maximum at once: each
+lane has a running maximum, and lanes are combined when a segment ends.
 
-The order of a row's sums depends on V alone, so its bits do not depend on what else is in the batch. A sequence is
-summed by whichever of its programs finishes last, in the order of its tokens.
+A row is summed in segments. V and the block alone decide where they end, and the row's program that finishes last adds
+them up in order. The bits of a row therefore depend neither on the rest of the batch nor on the number of programs that
+share the row. The program that finishes a sequence's last row sums the sequence, in the order of its tokens.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -20,23 +23,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels.triton import launches
-from fastpref_kernels.triton.common import (
-    accumulator,
-    dense,
-    exp,
-    join,
-    log1p,
-    on_device,
-    power,
-    power_rate,
-    split,
-    tanh,
-)
+from fastpref_kernels.triton.common import accumulator, dense, exp, join, log1p, power, power_rate, split
+from fastpref_kernels.triton.launch import launch
+from fastpref_kernels.triton.logprobs_backward import logprobs_backward_kernel
+from fastpref_kernels.triton.logprobs_rows import LENGTHS, SMALL_TENSORS, SUM_BLOCK, locate, squash
 
 # Above this the sum is redone from the maximum: 1/(1+s) must stay a normal float32, and so must what it multiplies.
 ANCHOR_LIMIT: tl.constexpr = tl.constexpr(float(2**60))
-# Tokens of a sequence that are summed at a time.
-SUM_BLOCK: tl.constexpr = tl.constexpr(1024)
+# Stands in for the logarithm of 0, so that 0 times it is 0.
+FLOOR: tl.constexpr = tl.constexpr(-1e30)
+# The most segments of a row.
+SEGMENTS: tl.constexpr = tl.constexpr(launches.SEGMENTS)
 
 LSE: tl.constexpr = tl.constexpr(1)
 ENTROPY: tl.constexpr = tl.constexpr(2)
@@ -45,135 +42,178 @@ TOP1: tl.constexpr = tl.constexpr(8)
 LOG_SUM_SQ: tl.constexpr = tl.constexpr(16)
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
-
-@triton.jit
-def _squash(x, inner, cap, CAP: tl.constexpr, ACC: tl.constexpr):
-    """u(x) = x, or cap * tanh(x * inner): what is left of the logits' transform is one factor, z = rate * u."""
-    x = x.to(ACC)
-    if CAP:
-        x = cap * tanh(x * inner, ACC)
-    return x
-
-
-@triton.jit
-def _locate(cu_seqlens, n_sequences, b, t, SHIFT: tl.constexpr, PACKED: tl.constexpr):
-    """The sequence of token t of row b, whether it is in one, and whether it has a label there to be scored against."""
-    sequence = b
-    inside = t >= 0
-    followed = inside
-    if PACKED:
-        before = tl.zeros((SUM_BLOCK,), tl.int32)
-        at_next = tl.zeros((SUM_BLOCK,), tl.int32)
-        for start in range(1, n_sequences + 1, SUM_BLOCK):
-            i = start + tl.arange(0, SUM_BLOCK)
-            bound = tl.load(cu_seqlens + i, mask=i <= n_sequences, other=2147483647)
-            before += (bound <= t).to(tl.int32)
-            at_next += (bound == t + 1).to(tl.int32)
-        sequence = tl.sum(before)
-        # Boundaries are not checked on a GPU; a token that they leave out must still lead to no memory but ours.
-        inside = (sequence < n_sequences) & (t >= tl.load(cu_seqlens))
-        tl.device_assert(inside, "cu_seqlens must rise from 0 to the number of tokens")
-        sequence = tl.where(inside, sequence, 0)
-        followed = inside
-        if SHIFT:
-            followed = inside & (tl.sum(at_next) == 0)
-    return sequence, inside, followed
+# Where a segment's numbers lie among the partial results of its row.
+AT_REST: tl.constexpr = tl.constexpr(0)
+AT_MAXIMUM: tl.constexpr = tl.constexpr(1)
+AT_WEIGHTED: tl.constexpr = tl.constexpr(2)
+AT_SQUARES: tl.constexpr = tl.constexpr(3)
+AT_TOTAL: tl.constexpr = tl.constexpr(4)
+AT_BEFORE: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
-def _fold(u, m, rest, weighted, squares, rate, STATS: tl.constexpr, ACC: tl.constexpr):
-    """Add a block to a row's sums, and rescale them where it raises the row's maximum, which few blocks do."""
-    top = tl.max(u)
-    if top > m:
-        # Nothing has been summed while the maximum is -inf, and nothing then has to be rescaled.
-        gap = tl.where(m == -float("inf"), 0.0, (m - top) * rate)
-        f = power(gap, ACC)
-        if ENTROPY & STATS:
-            # Where f is 0 so is the sum, however far below the maximum has been: 0 * inf otherwise.
-            weighted = tl.where(f == 0.0, 0.0, f * (weighted + gap * rest))
-        if LOG_SUM_SQ & STATS:
-            squares = f * f * squares
-        rest = f * rest
-        m = top
-    d = (u - tl.where(m == -float("inf"), 0.0, m)) * rate
+def _blocks(segment, segment_blocks, label, V, BLOCK: tl.constexpr):
+    """Return the bounds of a segment's blocks.
+
+    Blocks in range(begin, split) and in range(split + 1, end) are full and do not hold the label. Blocks in
+    range(first, stop, step) need a mask: they hold the label or the end of the row.
+    """
+    last = tl.cdiv(V, BLOCK) - 1
+    special = tl.maximum(label, 0) // BLOCK
+    begin = segment * segment_blocks
+    stop = begin + segment_blocks
+    end = tl.minimum(stop, last)
+    has_label = (special >= begin) & (special < stop)
+    first = tl.where(has_label, special, last)
+    stop = tl.where(last < stop, last, tl.where(has_label, special, last - 1)) + 1
+    return begin, tl.where(has_label, special, end), end, first, stop, tl.maximum(last - first, 1)
+
+
+@triton.jit
+def _columns(block, BLOCK: tl.constexpr, LANE: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr):
+    """Return the first WIDTH columns of each lane of a block.
+
+    A lane is LANE logits along AXIS. One thread holds all of them, so a sum over AXIS needs no barrier and no shuffle.
+    """
+    lanes: tl.constexpr = BLOCK // LANE
+    lane = tl.expand_dims(tl.arange(0, lanes), AXIS)
+    inner = tl.expand_dims(tl.arange(0, WIDTH), 1 - AXIS)
+    if AXIS == 1:
+        return block * BLOCK + lane * LANE + inner
+    else:
+        return block * BLOCK + inner * lanes + lane
+
+
+@triton.jit
+def _from_label(
+    row, stride_v, V, segment, segment_blocks, label, u_y, rate, inner, cap,
+    CAP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    AXIS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Return the sum over j != y of exp(z_j - z_y) in a segment."""
+    begin, split, end, first, stop, step = _blocks(segment, segment_blocks, label, V, BLOCK)
+    rate = power_rate(rate, ACC)
+    acc = tl.zeros((BLOCK // LANE,), ACC)
+    for side in range(0, 2):
+        start = tl.where(side == 0, begin, split + 1)
+        for i in tl.range(0, tl.where(side == 0, split, end) - start, num_stages=STAGES):
+            k = _columns(start + i, BLOCK, LANE, LANE, AXIS)
+            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
+            u = squash(tl.load(row + offset), inner, cap, CAP, ACC)
+            acc += tl.sum(power((u - u_y) * rate, ACC), AXIS)
+    for block in range(first, stop, step):
+        for i in range(0, LANE):
+            k = _columns(block, BLOCK, LANE, 1, AXIS) + i * (1 if AXIS == 1 else BLOCK // LANE)
+            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
+            u = squash(tl.load(row + offset, mask=k < V, other=0.0), inner, cap, CAP, ACC)
+            acc += tl.sum(tl.where((k < V) & (k != label), power((u - u_y) * rate, ACC), 0.0), AXIS)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def _fold(u, m, rest, weighted, squares, rate, STATS: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr):
+    """Add logits to the sums of their lanes, after rescaling the sums to the new maximum of each lane."""
+    top = tl.maximum(m, tl.max(u, AXIS))
+    gap = tl.maximum((m - top) * rate, FLOOR)
+    f = power(gap, ACC)
+    d = (u - tl.expand_dims(top, AXIS)) * rate
     e = power(d, ACC)
     if ENTROPY & STATS:
-        # The floor keeps 0 * -inf out; a NaN that it swallows is in e.
-        weighted += e * tl.maximum(d, -1e30)
+        # A NaN that the floor swallows is in e.
+        weighted = f * (weighted + gap * rest) + tl.sum(e * tl.maximum(d, FLOOR), AXIS)
     if LOG_SUM_SQ & STATS:
-        squares += e * e
-    return m, top, rest + e, weighted, squares
+        squares = f * f * squares + tl.sum(e * e, AXIS)
+    return top, f * rest + tl.sum(e, AXIS), weighted, squares
 
 
 @triton.jit
-def _online(
-    row, stride_v, V, n, label, u_y, rate, inner, cap,
+def _from_maximum(
+    partial, row, stride_v, V, segment, segment_blocks, label, rate, inner, cap,
     STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    LANE: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A row of n logits, which is V or, where it is not scored, 0, anchored at its running maximum.
+    """Store a segment's maximum of u over j != y, and its sums anchored at that maximum.
 
-    Returns the maximum of u; the sums over j != y of e, e*d and e*e, where e = exp(d) and d = rate*(u - maximum), the
-    second as e times what `power` takes; the sum of u; and the maxima of u before and after the label.
+    With d = rate * (u - maximum) and e = exp(d), these are the sums over j != y of e, of e times the argument for which
+    `power` returns e, and of e*e; the sum of all u; and the maximum of u before the label.
     """
-    minus_inf = -float("inf")
+    begin, split, end, first, stop, step = _blocks(segment, segment_blocks, label, V, BLOCK)
     rate = power_rate(rate, ACC)
-    m = u_y
-    rest = tl.zeros((BLOCK,), ACC)
-    weighted = tl.zeros((BLOCK,), ACC)
-    squares = tl.zeros((BLOCK,), ACC)
-    total = tl.zeros((BLOCK,), ACC)
-    before = tl.full((), minus_inf, ACC)
-    after = tl.full((), minus_inf, ACC)
-    last = tl.cdiv(n, BLOCK) - 1
-    special = tl.maximum(label, 0) // BLOCK
-    skip = special < last
-    for i in tl.range(0, last - skip.to(tl.int32), num_stages=STAGES):
-        block = i + (skip & (i >= special)).to(tl.int32)
-        k = block * BLOCK + tl.arange(0, BLOCK)
-        offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
-        u = _squash(tl.load(row + offset), inner, cap, CAP, ACC)
-        if MEAN & STATS:
-            total += u
-        m, top, rest, weighted, squares = _fold(u, m, rest, weighted, squares, rate, STATS, ACC)
+    minus_inf = -float("inf")
+    lanes: tl.constexpr = BLOCK // LANE
+    # A finite start keeps -inf - -inf out of the differences below.
+    LOWEST: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
+    m = tl.full((lanes,), LOWEST, ACC)
+    rest = tl.zeros((lanes,), ACC)
+    weighted = tl.zeros((lanes,), ACC)
+    squares = tl.zeros((lanes,), ACC)
+    total = tl.zeros((lanes,), ACC)
+    before = tl.full((lanes,), minus_inf, ACC)
+    for side in range(0, 2):
+        start = tl.where(side == 0, begin, split + 1)
+        for i in tl.range(0, tl.where(side == 0, split, end) - start, num_stages=STAGES):
+            k = _columns(start + i, BLOCK, LANE, LANE, AXIS)
+            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
+            u = squash(tl.load(row + offset), inner, cap, CAP, ACC)
+            if MEAN & STATS:
+                total += tl.sum(u, AXIS)
+            m, rest, weighted, squares = _fold(u, m, rest, weighted, squares, rate, STATS, ACC, AXIS)
         if TOP1 & STATS:
-            before = tl.maximum(before, tl.where(block < special, top, minus_inf))
-            after = tl.maximum(after, tl.where(block > special, top, minus_inf))
-    # The label's block and the last, which may be the same one.
-    for block in range(special, last + 1, tl.maximum(last - special, 1)):
-        k = block * BLOCK + tl.arange(0, BLOCK)
-        offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
-        u = _squash(tl.load(row + offset, mask=k < V, other=0.0), inner, cap, CAP, ACC)
-        if MEAN & STATS:
-            total += tl.where(k < V, u, 0.0)
-        u = tl.where((k < V) & (k != label), u, minus_inf)
-        m, top, rest, weighted, squares = _fold(u, m, rest, weighted, squares, rate, STATS, ACC)
-        if TOP1 & STATS:
-            before = tl.maximum(before, tl.max(tl.where(k < label, u, minus_inf)))
-            after = tl.maximum(after, tl.max(tl.where(k > label, u, minus_inf)))
-    return m, tl.sum(rest), tl.sum(weighted), tl.sum(squares), tl.sum(total), before, after
+            before = tl.where((side == 0) & (begin < split) & (begin * BLOCK <= label), m, before)
+    for block in range(first, stop, step):
+        for i in range(0, LANE):
+            k = _columns(block, BLOCK, LANE, 1, AXIS) + i * (1 if AXIS == 1 else lanes)
+            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
+            u = squash(tl.load(row + offset, mask=k < V, other=0.0), inner, cap, CAP, ACC)
+            if MEAN & STATS:
+                total += tl.sum(tl.where(k < V, u, 0.0), AXIS)
+            u = tl.where((k < V) & (k != label), u, minus_inf)
+            if TOP1 & STATS:
+                before = tl.maximum(before, tl.max(tl.where(k < label, u, minus_inf), AXIS))
+            m, rest, weighted, squares = _fold(u, m, rest, weighted, squares, rate, STATS, ACC, AXIS)
+    anchor = tl.max(m, 0)
+    gap = tl.maximum((m - anchor) * rate, FLOOR)
+    f = power(gap, ACC)
+    at = partial + segment
+    tl.store(at + AT_REST * SEGMENTS, tl.sum(f * rest, 0))
+    tl.store(at + AT_MAXIMUM * SEGMENTS, anchor)
+    if ENTROPY & STATS:
+        tl.store(at + AT_WEIGHTED * SEGMENTS, tl.sum(f * (weighted + gap * rest), 0))
+    if LOG_SUM_SQ & STATS:
+        tl.store(at + AT_SQUARES * SEGMENTS, tl.sum(f * f * squares, 0))
+    if MEAN & STATS:
+        tl.store(at + AT_TOTAL * SEGMENTS, tl.sum(total, 0))
+    if TOP1 & STATS:
+        tl.store(at + AT_BEFORE * SEGMENTS, tl.max(before, 0))
 
 
-# Arguments that differ from batch to batch: a new value must not compile a new kernel in the middle of training. ALIGN
-# says how rows of logits are aligned; a small tensor may be a slice that begins anywhere.
-LENGTHS = ["rows", "n_sequences", "n_rows", "ignore_index", "stride_b", "stride_lb"]
-SMALL_TENSORS = ["labels", "cu_seqlens", "weights", "norm"]
+@triton.jit
+def _partial(partial, of: tl.constexpr, count, other):
+    """Load one number of each segment."""
+    segment = tl.arange(0, SEGMENTS)
+    # Volatile, because other programs may have written these while this one ran.
+    return tl.load(partial + of * SEGMENTS + segment, mask=segment < count, other=other, volatile=True)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SMALL_TENSORS)
+@triton.jit(
+    do_not_specialize=[*LENGTHS, "segment_blocks"],
+    do_not_specialize_on_alignment=SMALL_TENSORS,
+)
 def logprobs_forward_kernel(
     logits, labels, cu_seqlens, weights,  # (B, T, V), (B, T), (S+1,), (B, T')
     logps, norm, sequences, counts, tickets,  # (B, T'), (3 or 4, B, T'), (S,), (S,), (S,) zeros
+    partials, row_tickets,  # (B, T', 2 or 6, SEGMENTS), (B, T') zeros
     lse, entropy, mean_logits, is_top1, log_sum_sq_probs,  # (B, T')
-    V, rows, n_sequences, n_rows,  # V, T', S, B*T'
+    V, rows, n_sequences, n_rows, segment_blocks, programs,  # V, T', S, B*T'
     stride_b, stride_t, stride_v, stride_lb, stride_lt,
     ignore_index, rate_high, rate_low, inner_high, inner_low, cap_high, cap_low,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr,
-    CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, REDUCTION: tl.constexpr,
+    STATS: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program r scores row r of (B, T')."""
-    r = tl.program_id(0)
+    """Score row r of (B, T'). Programs r*programs to (r + 1)*programs - 1 share its segments."""
+    r = tl.program_id(0) // programs
+    part = tl.program_id(0) % programs
     b = r // rows
     t = r % rows
     rate = join(rate_high, rate_low, ACC)
@@ -181,39 +221,52 @@ def logprobs_forward_kernel(
     cap = join(cap_high, cap_low, ACC)
     rate_power = power_rate(rate, ACC)
     minus_inf = -float("inf")
+    # A lane is the 16 bytes that a thread loads at once. Where rows are not aligned it is eight logits of one thread,
+    # each loaded alone. Where logits are strided it is one logit: how more would lie among threads depends on Triton.
+    AXIS: tl.constexpr = 1 if WIDE or ALIGN > 1 else 0
+    LANE: tl.constexpr = 1 if WIDE else ALIGN if ALIGN > 1 else 8
+    NUMBERS: tl.constexpr = 2 if LSE >= STATS else 6
 
-    sequence, inside, followed = _locate(cu_seqlens, n_sequences, b, t, SHIFT, PACKED)
+    sequence, inside, followed = locate(cu_seqlens, n_sequences, b, t, SHIFT, PACKED)
     label = tl.load(labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt)
     scored = followed & (label != ignore_index)
     valid = (label >= 0) & (label < V)
     tl.device_assert(valid | (scored == 0), "a label is outside [0, V) and is not ignore_index")
     # Nothing of a row that is not scored is read; a label that is out of range makes its row NaN.
-    n = tl.where(scored & valid, V, 0)
-    label = tl.where(scored & valid, label, -1).to(tl.int32)
+    read = scored & valid
+    # By `valid` alone: Triton 3.9 takes an address that depends on a reduction, as `followed` does, for unaligned.
+    label = tl.where(valid, label, -1).to(tl.int32)
     row = logits + tl.multiple_of(b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t, ALIGN)
     own = label.to(tl.int64) * stride_v if WIDE else label * stride_v
-    u_y = _squash(tl.load(row + own, mask=n > 0, other=float("nan")), inner, cap, CAP, ACC)
+    u_y = squash(tl.load(row + own, mask=read, other=float("nan")), inner, cap, CAP, ACC)
+
+    segments = tl.cdiv(V, segment_blocks * BLOCK)
+    share = tl.cdiv(segments, programs)
+    segments = tl.where(read, segments, 0)
+    partial = partials + r.to(tl.int64) * (NUMBERS * SEGMENTS)
+    for segment in range(part * share, tl.minimum(part * share + share, segments)):
+        if LSE >= STATS:
+            s = _from_label(
+                row, stride_v, V, segment, segment_blocks, label, u_y, rate, inner, cap,
+                CAP, ACC, WIDE, BLOCK, LANE, AXIS, STAGES,
+            )  # fmt: skip
+            tl.store(partial + AT_REST * SEGMENTS + segment, s)
+        else:
+            _from_maximum(
+                partial, row, stride_v, V, segment, segment_blocks, label, rate, inner, cap,
+                STATS, CAP, ACC, WIDE, BLOCK, LANE, AXIS, STAGES,
+            )  # fmt: skip
+    # One thread stores what is one number, and the same thread takes the ticket, which releases its stores. Where the
+    # program is alone, the barrier is what shows them to the other threads.
+    tl.debug_barrier()
+    if programs > 1:
+        ticket = tl.atomic_add(row_tickets + r, 1)
+        if ticket != programs - 1:
+            return
 
     s = tl.zeros((), ACC)
     if LSE >= STATS:
-        last = tl.cdiv(n, BLOCK) - 1
-        special = tl.maximum(label, 0) // BLOCK
-        acc = tl.zeros((BLOCK,), ACC)
-        # Full blocks but the label's: nothing is masked, nothing is compared.
-        skip = special < last
-        for i in tl.range(0, last - skip.to(tl.int32), num_stages=STAGES):
-            k = (i + (skip & (i >= special)).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
-            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
-            u = _squash(tl.load(row + offset), inner, cap, CAP, ACC)
-            acc += power((u - u_y) * rate_power, ACC)
-        # The label's block and the last, which may be the same one.
-        for block in range(special, last + 1, tl.maximum(last - special, 1)):
-            k = block * BLOCK + tl.arange(0, BLOCK)
-            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
-            u = _squash(tl.load(row + offset, mask=k < V, other=0.0), inner, cap, CAP, ACC)
-            acc += tl.where((k < V) & (k != label), power((u - u_y) * rate_power, ACC), 0.0)
-        s = tl.sum(acc)
-
+        s = tl.sum(_partial(partial, AT_REST, segments, 0.0))
     finite = (u_y > minus_inf) & (u_y < -minus_inf)
     anchor = u_y
     logp = -log1p(s)
@@ -221,29 +274,44 @@ def logprobs_forward_kernel(
     inverse = 1.0 / (1.0 + s)
     # Written so that a NaN takes this way too: it then reaches the outputs by the sums themselves.
     if (LSE < STATS) | (((s < ANCHOR_LIMIT) & finite) == 0):
-        m, rest, weighted, squares, total, before, after = _online(
-            row, stride_v, V, n, label, u_y, rate, inner, cap, STATS, CAP, ACC, WIDE, BLOCK,
-            STAGES,
-        )  # fmt: skip
-        d_y = (u_y - m) * rate  # NaN where the row's maximum is not finite
+        if LSE >= STATS:
+            # A segment's reductions have all threads meet before its store, so each has loaded the sums it goes over.
+            for segment in range(0, segments):
+                _from_maximum(
+                    # Smaller blocks, so that this rare pass does not decide how many registers the kernel takes.
+                    partial, row, stride_v, V, segment, segment_blocks * 4, label, rate, inner, cap,
+                    STATS, CAP, ACC, WIDE, BLOCK // 4, LANE, AXIS, 1,
+                )  # fmt: skip
+            tl.debug_barrier()  # one thread stored what all of them load
+        tops = _partial(partial, AT_MAXIMUM, segments, minus_inf)
+        m = tl.maximum(tl.max(tops), u_y)
+        gap = tl.maximum((tops - m) * rate_power, FLOOR)
+        f = power(gap, ACC)
+        rests = _partial(partial, AT_REST, segments, 0.0)
+        d_y = (u_y - m) * rate  # NaN if the label's logit is +inf, or NaN
         e_y = exp(d_y, ACC)
+        rest = tl.sum(f * rests)
         sum_all = rest + e_y
-        anchor = m
+        anchor = tl.where(sum_all == 0.0, minus_inf, m)  # where all logits are -inf, so is their maximum
         log_total = tl.log(sum_all)
         logp = tl.where(u_y == m, -log1p(rest + 0.0 * d_y), d_y - log_total)
         inverse = 1.0 / sum_all
         if ENTROPY & STATS:
             own_term = tl.where(e_y == 0.0, 0.0, e_y * d_y)
-            weighted = weighted * (rate / rate_power)  # from powers of 2, where they are that, to nats
+            # From powers of 2, where they are that, to nats.
+            weighted = tl.sum(f * (_partial(partial, AT_WEIGHTED, segments, 0.0) + gap * rests)) * (rate / rate_power)
             h = tl.where(scored, log_total - (weighted + own_term) / sum_all, 0.0)
             tl.store(entropy + r, h)
             tl.store(norm + 3 * n_rows.to(tl.int64) + r, h)
         if MEAN & STATS:
+            total = tl.sum(_partial(partial, AT_TOTAL, segments, 0.0))
             tl.store(mean_logits + r, tl.where(scored, total * rate / V, 0.0))
         if TOP1 & STATS:
             # A maximum leaves NaNs out, and nothing is on top of one.
-            tl.store(is_top1 + r, scored & (before < u_y) & (after <= u_y) & (logp == logp))
+            before = tl.max(_partial(partial, AT_BEFORE, segments, minus_inf))
+            tl.store(is_top1 + r, scored & (before < u_y) & (m == u_y) & (logp == logp))
         if LOG_SUM_SQ & STATS:
+            squares = tl.sum(f * f * _partial(partial, AT_SQUARES, segments, 0.0))
             tl.store(log_sum_sq_probs + r, tl.where(scored, tl.log(squares + e_y * e_y) - 2.0 * log_total, 0.0))
     if LSE & STATS:
         tl.store(lse + r, tl.where(scored, anchor * rate + log_total, 0.0))
@@ -287,150 +355,42 @@ def logprobs_forward_kernel(
             tl.store(counts + sequence, scored_tokens)
 
 
-@triton.jit(
-    do_not_specialize=[*LENGTHS, "tokens", "out_b"],
-    do_not_specialize_on_alignment=[*SMALL_TENSORS, "grad", "grad_entropy", "counts"],
-)
-def logprobs_backward_kernel(
-    out, grad, grad_entropy, logits, labels, cu_seqlens, weights,  # (B, T, V), (B, T') or (S,), (B, T'), ...
-    norm, counts,  # (3 or 4, B, T'), (S,)
-    V, tokens, rows, n_sequences, n_rows,  # V, T, T', S, B*T'
-    out_b, out_t, out_v, stride_b, stride_t, stride_v, stride_lb, stride_lt,
-    ignore_index, rate_high, rate_low, inner_high, inner_low, cap_high, cap_low, slope_high, slope_low,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr, REDUCTION: tl.constexpr, GRAD: tl.constexpr,
-    GRAD_ENTROPY: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Program q writes the gradient of row q of (B, T): zeros where it is not scored. `out` may be the logits."""
-    q = tl.program_id(0)
-    b = q // tokens
-    t = q % tokens
-    rate = join(rate_high, rate_low, ACC)
-    inner = join(inner_high, inner_low, ACC)
-    cap = join(cap_high, cap_low, ACC)
-    slope = join(slope_high, slope_low, ACC)
+def _alignment(tensor: Tensor, *strides: int) -> int:
+    """Return how many elements 16 bytes hold if every row starts at a multiple of 16 bytes, else 1.
 
-    sequence, _, followed = _locate(cu_seqlens, n_sequences, b, t, SHIFT, PACKED)
-    at = labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt
-    label = tl.load(at, mask=t < rows, other=0)
-    scored = followed & (t < rows) & (label != ignore_index)
-    row = logits + tl.multiple_of(b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t, ALIGN)
-    to = out + tl.multiple_of(b.to(tl.int64) * out_b + t.to(tl.int64) * out_t, OUT_ALIGN)
+    Nothing in between: how wide loads are decides which thread sums what. With loads of 8 bytes a row's bits would
+    depend on where its tensor begins.
 
-    if scored:
-        r = b.to(tl.int64) * rows + t
-        anchor = tl.load(norm + r)
-        inverse = tl.load(norm + n_rows + r)
-        logp = tl.load(norm + 2 * n_rows.to(tl.int64) + r)
-        g = tl.zeros((), ACC)
-        if GRAD:
-            if REDUCTION:
-                g = tl.load(grad + sequence)
-                if WEIGHTED:
-                    g *= tl.load(weights + r).to(ACC)
-                if REDUCTION == 2:
-                    g /= tl.maximum(tl.load(counts + sequence), 1).to(ACC)
-            else:
-                g = tl.load(grad + r)
-        h = g
-        surprise = g
-        if GRAD_ENTROPY:
-            h = tl.load(grad_entropy + r)
-            surprise = tl.log(inverse) + tl.load(norm + 3 * n_rows.to(tl.int64) + r)
-        valid = (label >= 0) & (label < V)
-        own = tl.where(valid, label, 0).to(tl.int64) * stride_v
-        u_y = anchor
-        if CAP:
-            u_y = _squash(tl.load(row + own), inner, cap, CAP, ACC)
-            tl.debug_barrier()  # in place, no thread may write before every thread has the label's logit
-        factor = -inverse * slope
-        if not (GRAD_ENTROPY or CAP):
-            factor *= g
-        full = V // BLOCK
-        for i in tl.range(0, full, num_stages=STAGES):
-            k = i * BLOCK + tl.arange(0, BLOCK)
-            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
-            out_offset = k.to(tl.int64) * out_v if WIDE else k * out_v
-            x = tl.load(row + offset)
-            value = _gradient(x, anchor, factor, rate, inner, cap, g, h, surprise, GRAD_ENTROPY, CAP, ACC)
-            tl.store(to + out_offset, value.to(out.dtype.element_ty))
-        if full * BLOCK < V:
-            k = full * BLOCK + tl.arange(0, BLOCK)
-            offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
-            out_offset = k.to(tl.int64) * out_v if WIDE else k * out_v
-            x = tl.load(row + offset, mask=k < V, other=0.0)
-            value = _gradient(x, anchor, factor, rate, inner, cap, g, h, surprise, GRAD_ENTROPY, CAP, ACC)
-            tl.store(to + out_offset, value.to(out.dtype.element_ty), mask=k < V)
-        # 1 - p without cancellation: -expm1(logp) = p * s, and s = (1 - inverse) / inverse where anchored at the label.
-        missing = _one_minus_exp(logp, ACC)
-        value = g * missing
-        if GRAD_ENTROPY:
-            p = exp(logp, ACC)
-            value -= tl.where(p == 0.0, 0.0, h * p * (logp + surprise - tl.log(inverse)))
-        value *= slope
-        if CAP:
-            value *= 1.0 - (u_y / cap) * (u_y / cap)
-        tl.debug_barrier()  # the label's gradient goes over what its block wrote there
-        own_out = tl.where(valid, label, 0).to(tl.int64) * out_v
-        tl.store(to + own_out, value.to(out.dtype.element_ty), mask=valid)
-    else:
-        for start in range(0, V, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            out_offset = k.to(tl.int64) * out_v if WIDE else k * out_v
-            tl.store(to + out_offset, tl.zeros((BLOCK,), out.dtype.element_ty), mask=k < V)
-
-
-@triton.jit
-def _gradient(
-    x, anchor, factor, rate, inner, cap, g, h, surprise,
-    GRAD_ENTROPY: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """-p * slope * (g + h * (log p + entropy)), with 1/S, the slope and, where it is all there is, g in `factor`."""
-    u = _squash(x, inner, cap, CAP, ACC)
-    value = power((u - anchor) * power_rate(rate, ACC), ACC) * factor
-    if GRAD_ENTROPY:
-        value *= g + h * (tl.maximum((u - anchor) * rate, -1e30) + surprise)
-    elif CAP:
-        value *= g
-    if CAP:
-        value *= 1.0 - (u / cap) * (u / cap)
-    return value
-
-
-@triton.jit
-def _one_minus_exp(x, ACC: tl.constexpr):
-    """1 - e^x for x <= 0, by its series where e^x is near 1."""
-    near = -x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720)))))
-    if tl.float64 == ACC:
-        # (1 - u) * x / log(u), u = e^x, exact where u rounds.
-        u = tl.exp(x)
-        return tl.where(x > -1e-3, near, 1.0 - u)
-    else:
-        return tl.where(x > -0.25, near, 1.0 - exp(x, ACC))
-
-
-def _alignment(*strides: int, itemsize: int) -> int:
-    """Elements of 16 bytes where every row starts at a multiple of them, else 1.
-
-    Nothing between: how wide loads are decides which thread sums what, and with less than 16 bytes it would depend on
-    where a tensor begins.
+    Args:
+        tensor: the tensor that the rows are in.
+        strides: the distances between rows, in elements.
     """
-    whole = 16 // itemsize
-    return whole if math.gcd(whole, *strides) == whole else 1
+    whole = 16 // tensor.element_size()
+    return whole if math.gcd(whole, *strides) == whole and tensor.data_ptr() % 16 == 0 else 1
 
 
 def _transform(logit_scale: float, temperature: float, softcap: float | None) -> tuple[float, float, float, float]:
-    """rate, inner, cap, slope: z = rate * u, u = x or cap * tanh(inner * x), slope = dz/dx at 0."""
+    """Return rate, inner, cap and slope: z = rate * u, u = x or cap * tanh(inner * x), and slope = dz/dx at 0."""
     if softcap is None:
         return logit_scale / temperature, 1.0, 1.0, logit_scale / temperature
     return 1 / temperature, logit_scale / softcap, softcap, logit_scale / temperature
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Return the number of a device's multiprocessors; 1 for the CPU that the interpreter runs on."""
+    if device.type == "cpu":
+        return 1
+    properties = getattr(torch, device.type).get_device_properties(device)
+    # Intel calls them subslices.
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
 
 
 def logprobs(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None, ignore_index: int, shift: bool,
     logit_scale: float, temperature: float, softcap: float | None, reduction: str, stats: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`fastpref::logprobs`."""
+    """Run `fastpref::logprobs`."""
     B, T, V = logits.shape
     rows = max(T - shift, 0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -452,16 +412,25 @@ def logprobs(
         rate, inner, cap, _ = _transform(logit_scale, temperature, softcap)
         kernel = "logprobs_forward" if stats <= LSE.value else "logprobs_statistics"
         block, warps, stages = launches.ROWS[kernel, logits.element_size()]
-        with on_device(logits.device):
-            logprobs_forward_kernel[(B * rows,)](
-                logits, labels, *dense(cu_seqlens, weights), logps, norm, sequences, counts, tickets, *statistics,
-                V, rows, n_sequences, B * rows, *logits.stride(), *labels.stride(),
-                ignore_index, *split(rate), *split(inner), *split(cap),
-                SHIFT=int(shift), PACKED=cu_seqlens is not None, WEIGHTED=weights is not None,
-                REDUCTION=REDUCTIONS[reduction], STATS=stats, CAP=softcap is not None, ACC=accumulator(logits.dtype),
-                ALIGN=_alignment(logits.stride(0), logits.stride(1), itemsize=logits.element_size()),
-                WIDE=logits.stride(2) != 1, BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
-            )  # fmt: skip
+        wide = logits.stride(2) != 1
+        if wide:
+            block //= 4  # a lane is then one logit, and its maximum and sums take registers of their own
+        segment_blocks = launches.segment_blocks(V, block)
+        segments = triton.cdiv(V, segment_blocks * block)
+        programs = launches.row_programs(B * rows, segments, _multiprocessors(logits.device))
+        partials = logps.new_empty((B, rows, 2 if stats <= LSE.value else 6, SEGMENTS.value))
+        row_tickets = tickets if programs == 1 else logits.new_zeros((B, rows), dtype=torch.int32)
+        launch(
+            logprobs_forward_kernel, B * rows * programs,
+            logits, labels, *dense(cu_seqlens, weights), logps, norm, sequences, counts, tickets,
+            partials, row_tickets, *statistics,
+            V, rows, n_sequences, B * rows, segment_blocks, programs, *logits.stride(), *labels.stride(),
+            ignore_index, *split(rate, inner, cap),
+            SHIFT=int(shift), PACKED=cu_seqlens is not None, WEIGHTED=weights is not None,
+            REDUCTION=REDUCTIONS[reduction], STATS=stats, CAP=softcap is not None, ACC=accumulator(logits.dtype),
+            ALIGN=_alignment(logits, *logits.stride()[:2]),
+            WIDE=wide, BLOCK=block, STAGES=stages, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return logps, sequences, norm, counts, *statistics
 
 
@@ -477,17 +446,19 @@ def write_gradient(
     rows = max(T - shift, 0)
     rate, inner, cap, slope = _transform(logit_scale, temperature, softcap)
     block, warps, stages = launches.ROWS["logprobs_backward", logits.element_size()]
-    with on_device(logits.device):
-        logprobs_backward_kernel[(B * T,)](
-            out, *dense(grad, grad_entropy), logits, labels, *dense(cu_seqlens, weights, norm, counts),
-            V, T, rows, B if cu_seqlens is None else cu_seqlens.shape[0] - 1, B * rows,
-            *out.stride(), *logits.stride(), *labels.stride(),
-            ignore_index, *split(rate), *split(inner), *split(cap), *split(slope),
-            SHIFT=int(shift), PACKED=cu_seqlens is not None, WEIGHTED=weights is not None,
-            REDUCTION=REDUCTIONS[reduction], GRAD=grad is not None, GRAD_ENTROPY=grad_entropy is not None,
-            CAP=softcap is not None, ACC=accumulator(logits.dtype),
-            ALIGN=_alignment(logits.stride(0), logits.stride(1), itemsize=logits.element_size()),
-            OUT_ALIGN=_alignment(out.stride(0), out.stride(1), itemsize=out.element_size()),
-            WIDE=logits.stride(2) != 1 or out.stride(2) != 1, BLOCK=block, STAGES=stages, num_warps=warps,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    blocks = triton.cdiv(V, block)
+    programs = launches.row_programs(B * T, blocks, _multiprocessors(logits.device))
+    launch(
+        logprobs_backward_kernel, B * T * programs,
+        out, *dense(grad, grad_entropy), logits, labels, *dense(cu_seqlens, weights, norm, counts),
+        V, T, rows, B if cu_seqlens is None else cu_seqlens.shape[0] - 1, B * rows, programs,
+        *out.stride(), *logits.stride(), *labels.stride(),
+        ignore_index, *split(rate, inner, cap, slope),
+        SHIFT=int(shift), PACKED=cu_seqlens is not None, WEIGHTED=weights is not None,
+        REDUCTION=REDUCTIONS[reduction], GRAD=grad is not None, GRAD_ENTROPY=grad_entropy is not None,
+        CAP=softcap is not None, ACC=accumulator(logits.dtype),
+        ALIGN=_alignment(logits, *logits.stride()[:2]),
+        OUT_ALIGN=_alignment(out, *out.stride()[:2]),
+        WIDE=logits.stride(2) != 1 or out.stride(2) != 1, BLOCK=block, STAGES=stages, num_warps=warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
