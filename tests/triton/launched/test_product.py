@@ -14,15 +14,18 @@ from torch import Tensor
 
 import fastpref
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.linear import backward, finalize, forward, rows
+from fastpref_kernels.linear.tile import transformed
 from fastpref_kernels.triton import launches, product
-from tests.fastpref.test_linear_logprobs import LAYOUTS, NAMES, assert_matches_reference, make, run
+from tests.fastpref import test_linear_logprobs
+from tests.fastpref.test_linear_logprobs import LAYOUTS, NAMES, Operands, assert_matches_reference, run
 from tests.tolerance import ALL_STATS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu")
 INF, NAN = math.inf, math.nan
-# Small, so that a small vocabulary has several blocks, each folded in two halves, and a few rows several groups.
-LAUNCH = launches.ProductLaunch(block_m=16, block_n=32, block_k=16, group_m=2, stages=2, warps=4, width=16)
+# Small, so that a small vocabulary has several blocks of two pieces, and a few rows several groups.
+LAUNCH = launches.ProductLaunch(launches.Blocks(16, 32, 32, 2, 2, 4), width=16, described=True)
 EVERY = range(1 << 40)
 # The interpreter multiplies the bits of bfloat16.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
@@ -46,7 +49,7 @@ def never(*_: Any) -> None:
     raise AssertionError("a tile was folded")
 
 
-BACKEND = linear.library_backend(never, linear.fold_backward, product.product_fold)
+BACKEND = linear.library_backend(never, linear.fold_backward, product_fold=product.product_fold)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, int]]:
-    """What every chunk of rows has given: anchors and masses (blocks, R), and the columns of a block."""
+    """What every chunk of rows has given: anchors and masses (pieces, R), and the columns of a piece."""
     found, launcher = [], product.product_fold
 
     def product_fold(*arguments: Any) -> Any:
@@ -84,6 +87,11 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, int]]:
     return found
 
 
+def make(rows: tuple[int, ...], vocabulary: int, features: int = 32, **options: Any) -> tuple[Operands, Tensor]:
+    """Return labels, and operands with rows of a multiple of 16 elements, as Triton 3.4's interpreter wants of them."""
+    return test_linear_logprobs.make(rows, vocabulary, features, **options)
+
+
 def skip_unless_it_may_be_kept(mode: str, dtype: torch.dtype) -> None:
     if mode == "save" and dtype == torch.float16:
         pytest.skip("fp16 has not the range of the exponentials that are kept")
@@ -91,10 +99,11 @@ def skip_unless_it_may_be_kept(mode: str, dtype: torch.dtype) -> None:
 
 @dtypes
 @modes
-def test_modes(mode: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("features", [80, 33], ids=["by descriptors", "by pointers"])
+def test_modes(features: int, mode: str, dtype: torch.dtype) -> None:
     """Groups of full height and not, a prime V, an H that no block divides."""
     skip_unless_it_may_be_kept(mode, dtype)
-    operands, labels = make((5, 12), 131, 33, dtype=dtype)
+    operands, labels = make((5, 12), 131, features, dtype=dtype)
     assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=ALL_STATS)
     assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode)
 
@@ -139,20 +148,31 @@ def test_packed_sequences_in_chunks_of_rows(mode: str) -> None:
 
 @pytest.mark.parametrize(("operand", "shape", "layout"), LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(operand: str, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> None:
-    operands, labels = make((3, 5), 37)
+    operands, labels = make((3, 5), 37, 9)
     operands[operand] = torch.randn(shape)
     assert_matches_reference("linear_token_logprobs", operands, labels, layouts={operand: layout}, mode="save")
 
 
+@modes
+@pytest.mark.parametrize(
+    "layout", [lambda base: base[::2, :32], lambda base: base[:53, 4:36]], ids=["every second row", "padded features"]
+)  # fmt: skip
+def test_weight_with_gaps_by_descriptors(layout: Callable[[Tensor], Tensor], mode: str) -> None:
+    operands, labels = make((3, 5), 53)
+    operands["weight"] = torch.randn(106, 48) / 6
+    assert_matches_reference("linear_token_logprobs", operands, labels, layouts={"weight": layout}, mode=mode)
+
+
 def rows_of(logits: Tensor) -> dict[str, Tensor]:
-    """Operands whose logits (R, V) are given."""
-    return {"hidden": torch.eye(len(logits))[None], "weight": logits.T.contiguous()}
+    """Return operands whose logits (R, V) are given."""
+    weight = torch.nn.functional.pad(logits.T, (0, -len(logits) % 16))
+    return {"hidden": torch.eye(*weight.T.shape[:1])[None, : len(logits)], "weight": weight}
 
 
 @modes
 @pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
 def test_far_above_the_label(mode: str, stats: tuple[str, ...], folded: list[tuple[Tensor, Tensor, int]]) -> None:
-    """Only a block that holds logits far above the label's is anchored higher, by as much as it needs."""
+    """Only a piece that holds logits far above the label's is anchored higher, by as much as it needs."""
     logits = torch.rand(6, 131)
     labels = torch.tensor([[5, 5, 40, 130, 5, 5]])
     for row, gap in enumerate((60.0, 89.0, 115.0, 130.0)):
@@ -163,11 +183,11 @@ def test_far_above_the_label(mode: str, stats: tuple[str, ...], folded: list[tup
     )  # fmt: skip
     anchors, _, columns = folded[-1]
     raised = anchors.cpu() > logits.gather(1, labels.T)[:, 0] + 1e-4
-    wanted = torch.zeros(5, 6, dtype=torch.bool)
-    wanted[2, :5] = wanted[3, 4] = True
-    assert columns == 32
+    wanted = torch.zeros(9, 6, dtype=torch.bool)
+    wanted[4, :5] = wanted[6, 4] = True
+    assert columns == 16
     assert torch.equal(raised, wanted)
-    torch.testing.assert_close(anchors[2, :5].cpu(), logits[:5, 70], rtol=1e-6, atol=0)
+    torch.testing.assert_close(anchors[4, :5].cpu(), logits[:5, 70], rtol=1e-6, atol=0)
 
 
 @modes
@@ -185,7 +205,7 @@ def test_logp_near_zero_keeps_its_digits(rest: float, mode: str) -> None:
 @pytest.mark.parametrize("stats", [(), ("lse", "entropy", "is_top1", "log_sum_sq_probs")], ids=["plain", "statistics"])
 def test_minus_infinity(mode: str, stats: tuple[str, ...]) -> None:
     """Of probability 0 wherever it is not the label, a whole block of it too, and beside a row that is raised."""
-    operands, labels = make((1, 8), 100)
+    operands, labels = make((1, 8), 100, 16)
     labels[:] = torch.randint(30, labels.shape)
     operands["bias"][40:70] = -INF
     assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode, stats=stats)
@@ -198,7 +218,7 @@ def test_minus_infinity(mode: str, stats: tuple[str, ...]) -> None:
 def test_label_of_minus_infinity(level: float, mode: str) -> None:
     """Nothing is anchored at it, nor at a block without a number, far as all others are from 0."""
     logits = torch.rand(2, 100) + level
-    operands = {"hidden": torch.eye(2)[None], "weight": logits.T.contiguous(), "bias": torch.zeros(100)}
+    operands = {**rows_of(logits), "bias": torch.zeros(100)}
     operands["bias"][:40] = -INF
     found = run(
         fastpref.linear_token_logprobs, operands, torch.tensor([[20, 50]]), shift=False, mode=mode, stats=("lse",)
@@ -255,13 +275,14 @@ def test_ties() -> None:
 @pytest.mark.parametrize("filter_eps", [1e-9, 1e-3, 0.3])
 def test_filter(filter_eps: float, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left out is told and chosen by tiles, of two blocks here, the last of which has one."""
-    monkeypatch.setattr(linear, "COLUMNS", 64)
+    for module in (backward, finalize, forward, rows):
+        monkeypatch.setattr(module, "COLUMNS", 64)
     operands, labels = make((2, 6), 150)
     operands["weight"] *= 4
     options = {"mode": mode, "filter_eps": filter_eps, "stats": ("dropped_mass",)}
     found = run(fastpref.linear_token_logprobs, operands, labels, **options)
     monkeypatch.setattr(launches, "PRODUCTS", ())
-    backend = linear.library_backend(linear.fold, linear.fold_backward, product.product_fold)
+    backend = linear.library_backend(linear.fold, linear.fold_backward, product_fold=product.product_fold)
     if INTERPRETED:
         monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.logprobs, backend))
     by_tiles = run(fastpref.linear_token_logprobs, operands, labels, **options)
@@ -273,7 +294,7 @@ def test_filter(filter_eps: float, mode: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
 @modes
 def test_two_runs_agree_bit_for_bit(mode: str, stats: tuple[str, ...], unpoisoned: None) -> None:
-    operands, labels = make((3, 9), 131, 33)
+    operands, labels = make((3, 9), 131, 48)
     first, second = (
         run(fastpref.linear_token_logprobs, operands, labels, mode=mode, stats=stats) for _ in range(2)
     )  # fmt: skip
@@ -284,7 +305,7 @@ def test_two_runs_agree_bit_for_bit(mode: str, stats: tuple[str, ...], unpoisone
 @pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
 def test_rows_do_not_depend_on_the_batch(stats: tuple[str, ...]) -> None:
     """Alone, last of its block, and beside rows with their labels in every block and far above their anchors."""
-    operands, labels = make((1, 40), 131, 33)
+    operands, labels = make((1, 40), 131, 48)
     hidden = operands["hidden"]
     hidden[:, 1::2] *= 40
     labels[:] = torch.arange(40) * 3
@@ -296,11 +317,18 @@ def test_rows_do_not_depend_on_the_batch(stats: tuple[str, ...]) -> None:
             assert torch.equal(found[name][0, 0], together[name][0, row]), name
 
 
+def test_what_a_descriptor_loads() -> None:
+    base = torch.zeros(80, 80)
+    assert all(map(product._fits_descriptor, (base, base[:, :17], base[::3, 4:20], base[7:, :12])))
+    others = [base.T, base[:, 1:17], base[:, ::2], base[:1].expand(80, 80), base[:0], torch.zeros(80, 17)]
+    assert not any(map(product._fits_descriptor, others))
+
+
 def call(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, store: Tensor) -> tuple[Tensor, ...]:
     """State, anchors and masses of a call of the launcher itself."""
     transform = (1.0, 1.0, softcap)
     state = torch.zeros(8, len(x), dtype=torch.float64)
-    state[0] = linear._label_logits(x, weight, None, targets, *transform)
+    state[0] = forward._label_logits(BACKEND, x, weight, None, targets, transform)
     state = state.to(DEVICE)
     done = product.product_fold(
         x.to(DEVICE), weight.to(DEVICE), None, targets.to(DEVICE), *transform, 0, state, store
@@ -319,16 +347,16 @@ def test_bfloat16_store_beyond_32_bits(unpoisoned: None, softcap: float | None) 
         pytest.skip("8 GiB cannot be reserved")
     kept = store.as_strided((3, 90), (stride, 1))
     store.as_strided((3, 100), (stride, 1))[:, 90:] = 7.0
-    x, weight, targets = torch.randn(3, 9), torch.randn(90, 9), torch.tensor([0, 50, 89])
+    x, weight, targets = torch.randn(3, 16), torch.randn(90, 16), torch.tensor([0, 50, 89])
     weight[64:80] *= 30
     state, anchors, masses = call(x, weight, targets, softcap, kept)
-    z, slope = linear._transformed(x.double() @ weight.double().T, None, 1.0, 1.0, softcap)
+    z, slope = transformed(x.double() @ weight.double().T, None, 1.0, 1.0, softcap)
     own = torch.arange(90) == targets[:, None]
-    e = (z - anchors.repeat_interleave(32, 0)[:90].T).exp().masked_fill(own, 0.0)
+    e = (z - anchors.repeat_interleave(16, 0)[:90].T).exp().masked_fill(own, 0.0)
     # The interpreter cuts a float32 off where a GPU rounds it; where the cap is reached, little is left of the slope.
     bound = (2.0**-7 if INTERPRETED else 2.0**-8) * e * slope + 1e-5 * e + torch.finfo(torch.float32).tiny
     assert ((kept.cpu().double() - e * slope).abs() <= bound).all()
-    torch.testing.assert_close(masses.T.double(), torch.stack([p.sum(1) for p in e.split(32, 1)], 1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(masses.T.double(), torch.stack([p.sum(1) for p in e.split(16, 1)], 1), rtol=1e-4, atol=0)
     torch.testing.assert_close(state[7], z[own], rtol=1e-5, atol=1e-5)
     assert (store.as_strided((3, 100), (stride, 1))[:, 90:] == 7.0).all(), "something was written beyond the columns"
 
@@ -336,10 +364,10 @@ def test_bfloat16_store_beyond_32_bits(unpoisoned: None, softcap: float | None) 
 @pytest.mark.parametrize("dead", [False, True])
 def test_labels_of_other_shards(unpoisoned: None, dead: bool) -> None:
     """Every column counts, and no label's logit is found, in the padding of the last block either."""
-    x, weight = torch.randn(4, 9), torch.randn(90, 9)
+    x, weight = torch.randn(4, 16), torch.randn(90, 16)
     shard = torch.tensor([1000, 2000])
     labels = torch.tensor([[5, 1999, 1090, 1100]])  # before, far after, and just past these columns
-    targets = linear.shard_labels(labels, None, shard, 90, -100, False)[0]
+    targets = linear.shard_labels(labels, None, shard, 90, -100, False, True)[0]
     if dead:
         weight[:] = -torch.inf
         x = x.abs()
@@ -351,13 +379,13 @@ def test_labels_of_other_shards(unpoisoned: None, dead: bool) -> None:
         assert (state[1] == 0).all()
     else:
         torch.testing.assert_close(state[0] + state[1].log(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
-        of_block = (masses.double().log() + anchors).T
-        wanted = torch.stack([part.logsumexp(1) for part in z.split(32, 1)], 1)
-        torch.testing.assert_close(of_block, wanted, rtol=1e-5, atol=1e-5)
+        of_piece = (masses.double().log() + anchors).T
+        wanted = torch.stack([part.logsumexp(1) for part in z.split(16, 1)], 1)
+        torch.testing.assert_close(of_piece, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = LAUNCH._replace(block_m=64)
+    wide = LAUNCH._replace(width=32)
     table = (
         launches.Measured("H", torch.bfloat16, range(1, 1000), range(64, 129), range(1, 50000), LAUNCH, "one day"),
         launches.Measured("H", torch.bfloat16, range(1000, 9000), EVERY, EVERY, wide, "another"),
@@ -367,5 +395,5 @@ def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launches.product_launch("H", torch.bfloat16, 1000, 128, 49999) is wide
     others = [("A", torch.bfloat16, 999, 128), ("H", torch.float16, 999, 128), ("H", torch.bfloat16, 999, 129)]
     assert [launches.product_launch(*other, 49999) for other in others] == [None] * 3
-    arguments = (torch.zeros(2, 9), torch.zeros(40, 9), None, torch.zeros(2).long(), 1.0, 1.0, None, 0)
+    arguments = (torch.zeros(2, 8), torch.zeros(40, 8), None, torch.zeros(2).long(), 1.0, 1.0, None, 0)
     assert product.product_fold(*arguments, torch.zeros(8, 2), None) is None
