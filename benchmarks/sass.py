@@ -24,6 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import instructions
+from benchmarks.instructions import Instruction, Line
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -31,43 +34,20 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Which pipe executes an NVIDIA opcode. What is in no set issues like the rest and loads none of these three.
-_FMA = {"FADD", "FADD2", "FFMA", "FFMA2", "FMUL", "FMUL2", "FSWZADD", "HADD2", "HFMA2", "HMUL2", "IMAD", "IDP"}
-_SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"}
-_ALU = {
-    "BMSK", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "I2FP", "IABS", "IADD3",
-    "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VABSDIFF", "VIADD",
-    "VIADDMNMX", "VIMNMX", "VIMNMX3",
-}  # fmt: skip
-# Matrix products, of any NVIDIA generation and of AMD's.
-_TENSOR = re.compile(r"(UTC)?[A-Z]G?MMA|v_s?mfma_\w+")
-# AMD has one vector pipe, and these at a quarter of its rate.
-_AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
-
-_SASS = re.compile(
-    r"^\s*(?:(?P<label>\.L\w+):|/\*(?P<at>[0-9a-f]+)\*/\s+(?P<guard>@!?U?P\w+)?\s*(?P<op>[A-Z]\S*)(?P<args>.*?)\s*;)"
-)
-_AMDGCN = re.compile(r"^(?:(?P<label>\.L\w+):|\t(?P<op>[a-z]\w+)(?P<args>[^;]*))")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?([us]?byte|[us]?short|dword)(?:x(\d))?")
-_AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One machine instruction; `access` is ("load" or "store", bytes a lane) where it touches global memory."""
-
-    opcode: str
-    guarded: bool
-    access: tuple[str, int] | None
-    pipe: str  # "fma", "alu", "special", "tensor", "other"
-
 
 @dataclass(frozen=True)
 class Loop:
-    """A stretch of instructions that one iteration issues: a loop's body, or all of a program that has no loop."""
+    """A stretch of instructions that one iteration issues: a loop's body, or all of a program that has no loop.
+
+    Attributes:
+        instructions: what is issued.
+        whole: whether that is all of a program.
+        begin: how many instructions of the program are before it.
+    """
 
     instructions: tuple[Instruction, ...]
     whole: bool = False
+    begin: int = 0
 
     def count(self, pipe: str) -> int:
         """Instructions of one pipe."""
@@ -84,6 +64,16 @@ class Loop:
     def bytes(self, kind: str) -> int:
         """Bytes one lane moves."""
         return sum(width * n for width, n in self.widths(kind).items())
+
+    @property
+    def barriers(self) -> int:
+        """Points where every warp of a program waits for the others."""
+        return sum(i.barrier for i in self.instructions)
+
+    @property
+    def shuffles(self) -> int:
+        """Exchanges between lanes of a warp."""
+        return sum(i.shuffle for i in self.instructions)
 
     @property
     def guarded(self) -> bool:
@@ -145,16 +135,27 @@ class _Offline:
         return self.target
 
 
+class Compiled(list[Any]):
+    """What Triton compiled, an entry a launch; `programs` holds how many programs each launch would have started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.programs: list[int] = []
+
+
 @contextmanager
-def compiling(target: str | GPUTarget) -> Iterator[list[Any]]:
+def compiling(target: str | GPUTarget) -> Iterator[Compiled]:
     """Compile every kernel launched inside for `target` and launch none; yields the list they are added to.
 
     Triton keeps what it compiles in its cache, under the key that a launch on such a device will look for.
     """
-    compiled = []
+    compiled = Compiled()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if callable(grid):
+            grid = grid({**dict(zip(self.arg_names, args, strict=False)), **kwargs})
+        compiled.programs.append(math.prod(grid))
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return compiled[-1]
 
@@ -169,8 +170,8 @@ def read(compiled: Any, target: str) -> Program:
     names = compiled.src.fn.arg_names
     describe = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
     lines, resources = describe(compiled)
-    instructions, loops, epilogue = _flow(lines)
-    spilled = sum(i.opcode.split(".")[0] in ("LDL", "STL") or i.opcode.startswith("scratch_") for i in instructions)
+    code, loops, epilogue = _flow(lines)
+    spilled = sum(i.opcode.split(".")[0] in ("LDL", "STL") or i.opcode.startswith("scratch_") for i in code)
     return Program(
         name=compiled.name,
         target=target,
@@ -180,103 +181,68 @@ def read(compiled: Any, target: str) -> Program:
         spills=spilled,
         stack=resources["stack"],
         shared=compiled.metadata.shared,
-        instructions=instructions,
+        instructions=code,
         loops=loops,
         epilogue=epilogue,
     )
 
 
-# A line is a label, or an instruction with the label it may branch to.
-_Line = str | tuple[Instruction, str | None]
-
-
-def _read_nvidia(compiled: Any) -> tuple[list[_Line], dict[str, int]]:
+def _read_nvidia(compiled: Any) -> tuple[list[Line], dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         listing = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-    lines: list[_Line] = []
-    for match in filter(None, map(_SASS.match, listing.splitlines())):
-        if match["label"]:
-            lines.append(match["label"])
-            continue
-        name, *modifiers = match["op"].split(".")
-        if name == "NOP":  # pads the program's end
-            continue
-        pipe = next((p for p, ops in (("fma", _FMA), ("alu", _ALU), ("special", _SPECIAL)) if name in ops), "other")
-        if _TENSOR.fullmatch(name):
-            pipe = "tensor"
-        access = None
-        if name in ("LDG", "STG", "LDGSTS"):
-            width = next((m for m in modifiers if re.fullmatch(r"[US]?(8|16|64|128|256)", m)), "32")
-            access = ("store" if name == "STG" else "load", int(width.lstrip("US")) // 8)
-        branch = re.search(r"`\((\.L\w+)\)", match["args"]) if name == "BRA" else None
-        guarded = match["guard"] is not None or (name == "BRA" and not match["args"].strip().startswith("`"))
-        lines.append((Instruction(match["op"], guarded, access, pipe), branch[1] if branch else None))
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return lines, {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+    return instructions.nvidia(listing), {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
 
 
-def _read_amd(compiled: Any) -> tuple[list[_Line], dict[str, int]]:
+def _read_amd(compiled: Any) -> tuple[list[Line], dict[str, int]]:
     listing = compiled.asm["amdgcn"]
-    lines: list[_Line] = []
-    for match in filter(None, map(_AMDGCN.match, listing.partition(".section\t.rodata")[0].splitlines())):
-        if match["label"]:
-            lines.append(match["label"])
-            continue
-        name = match["op"]
-        pipe = "special" if _AMD_SPECIAL.match(name) else "alu" if name.startswith("v_") else "other"
-        if _TENSOR.fullmatch(name):
-            pipe = "tensor"
-        access = None
-        if found := _AMD_ACCESS.match(name):
-            access = (found[1], _AMD_BYTES[found[2]] * int(found[3] or 1))
-        branch = match["args"].strip() if "branch" in name else None
-        lines.append((Instruction(name, False, access, pipe), branch))
 
     def resource(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", listing)[0])
 
-    return lines, {"registers": resource("vgpr_count"), "stack": resource("private_segment_fixed_size")}
+    found = {"registers": resource("vgpr_count"), "stack": resource("private_segment_fixed_size")}
+    return instructions.amd(listing), found
 
 
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _flow(lines: list[_Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...], int]:
+def _flow(lines: list[Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...], int]:
     """Every instruction, the innermost stretches from a label to a branch back to it, and `Program.epilogue`."""
     labels: dict[str, int] = {}
-    instructions: list[Instruction] = []
+    code: list[Instruction] = []
     branches: dict[int, str] = {}
     for line in lines:
         if isinstance(line, str):
-            labels[line] = len(instructions)
+            labels[line] = len(code)
             continue
         instruction, branch = line
         if branch is not None:
-            branches[len(instructions)] = branch
-        instructions.append(instruction)
+            branches[len(code)] = branch
+        code.append(instruction)
     spans = [(labels[b], at + 1) for at, b in branches.items() if b in labels and labels[b] <= at]
     innermost = [
         (begin, end)
         for begin, end in spans
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
     ]
-    loops = tuple(Loop(tuple(instructions[begin:end])) for begin, end in innermost)
+    loops = tuple(Loop(tuple(code[begin:end]), begin=begin) for begin, end in innermost)
     products = [end for loop, (_, end) in zip(loops, innermost, strict=True) if loop.count("tensor")]
     if not products:
-        return tuple(instructions), loops, 0
-    to_end = [math.inf] * len(instructions) + [0.0]  # from an instruction on
+        return tuple(code), loops, 0
+    to_end = [math.inf] * len(code) + [0.0]  # from an instruction on
     before: list[float] = []
     while before != to_end:
         before = to_end.copy()
-        for at in reversed(range(len(instructions))):
-            name, guarded = instructions[at].opcode.split(".")[0], instructions[at].guarded
+        for at in reversed(range(len(code))):
+            name, guarded = code[at].opcode.split(".")[0], code[at].guarded
             ways = [] if name in ("BRA", "s_branch") and not guarded else [to_end[at + 1]]
             if branches.get(at) in labels:
                 ways.append(to_end[labels[branches[at]]])
             if name in ("EXIT", "s_endpgm"):
                 ways = [0.0]
             to_end[at] = 1 + min(ways, default=math.inf)
-    return tuple(instructions), loops, int(to_end[max(products)])
+    return tuple(code), loops, int(to_end[max(products)])

@@ -42,6 +42,8 @@ def main(device: str = "cuda") -> None:
             for mode in ("save", "recompute") if dtype != torch.float16 else ("recompute",):
                 biased = {**head, **drawn(bias=(V,))}
                 run(fastpref.linear_token_logprobs, biased, dtype, labels=labels, mode=mode, stats=stats)
+                told: dict[str, Any] = {"scored_rows": labels.numel(), "filter_eps": 1e-3}
+                run(fastpref.linear_token_logprobs, biased, dtype, labels=labels, mode=mode, **told)
         run(fastpref.linear_dpo_loss, head, dtype, labels=labels, reference_free=True)
     for case in loss_cases():
         leaves, constants = case.draw(generator)

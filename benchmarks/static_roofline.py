@@ -1,68 +1,66 @@
-"""A GPU's figure without a GPU: what bounds every kernel on logits, read off its compiled main loop.
+"""A GPU's figure without a GPU: how fast every kernel on logits is, predicted from its compiled main loop.
 
-Instructions, the operations of the slower pipes and bytes are counted per logit and held against what the machine does
-in a second. The prediction takes perfect overlap and enough warps: a kernel may be slower than its bound, never faster.
+Instructions, the operations of the slower pipes, bytes, bytes in flight and barriers are counted in machine code and
+held against what the machine does in a second; `benchmarks/prediction.py` states the model.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import torch
+import triton
 import typer
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
-from benchmarks import peers, sass
-from fastpref_kernels.triton import linear, logprobs
+from benchmarks import flight, peers, sass
+from benchmarks.prediction import MACHINES, Pass, Prediction
+from fastpref_kernels.triton import launches, linear, logprobs
 
 ALL_STATS = 31
 DPO_STATS = 14  # entropy, mean_logits, is_top1: what TRL's DPO asks for
-TILE = 4096  # columns
+FEW = (512, 64)  # numbers of rows that are predicted beside those of a large batch
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A GPU in figures per clock and multiprocessor: lanes that issue, and that each slower pipe executes."""
+class Launch(NamedTuple):
+    """A launch's programs, and the logits that each of them has."""
 
-    name: str
-    multiprocessors: int
-    clock: float
-    issue: int
-    alu: int
-    fma: int
-    special: int
-    bandwidth: float  # bytes a second
-
-    def seconds(self, lanes: float, per_clock: int) -> float:
-        """Time of `lanes` lane-instructions on a pipe."""
-        return lanes / (self.multiprocessors * self.clock * per_clock)
-
-
-# Rates from the vendors' programming guides and data sheets. The H200's bandwidth is a measured device copy; the others
-# are the data sheet's less a tenth. AMD's vector instructions issue on one pipe, which scalar ones do not share.
-MACHINES = {
-    "sm_80": Machine("A100", 108, 1.41e9, 128, 64, 64, 16, 0.9 * 2.04e12),
-    "sm_90": Machine("H200", 132, 1.98e9, 128, 64, 128, 16, 4.3e12),
-    "sm_100": Machine("B200", 148, 1.96e9, 128, 64, 128, 16, 0.9 * 8.0e12),
-    "gfx942": Machine("MI300X", 304, 2.1e9, 64, 64, 64, 16, 0.9 * 5.3e12),
-}
+    programs: int
+    logits: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pass over the logits; every figure but the last six is per logit."""
+    """One pass over the logits; instructions, operations and bytes are per logit.
+
+    Attributes:
+        programs: programs that one multiprocessor holds.
+        in_flight: bytes of loads that one multiprocessor can have outstanding in the main loop.
+        barriers: barriers in an iteration of the main loop.
+        shuffles: exchanges between lanes in one.
+        bound: what takes longest where programs fill the device; "latency" is what one program alone waits for.
+        of_bandwidth: the share of the memory's speed that this leaves.
+        rows: rows of the batch.
+        waves: programs of the launch on these, over those that the device holds.
+        predicted: the share of the memory's speed with so many rows; `predicted_512` and `predicted_64` with as many.
+        bytes_per_second: what memory then delivers and takes.
+    """
 
     target: str
     machine: str
+    triton: str
     dtype: str
     name: str
     kernel: str
@@ -77,117 +75,201 @@ class Row:
     spills: int
     stack: int
     shared: int
+    programs: int
+    in_flight: int
+    barriers: int
+    shuffles: int
     bound: str
-    of_bandwidth: float  # the share of the memory's speed that the bound leaves
+    of_bandwidth: float
+    rows: int
+    waves: float
+    predicted: float
+    predicted_512: float
+    predicted_64: float
+    bytes_per_second: float
 
 
-def describe(name: str, program: sass.Program, loop: sass.Loop, dtype: torch.dtype) -> Row:
-    """Count one loop and find what bounds it."""
-    machine = MACHINES[program.target]
-    logits = program.logits(loop, dtype.itemsize)
-    alu, fma, special = (loop.count(pipe) / logits for pipe in ("alu", "fma", "special"))
-    instructions = len(loop.instructions) / logits
-    load, store = loop.bytes("load") / logits, loop.bytes("store") / logits
-    amd = program.target.startswith("gfx")
-    # AMD: a special function holds the vector pipe four times as long, and nothing scalar takes its turn.
-    issued = alu + special * machine.issue / machine.special if amd else instructions
-    times = {
-        "memory": (load + store) / machine.bandwidth,
-        "issue": machine.seconds(issued, machine.issue),
-        "ALU": 0.0 if amd else machine.seconds(alu, machine.alu),
-        "FMA": 0.0 if amd else machine.seconds(fma, machine.fma),
-        "special": machine.seconds(special, machine.special),
-    }
-    bound = max(times, key=lambda pipe: times[pipe])
+def describe(name: str, work: Pass, dtype: torch.dtype, rows: int, sizes: dict[int, Launch]) -> Row:
+    """Count one pass and predict its launches on various numbers of rows."""
+    program, loop = work.program, work.loop
+    logits = program.logits(loop, work.itemsize)
+    programs = flight.resident_programs(program)
+    full = work.predict(programs * work.machine.multiprocessors, next(iter(sizes.values())).logits)
+    predicted = {n: work.predict(launch.programs, launch.logits) for n, launch in sizes.items()}
+    missing = Prediction("", math.nan, math.nan)
     widths = loop.widths("load")
     return Row(
-        program.target, machine.name, str(dtype).removeprefix("torch."), name, program.name, instructions, alu, special,
-        load, store, max(widths), min(widths), program.registers, program.spills, program.stack, program.shared, bound,
-        times["memory"] / times[bound],
-    )  # fmt: skip
+        target=program.target,
+        machine=work.machine.name,
+        triton=triton.__version__,
+        dtype=str(dtype).removeprefix("torch."),
+        name=name,
+        kernel=program.name,
+        instructions=len(loop.instructions) / logits,
+        alu=loop.count("alu") / logits,
+        special=loop.count("special") / logits,
+        load_bytes=loop.bytes("load") / logits,
+        store_bytes=loop.bytes("store") / logits,
+        widest_load=max(widths),
+        narrowest_load=min(widths),
+        registers=program.registers,
+        spills=program.spills,
+        stack=program.stack,
+        shared=program.shared,
+        programs=programs,
+        in_flight=flight.bytes_in_flight(program, loop),
+        barriers=loop.barriers,
+        shuffles=loop.shuffles,
+        bound=full.bound,
+        of_bandwidth=full.of_bandwidth,
+        rows=rows,
+        waves=predicted.get(rows, missing).waves,
+        predicted=predicted.get(rows, missing).of_bandwidth,
+        predicted_512=predicted.get(512, missing).of_bandwidth,
+        predicted_64=predicted.get(64, missing).of_bandwidth,
+        bytes_per_second=predicted.get(rows, missing).of_bandwidth * work.machine.bandwidth,
+    )
 
 
-def ours(dtype: torch.dtype, V: int, stats: int) -> None:
-    """Launch the forward and the backward as the operators do; with statistics, the entropy has a gradient too."""
-    logits, labels = torch.zeros(2, 4, V, dtype=dtype), torch.zeros(2, 4, dtype=torch.int64)
-    scoring = (-100, True, 1.0, 1.0, None, "none")
-    logps, _, norm, counts, *_ = logprobs.logprobs(logits, labels, None, None, *scoring, stats)
-    grad = torch.ones_like(logps)
-    saved = (logits, labels, None, None, norm, counts)
-    logprobs.write_gradient(torch.empty_like(logits), grad, grad if stats else None, *saved, *scoring)
+@dataclass(frozen=True)
+class Case:
+    """Kernels that are launched together.
+
+    Attributes:
+        name: what the table calls them.
+        launch: launches them, given the dtype, V, the number of rows and the target.
+        passes: how often a kernel goes over the logits: its that many main loops are each a row.
+        rows: the rows that `launch` has, whatever it is given; None where it has as many as it is given.
+        tile: whether they work on a tile of products, which are float32 where what was multiplied is shorter.
+    """
+
+    name: str
+    launch: Callable[[torch.dtype, int, int, str], object]
+    passes: int = 1
+    rows: int | None = None
+    tile: bool = False
 
 
-class Tile(peers.Kernels):
-    """Kernels on a tile of products, which are float32 where what was multiplied is shorter."""
+def from_logits(stats: int) -> Callable[[torch.dtype, int, int, str], None]:
+    """Return what launches the forward and the backward as operators do; with statistics, of the entropy too."""
+
+    def launch(dtype: torch.dtype, V: int, rows: int, target: str) -> None:
+        # Memory that nothing reads or writes is never there.
+        logits, labels = torch.empty(1, rows + 1, V, dtype=dtype), torch.zeros(1, rows + 1, dtype=torch.int64)
+        scoring = (-100, True, 1.0, 1.0, None, "none")
+        # How many programs share a row depends on how many multiprocessors there are to fill.
+        with mock.patch.object(logprobs, "_multiprocessors", return_value=MACHINES[target].multiprocessors):
+            logps, _, norm, counts, *_ = logprobs.logprobs(logits, labels, None, None, *scoring, stats)
+            grad = torch.ones_like(logps)
+            saved = (logits, labels, None, None, norm, counts)
+            logprobs.write_gradient(torch.empty_like(logits), grad, grad if stats else None, *saved, *scoring)
+
+    return launch
 
 
-def tile(dtype: torch.dtype, stats: int, stored: bool) -> None:
-    """Launch the row pass over a tile, storing what the gradients' products need; or, if not, the tile's gradient."""
-    products = torch.promote_types(dtype, torch.float32)
-    z, targets, label = torch.zeros(8, TILE, dtype=products), torch.zeros(8, dtype=torch.int64), torch.zeros(8)
-    out = torch.zeros(8, TILE, dtype=dtype)
-    state, (anchors, masses) = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
-    transform = (1.0, 1.0, None)
-    linear.fold(z, None, targets, 0, *transform, stats, state, anchors, masses, out if stored else None)
-    if not stored:
-        entropy = label if stats else None
-        linear.fold_backward(z, None, targets, 0, *transform, torch.zeros(4, 8, dtype=products), label, entropy, out)
+def tile(stats: int, stored: bool) -> Callable[[torch.dtype, int, int, str], None]:
+    """Return what launches the row pass over a tile, storing what gradients need; if not, also the tile's gradient."""
+
+    def launch(dtype: torch.dtype, V: int, rows: int, target: str) -> None:
+        R, C = rows_of_tile(rows), launches.TILE.columns
+        products = torch.promote_types(dtype, torch.float32)
+        z, targets, label = torch.empty(R, C, dtype=products), torch.zeros(R, dtype=torch.int64), torch.zeros(R)
+        out = torch.empty(R, C, dtype=dtype)
+        state, (anchors, masses) = torch.zeros(8, R, dtype=torch.float64), torch.zeros(2, R, dtype=torch.float64)
+        transform = (1.0, 1.0, None)
+        linear.fold(z, None, targets, 0, *transform, stats, state, anchors, masses, out if stored else None)
+        if not stored:
+            entropy = label if stats else None
+            linear.fold_backward(
+                z, None, targets, 0, *transform, torch.zeros(4, R, dtype=products), label, entropy, out
+            )
+
+    return launch
 
 
-KERNELS = (
-    peers.Kernels("fastpref", lambda dtype, V, target: ours(dtype, V, 0)),
-    peers.Kernels("fastpref, every statistic", lambda dtype, V, target: ours(dtype, V, ALL_STATS)),
-    Tile("fastpref tile", lambda dtype, V, target: tile(dtype, 0, stored=False)),
-    Tile("fastpref tile, stored", lambda dtype, V, target: tile(dtype, 0, stored=True)),
-    Tile("fastpref tile, DPO's statistics", lambda dtype, V, target: tile(dtype, DPO_STATS, stored=False)),
-    Tile("fastpref tile, DPO's, stored", lambda dtype, V, target: tile(dtype, DPO_STATS, stored=True)),
-    *peers.KERNELS,
+def rows_of_tile(rows: int) -> int:
+    """Return the rows of a tile of a batch with so many rows."""
+    return min(rows, launches.TILE.rows)
+
+
+def peer(kernels: peers.Kernels) -> Case:
+    """Return the case of a peer, whose launch has 8 rows."""
+    return Case(kernels.name, lambda dtype, V, _, target: kernels.launch(dtype, V, target), kernels.passes, rows=8)
+
+
+CASES = (
+    Case("fastpref", from_logits(0)),
+    Case("fastpref, every statistic", from_logits(ALL_STATS)),
+    Case("fastpref tile", tile(0, stored=False), tile=True),
+    Case("fastpref tile, stored", tile(0, stored=True), tile=True),
+    Case("fastpref tile, DPO's statistics", tile(DPO_STATS, stored=False), tile=True),
+    Case("fastpref tile, DPO's, stored", tile(DPO_STATS, stored=True), tile=True),
+    *map(peer, peers.KERNELS),
 )
 
 
-def rows(target: str, dtype: torch.dtype, V: int, kernels: peers.Kernels) -> Iterator[Row]:
-    """Every pass of what `kernels` launches."""
-    with sass.compiling(target) as compiled:
-        kernels.launch(dtype, V, target)
-    if isinstance(kernels, Tile):
-        dtype = torch.promote_types(dtype, torch.float32)
-    for kernel in compiled:
-        program = sass.read(kernel, target)
-        for number, loop in enumerate(program.passes[: kernels.passes], 1):
-            row = describe(kernels.name, program, loop, dtype)
-            yield replace(row, kernel=f"{row.kernel} {number}/{kernels.passes}") if kernels.passes > 1 else row
+def rows_of(target: str, dtype: torch.dtype, V: int, rows: int, case: Case) -> Iterator[Row]:
+    """Every pass of what a case launches."""
+    kind = torch.promote_types(dtype, torch.float32) if case.tile else dtype
+    programs: dict[Any, sass.Program] = {}
+    found: dict[Any, dict[int, Launch]] = defaultdict(dict)
+    for n in dict.fromkeys((rows, *FEW)):
+        with sass.compiling(target) as compiled:
+            case.launch(dtype, V, n, target)
+        for kernel, count in zip(compiled, compiled.programs, strict=True):
+            if kernel not in programs:
+                programs[kernel] = sass.read(kernel, target)
+            if case.tile:
+                found[kernel].setdefault(n, Launch(count, rows_of_tile(n) * launches.TILE.columns / count))
+            else:
+                launched = case.rows or n
+                found[kernel].setdefault(n, Launch(math.ceil(count * n / launched), launched * V / count))
+    for kernel, program in programs.items():
+        if not any(constant.startswith("BLOCK") for constant in program.constants):
+            continue  # it works on no blocks of logits
+        for number, loop in enumerate(program.passes[: case.passes], 1):
+            row = describe(case.name, Pass(program, loop, kind.itemsize), kind, rows, found[kernel])
+            yield replace(row, kernel=f"{row.kernel} {number}/{case.passes}") if case.passes > 1 else row
 
 
-def attempt(target: str, dtype: torch.dtype, V: int, kernels: peers.Kernels) -> list[Row | tuple[str, str]]:
+def attempt(target: str, dtype: torch.dtype, V: int, rows: int, case: Case) -> list[Row] | str:
     """The rows; or, of a peer that is missing or that this Triton cannot compile, its name and the reason."""
     try:
-        return list(rows(target, dtype, V, kernels))
+        return list(rows_of(target, dtype, V, rows, case))
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
-        return [(kernels.name, f"{type(error).__name__}: {reason[-1]}")]
+        return f"{case.name}: {type(error).__name__}: {reason[-1]}"
 
 
-def table(target: str, found: list[Row | tuple[str, str]]) -> Table:
-    """One target's rows; a pair is a name and why there is no row of it."""
+def table(target: str, rows: int, found: list[Row]) -> Table:
+    """One target's rows."""
     machine = MACHINES[target]
-    result = Table(title=f"{target}: {machine.name}, {machine.bandwidth / 1e12:.1f} TB/s. Per logit, main loop")
+    result = Table(
+        title=f"{target}: {machine.name}, {machine.bandwidth / 1e12:.1f} TB/s with {machine.needed / 1024:.0f} KB in "
+        f"flight a multiprocessor. Predicted from machine code (Triton {triton.__version__}); unmeasured on a GPU",
+        caption="Instructions, ALU, special and bytes: a logit. Barriers, shuffles: an iteration of the main loop. "
+        "N=: the share of the memory's speed with N rows, a tile read from memory even where a cache would hold it.",
+    )
     result.add_column("kernel", no_wrap=True)
     for heading in (
-        "dtype", "instr.", "ALU", "special", "load B", "store B", "width B", "registers", "spills", "shared B", "bound",
-        "of bandwidth",
+        "dtype", "instr.", "ALU", "special", "load B", "store B", "width B", "regs", "spills", "shared B",
+        "programs", "flight KB", "barriers", "shuffles", "bound", "GB/s", f"N={rows}", *(f"N={n}" for n in FEW),
     ):  # fmt: skip
         result.add_column(heading, justify="right")
     for row in found:
-        if isinstance(row, tuple):
-            result.add_row(row[0], f"[red]{row[1]}")
-            continue
         width = (
             f"{row.widest_load}" if row.widest_load == row.narrowest_load else f"{row.narrowest_load}-{row.widest_load}"
+        )
+        # A kernel that is launched for some numbers of rows only has no figure for the others.
+        shares = (
+            "" if math.isnan(share) else f"{share:.0%}"
+            for share in (row.predicted, row.predicted_512, row.predicted_64)
         )
         result.add_row(
             f"{row.name}: {row.kernel}", row.dtype, f"{row.instructions:.1f}", f"{row.alu:.1f}", f"{row.special:.1f}",
             f"{row.load_bytes:.1f}", f"{row.store_bytes:.1f}", width, f"{row.registers}", f"{row.spills}",
-            f"{row.shared}", row.bound, f"{row.of_bandwidth:.0%}",
+            f"{row.shared}", f"{row.programs}", f"{row.in_flight / 1024:.0f}", f"{row.barriers}", f"{row.shuffles}",
+            row.bound, f"{row.bytes_per_second / 1e9:.0f}", *shares,
         )  # fmt: skip
     return result
 
@@ -196,23 +278,24 @@ def main(
     target: Annotated[str, typer.Option(help="Comma-separated: " + ", ".join(sass.TARGETS))] = ",".join(sass.TARGETS),
     dtype: Annotated[str, typer.Option(help="Comma-separated torch dtypes")] = "bfloat16",
     vocabulary: Annotated[int, typer.Option(help="V, the length of a row")] = 128256,
+    rows: Annotated[int, typer.Option(help="N, the rows of a batch")] = 8192,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the rows here")] = None,
 ) -> None:
-    """Compile every kernel on logits, ours and the installed peers', and say what bounds it."""
+    """Compile every kernel on logits, ours and the installed peers', and predict how fast it is."""
     targets, dtypes = target.split(","), [getattr(torch, name) for name in dtype.split(",")]
     if unknown := set(targets) - set(sass.TARGETS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {', '.join(sass.TARGETS)}")
     # Peers leave it unset, and Triton then warns and fuses.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 240)
     written: list[Row] = []
     for name in targets:
-        found: list[Row | tuple[str, str]] = []
-        for kernels in KERNELS:
-            for kind in dtypes:
-                found += attempt(name, kind, vocabulary, kernels)
-        console.print(table(name, found))
-        written += (row for row in found if isinstance(row, Row))
+        results = [attempt(name, kind, vocabulary, rows, case) for case in CASES for kind in dtypes]
+        found = [row for result in results if not isinstance(result, str) for row in result]
+        console.print(table(name, rows, found))
+        for reason in (result for result in results if isinstance(result, str)):
+            console.print(f"No row of {reason}")
+        written += found
     if csv_file is not None:
         csv_file.parent.mkdir(parents=True, exist_ok=True)
         with csv_file.open("w", newline="") as file:

@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.report import data, page, plots
+from benchmarks.report import data, page, plots, predicted
 
 DOCS = machine.ROOT / "docs"
 PICTURES = DOCS / "assets" / "benchmarks"
@@ -15,7 +15,7 @@ PICTURES = DOCS / "assets" / "benchmarks"
 
 def text(results: Path) -> str:
     """Return the text of the page."""
-    return page.page(data.machines(results), page.static_rows(results))
+    return page.page(data.machines(results), predicted.read(results))
 
 
 def pictures(results: Path) -> dict[Path, str]:
@@ -39,7 +39,7 @@ def write(results: Path) -> None:
             path.unlink()
     for found in data.machines(results):
         plots.draw(found, PICTURES)
-    rows = page.static_rows(results)
+    rows = predicted.read(results)
     if rows:
         path = PICTURES / "static-roofline.png"
         plots.save(plots.static(rows), path, wanted[path])

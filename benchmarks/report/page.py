@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 from benchmarks import bench_linear, bench_logprobs
-from benchmarks.report import data, plots, tables
+from benchmarks.report import plots, predicted, tables
 from benchmarks.report.data import Machine
 from benchmarks.store import Rows
 
@@ -38,12 +35,14 @@ fastpref bench --peer-file examples/benchmark_peer.py      # and one of yours
 
 STATIC = """## What the machine code says
 
-A GPU's figures without a GPU: the main loop of every kernel on logits, compiled for a target and disassembled, in
-instructions and bytes a logit, held against what the machine issues and moves in a second. It takes perfect overlap and
-enough warps: a kernel may be slower than that, never faster. "Of the memory's speed" is the most that the loop can
-reach; the number beside a bar is its instructions a logit and what bounds it. `make roofline` makes the table.
+**Predicted from machine code; unmeasured on a GPU.** The main loop of every kernel on logits is compiled for a target
+and disassembled. Instructions and bytes are of a logit; programs and the bytes of loads that they keep in flight are of
+a multiprocessor; barriers are of an iteration. "N = 8192" and so on is the share of the memory's speed with so many
+rows, predicted as `benchmarks/prediction.py` states; "bound" is what takes longest where programs fill the device, and
+"waves" how often they fill it with 8192 rows. A tile is read from memory, even where a cache would hold it.
+`make roofline` makes the table.
 
-![Share of the memory's speed that each kernel's loop leaves, by target](assets/benchmarks/static-roofline.png)
+![Share of the memory's speed that each kernel is predicted to reach, by target](assets/benchmarks/static-roofline.png)
 
 """
 
@@ -52,7 +51,7 @@ def page(machines: list[Machine], static: list[dict[str, str]]) -> str:
     """The whole page."""
     parts = [HEAD, *(_machine(machine) for machine in machines)]
     if static:
-        parts.append(STATIC + _static(static))
+        parts.append(STATIC + predicted.everything(static))
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
@@ -132,43 +131,3 @@ def shapes(machine: Machine, subject: str, axes: tuple[str, ...]) -> dict[str, R
         shape = ", ".join(f"{axis}={row[axis]}" for axis in axes if axis != "dtype")
         found.setdefault(f"{row['dtype']}, {shape}, {row['allocator']} allocator", []).append(row)
     return found
-
-
-def _static(rows: list[dict[str, str]]) -> str:
-    lines = []
-    for row in rows:
-        figures = [
-            f"{float(row[name]):.1f}" for name in ("instructions", "alu", "special", "load_bytes", "store_bytes")
-        ]
-        share = f"{float(row['of_bandwidth']):.0%}"
-        lines.append(
-            [
-                f"{row['name']}: {row['kernel']}",
-                row["target"],
-                *figures,
-                row["registers"],
-                row["spills"],
-                row["bound"],
-                share,
-            ]
-        )
-    headings = [
-        "",
-        "target",
-        "instructions",
-        "ALU",
-        "special",
-        "B read",
-        "written",
-        "registers",
-        "spills",
-        "bound",
-        "of memory",
-    ]
-    return tables.table(headings, lines)
-
-
-def static_rows(folder: Path) -> list[dict[str, str]]:
-    """What was read off machine code, if it was."""
-    path = folder / f"{data.STATIC}.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []

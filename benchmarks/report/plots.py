@@ -151,14 +151,14 @@ def trainers(machine: Machine) -> Figure:
 
 
 def static(rows: list[dict[str, str]]) -> Figure:
-    """What share of the memory's speed each kernel's main loop leaves, by target: a prediction from machine code."""
+    """What share of the memory's speed each kernel reaches on a large batch, by target: predicted from machine code."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     figure, grid = _figure(len(targets), height=5.2)
     for column, (axes, target) in enumerate(zip(grid[0], targets, strict=True)):
         found = [row for row in rows if row["target"] == target][::-1]
         for place, row in enumerate(found):
             mine = row["name"].startswith("fastpref")
-            share = float(row["of_bandwidth"])
+            share = float(row["predicted"])
             axes.barh(place, share, color="black" if mine else "white", edgecolor="black", hatch="" if mine else "//")
             axes.annotate(f"{float(row['instructions']):.1f} {row['bound']}", (share + 0.02, place - 0.25), fontsize=6)
         axes.set_yticks(
@@ -166,7 +166,7 @@ def static(rows: list[dict[str, str]]) -> Figure:
             [f"{row['name']}: {row['kernel']}" for row in found] if column == 0 else [""] * len(found),
         )
         axes.tick_params(axis="y", labelsize=6)
-        axes.set(xlim=(0, 1.35), xlabel="of the memory's speed", title=f"{target}: {found[0]['machine']}")
+        axes.set(xlim=(0, 1.35), xlabel="of the memory's speed, predicted", title=f"{target}: {found[0]['machine']}")
     return figure
 
 

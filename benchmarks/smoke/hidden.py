@@ -25,7 +25,7 @@ TWO_TILES, FOUR_TILES = COLUMNS + 37, 3 * COLUMNS + 37
 FILTER = 1e-6
 NARROW = (torch.bfloat16, torch.float32)
 EVERY = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-LAUNCH = launches.ProductLaunch(block_m=64, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=64)
+LAUNCH = launches.ProductLaunch(launches.Blocks(64, 64, 32, 2, 2, 4), width=32, described=True)
 
 
 def hidden_cases(device: str) -> Iterator[SmokeCase]:
@@ -51,7 +51,9 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
         yield from cases(f"{token}-transformed", mode=mode, dtypes=EVERY, **TRANSFORM)
         yield from cases(f"{token}-statistics", mode=mode, stats=LINEAR_STATISTICS, chunk_rows=5)
         yield from cases(f"{token}-label-far-below", mode=mode, peak=130.0)
-        yield from cases(f"{token}-filter", mode=mode, stats=("dropped_mass",), filter_eps=FILTER, change=_filtered)
+        filtered: dict[str, Any] = {"stats": ("dropped_mass",), "filter_eps": FILTER, "change": _filtered}
+        yield from cases(f"{token}-filter", mode=mode, tier=0, **filtered)
+        yield from cases(f"{token}-told-its-rows", mode=mode, scored_rows=tokens)
         yield from cases(f"{sequence}-weighted", mode=mode, ld_alpha=0.3, shift=False)
         packed: dict[str, Any] = {"rows": (tokens,), "cu_seqlens": boundaries(tokens)}
         yield from cases(f"{sequence}-packed", mode=mode, reduction="mean", **packed)
@@ -68,6 +70,8 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
         "linear_dpo_loss/transformed", **pairs, chunk_rows=chunk, biased=False, average_logps=True, loss_type="ipo",
         **TRANSFORM,
     )  # fmt: skip
+    told = [of_pairs[1]] * of_pairs[0]
+    yield from cases("linear_dpo_loss/told-its-rows", **pairs, chunk_rows=chunk, scored_rows=told)
     yield from cases("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=chunk, label_smoothing=0.1)
     yield from cases("linear_dpo_loss/none", **pairs, reduction="none")
     groups: dict[str, Any] = {"rows": of_pairs, "group_size": 2, "loss_fn": in_order}

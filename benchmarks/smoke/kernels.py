@@ -14,19 +14,21 @@ from benchmarks.smoke.case import SmokeCase
 from fastpref.cli.check.case import Arguments, Case, normal
 from fastpref.reference.logprobs import transform_logits
 from fastpref_kernels import linear
-from fastpref_kernels.triton import launches, product
+from fastpref_kernels.linear.library import fresh_scratch
+from fastpref_kernels.triton import filtered, launches, product
 from fastpref_kernels.triton import linear as tiles
 
 # Two whole tiles and a narrow one, in blocks of 256 columns at the most.
 TILE = 1024 + 16
 ROWS, VOCABULARY = 5, 2 * TILE + 37
-# Of a product: several blocks of rows, of columns and of terms, and the last of each is not whole.
-PRODUCT_ROWS, PRODUCT_VOCABULARY, TERMS = 70, 2 * 256 + 125, 3 * 64 + 7
+# Of a product: several blocks of rows, of columns and of terms, and the last of each is not whole. A tensor descriptor
+# wants rows of a multiple of 16 bytes.
+PRODUCT_ROWS, PRODUCT_VOCABULARY, TERMS = 70, 2 * 256 + 125, 3 * 64 + 8
 TRANSFORMS = {"plain": (1.0, 1.0, None), "capped": (0.6, 1.3, 4.0)}
 EVERY_STATISTIC = 31
 LAUNCHES = {
-    "narrow": launches.ProductLaunch(block_m=32, block_n=64, block_k=32, group_m=2, stages=2, warps=4, width=32),
-    "wide": launches.ProductLaunch(block_m=128, block_n=256, block_k=64, group_m=8, stages=3, warps=8, width=64),
+    "narrow": launches.ProductLaunch(launches.Blocks(32, 64, 32, 2, 2, 4), width=32),
+    "wide": launches.ProductLaunch(launches.Blocks(128, 256, 64, 8, 3, 8), width=64, described=True),
 }
 Transform = tuple[float, float, float | None]
 
@@ -63,6 +65,14 @@ class Gradient(NamedTuple):
     products: Tensor
 
 
+class Gradients(NamedTuple):
+    """The gradients of the operands of a product."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
 def kernels_cases() -> Iterator[SmokeCase]:
     """Yield the cases, each of a few rows."""
     for name, transform in TRANSFORMS.items():
@@ -90,13 +100,25 @@ def kernels_cases() -> Iterator[SmokeCase]:
                     slack=4.0,
                 )
                 yield from (SmokeCase(call=call, dtype=dtype, tier=tier) for dtype in (torch.float32, torch.float64))
+    for stored in (False, True):
+        for told, transform in TRANSFORMS.items():
+            call = Case(
+                name=f"filtered_gradients/{'kept' if stored else 'recomputed'}-{told}",
+                function=functools.partial(_filtered, False, stored, transform),
+                definition=functools.partial(_filtered, True, stored, transform),
+                draw=functools.partial(_draw_operands, 0.0),
+                slack=4.0,
+            )
+            for dtype in (torch.bfloat16, torch.float32):
+                reason = "the interpreter cannot multiply bfloat16" if dtype == torch.bfloat16 else None
+                yield SmokeCase(call=call, dtype=dtype, tier=2 if stored or reason else 0, not_interpreted=reason)
     for name, launch in LAUNCHES.items():
         for told, transform in TRANSFORMS.items():
             for peak in (0.0, 90.0):
                 call = Case(
                     name=f"product_fold/{name}-{told}{'-label-far-below' if peak else ''}",
                     function=functools.partial(_product_folded, launch, transform),
-                    definition=functools.partial(_multiplied_and_folded, launch.block_n, transform),
+                    definition=functools.partial(_multiplied_and_folded, launch.width, transform),
                     draw=functools.partial(_draw_operands, peak),
                     summed=_summed_product,
                 )
@@ -207,6 +229,32 @@ def _gradient(
     return Gradient(out)
 
 
+def _filtered(
+    eager: bool, stored: bool, transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
+) -> Gradients:
+    """Differentiate log-probs by two of every three tiles of 256 columns, from kept exponentials or from products."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    x, w, b = (tensor.to(wide) for tensor in (hidden, weight, bias))
+    z = _transformed(x @ w.T, b, transform)
+    anchor, log_p = z.gather(1, targets[:, None]), z.log_softmax(1)
+    norm = torch.stack([anchor[:, 0], (anchor[:, 0] - z.logsumexp(1)).exp(), log_p.gather(1, targets[:, None])[:, 0]])
+    grad = torch.linspace(1, 2, len(x), dtype=wide, device=x.device)
+    whole = torch.empty_like(z)
+    linear.fold_backward(x @ w.T, b, targets, 0, *transform, norm, grad, None, whole)
+    tile = torch.arange(-(-len(w) // 256), device=x.device)
+    keep = (tile[:, None] + torch.arange(len(x), device=x.device)) % 3 > 0
+    if eager:
+        g = (whole * keep.repeat_interleave(256, 0)[: len(w)].T).to(hidden.dtype)
+        return Gradients(g @ weight, g.T @ hidden, g.sum(0))
+    kept = (whole / (-grad * norm[1])[:, None]).to(hidden.dtype) if stored else None
+    found = Gradients(torch.zeros_like(x), torch.empty_like(w), torch.empty_like(b))
+    done = filtered.filtered_gradients(
+        hidden, weight, bias, targets, keep, 256, kept, norm, grad, transform, *found, False, fresh_scratch
+    )
+    assert done
+    return found
+
+
 def _product_folded(
     launch: launches.ProductLaunch, transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
 ) -> Sums:
@@ -222,7 +270,7 @@ def _product_folded(
 def _multiplied_and_folded(
     columns: int, transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
 ) -> Sums:
-    """Multiply and fold as eager PyTorch does, in tiles of as many columns as the kernel's blocks have."""
+    """Multiply and fold as eager PyTorch does, in tiles of as many columns as the kernel folds at a time."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return _folded(linear.fold, transform, hidden.to(wide) @ weight.to(wide).T, bias.to(wide), targets, columns)
 

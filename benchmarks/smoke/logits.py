@@ -12,9 +12,12 @@ from benchmarks.smoke.case import SmokeCase
 from fastpref._results import STATISTICS
 from fastpref.cli.check.case import DTYPES, TRANSFORM, Case, boundaries
 from fastpref.cli.check.logprobs_cases import far_above_the_label, logprobs_case, near_certain
+from fastpref_kernels.triton import launches
 
 # Three blocks of 4096 logits and a last one, with rows that start at multiples of 16 bytes and with others.
 EVEN, ODD = 3 * 4096 + 48, 3 * 4096 + 37
+# Three segments, which several programs share.
+LONG = 2 * launches.SHORTEST_SEGMENT + 37
 NARROW = (torch.bfloat16, torch.float32)
 SINGLE = (torch.float32,)
 
@@ -52,11 +55,18 @@ def logits_cases(device: str) -> Iterator[SmokeCase]:
         yield from cases(name, peak=peak, shift=False, dtypes=NARROW)
         yield from cases(f"{name}-entropy", peak=peak, shift=False, stats=("entropy",), dtypes=NARROW)
     yield from cases("token_logprobs/nan-not-scored", peak=_not_scored, shift=False, dtypes=NARROW)
+    yield from cases("token_logprobs/shared", vocabulary=LONG, dtypes=NARROW, tier=0)
+    yield from cases("token_logprobs/shared-statistics", vocabulary=LONG, stats=STATISTICS, dtypes=NARROW)
+    yield from cases("token_logprobs/shared-far-above", vocabulary=LONG, peak=far_above_the_label, dtypes=NARROW)
+    yield from cases(
+        "token_logprobs/shared-in-place", vocabulary=LONG, inplace_backward=True, dtypes=DTYPES, **TRANSFORM
+    )
     yield from cases("token_logprobs/one-row", rows=(1, 2), dtypes=NARROW)
     yield from cases("token_logprobs/many-rows", rows=many, dtypes=(torch.bfloat16,))
     yield from cases("token_logprobs/less-than-a-block", vocabulary=37, dtypes=DTYPES, tier=2)
 
     yield from cases("sequence_logprobs/sum", dtypes=NARROW, tier=0)
+    yield from cases("sequence_logprobs/shared", vocabulary=LONG, reduction="mean", dtypes=NARROW)
     yield from cases("sequence_logprobs/many-rows", rows=many, dtypes=(torch.bfloat16,))
     yield from cases("sequence_logprobs/mean", reduction="mean", inplace_backward=True, dtypes=DTYPES)
     yield from cases("sequence_logprobs/weighted", ld_alpha=0.3, dtypes=NARROW)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from benchmarks.sweep.case import JUDGED, Case, Trial, copies, furthest, furthes
 from fastpref_kernels.triton import launches, logprobs
 
 FORWARD, BACKWARD, STATISTICS = "logprobs_forward", "logprobs_backward", "logprobs_statistics"
-BLOCKS = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))
+BLOCKS = ((2048, 2), (2048, 4), (4096, 4), (4096, 8))
 STAGES = (1, 3, 4)
 STATS = logprobs.ENTROPY.value | logprobs.MEAN.value | logprobs.TOP1.value
 SCORING = (-100, False, 1.0, 1.0, None, "none")
@@ -78,22 +80,34 @@ def _backward(R: int, V: int, dtype: torch.dtype, device: str, rows: int) -> Tri
     return Trial(run, error, 2e-5 + torch.finfo(dtype).eps, 2 * rows * V * dtype.itemsize / 1e9)
 
 
-def _segments(R: int, V: int, dtype: torch.dtype, parts: int, device: str, rows: int) -> Trial:
-    """Return a trial that scores each part of a row as a row, which leaves out only the combination of parts."""
-    return _forward(rows * parts, V // parts, dtype, 0, device, rows * parts)
+@contextlib.contextmanager
+def _shared(programs: int) -> Iterator[None]:
+    """Let `programs` programs share a row, or as many as it has parts."""
+    with mock.patch.object(launches, "row_programs", lambda rows, parts, multiprocessors: min(programs, parts)):
+        yield
 
 
-def _case(kernel: str, R: int, V: int, dtype: torch.dtype, launch: launches.Launch) -> Case:
-    make = {
+def _maker(kernel: str, R: int, V: int, dtype: torch.dtype) -> Callable[[str, int], Trial]:
+    return {
         FORWARD: functools.partial(_forward, R, V, dtype, 0),
         STATISTICS: functools.partial(_forward, R, V, dtype, STATS),
         BACKWARD: functools.partial(_backward, R, V, dtype),
     }[kernel]
+
+
+def _case(kernel: str, R: int, V: int, dtype: torch.dtype, launch: launches.Launch) -> Case:
     return Case(
         "logits", kernel, str(dtype).removeprefix("torch."), R, V, 0, f"{launch.block}x{launch.warps} s{launch.stages}",
-        make, launches.ROWS[kernel, dtype.itemsize] == launch,
+        _maker(kernel, R, V, dtype), launches.ROWS[kernel, dtype.itemsize] == launch,
         functools.partial(replaced, (kernel, dtype.itemsize), launch),
     )  # fmt: skip
+
+
+def _few_rows(kernel: str, R: int, V: int, dtype: torch.dtype, programs: int | None) -> Case:
+    config = "as launched" if programs is None else f"{programs} programs a row"
+    within = contextlib.nullcontext if programs is None else functools.partial(_shared, programs)
+    name = str(dtype).removeprefix("torch.")
+    return Case("few rows", kernel, name, R, V, 0, config, _maker(kernel, R, V, dtype), programs is None, within)
 
 
 def cases(small: bool) -> Iterator[Case]:
@@ -107,13 +121,11 @@ def cases(small: bool) -> Iterator[Case]:
             current = launches.ROWS[kernel, dtype.itemsize]
             for launch in dict.fromkeys((current, *(variants[:2] if small else variants))):
                 yield _case(kernel, R, V, dtype, launch)
+    # Without a GPU, enough logits for two segments.
+    shared = launches.SHORTEST_SEGMENT + 37 if small else V
     for R in (2,) if small else (64, 256):
-        for parts in (1, 4, 8):
-            columns = V // parts * parts
-            yield Case(
-                "few rows", FORWARD, str(dtype).removeprefix("torch."), R, columns, 0, f"{parts} programs a row",
-                functools.partial(_segments, R, columns, dtype, parts), parts == 1,
-            )  # fmt: skip
+        for kernel, programs in itertools.product((FORWARD, BACKWARD, STATISTICS), (None, 1, 4, 8)):
+            yield _few_rows(kernel, R, shared, dtype, programs)
     for kernel in (FORWARD, BACKWARD, STATISTICS):
         for launch in dict.fromkeys((launches.ROWS[kernel, dtype.itemsize], *(variants[:1] if small else variants))):
             yield _case(kernel, sizes[0] // 2, wide, dtype, launch)
