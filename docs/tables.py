@@ -1,7 +1,8 @@
 """Writes the tables that documents hold between two comments, from where their rows are stated.
 
 Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests; those
-of figures, in the README and `scaling.md`, from what was measured.
+of figures, in the README and `scaling.md`, from what was measured; those of `kernels/index.md`, from what machine code
+predicts.
 
 python docs/tables.py
 """
@@ -18,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is all that Python puts there
 
 from benchmarks import suite
-from benchmarks.report import data, tables
+from benchmarks.report import data, predicted, tables
 from fastpref.losses import RLHF, TABLE, Entry, Loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,10 @@ FILES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     ROOT / "docs" / "index.md": {"memory": measured(tables.memory)},
     ROOT / "docs" / "losses.md": {"losses": formulas},
+    ROOT / "docs" / "kernels" / "index.md": {
+        "logits": lambda: predicted.logits(predicted.read(suite.RESULTS)),
+        "tiles": lambda: predicted.tiles(predicted.read(suite.RESULTS)),
+    },
     ROOT / "docs" / "kernels" / "gae.md": {"gae": measured(tables.gae)},
     ROOT / "docs" / "compatibility.md": {"compatibility": compatibility},
     ROOT / "docs" / "scaling.md": {"scaling": measured(tables.scaling)},
