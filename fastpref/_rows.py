@@ -96,8 +96,7 @@ def resolve_rows(
     targets, scored = scored_targets(rows, cu_seqlens, ignore_index=ignore_index, shift=shift)
     wrong = (scored & ((targets < 0) | (targets >= vocabulary))).any()
     if cu_seqlens is not None:
-        ends = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows.shape[1])
-        wrong = wrong | ends | (cu_seqlens.diff() < 0).any()
+        wrong = wrong | ops.boundaries_are_wrong(cu_seqlens, rows.shape[1])
     lengths = sequence_lengths(scored, cu_seqlens, sequences)
     failed, *counts = torch.cat([wrong[None].to(lengths.dtype), lengths]).tolist()
     if failed:

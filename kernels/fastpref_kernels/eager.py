@@ -58,6 +58,12 @@ def _sequence_of(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.bucketize(positions, cu_seqlens[1:].long().contiguous(), right=True)[None]
 
 
+def boundaries_are_wrong(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Return whether boundaries do not rise from 0 to the number of tokens, () bool, without a read on the host."""
+    ends = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != tokens)
+    return ends | (cu_seqlens.diff() < 0).any()
+
+
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     """Raise `ValueError` unless boundaries rise from 0 to the number of tokens."""
     bounds = cu_seqlens.tolist()

@@ -22,6 +22,7 @@ from fastpref_kernels.triton import launches
 NAMESPACE = "fastpref"
 UNSCORED, INVALID = linear.UNSCORED, linear.INVALID
 Rows = linear.Rows
+boundaries_are_wrong = eager.boundaries_are_wrong
 TRITON_KEYS = ("CUDA", "XPU")
 # Importing it is left to the first launch.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
