@@ -14,9 +14,9 @@ from fastpref_kernels.linear.forward import tile_columns
 from fastpref_kernels.linear.rows import Rows
 from fastpref_kernels.precision import full_float32, own_precision
 
-# The anchor, 1/S, log-prob and entropy of a row that is left over. All exp(z - anchor) are then 0, and so is the
-# gradient. At an anchor of 0 they could be inf, because the logits of such a row are the bias.
-_LEFT_OVER = (torch.inf, 1.0, 0.0, 0.0)
+# The anchor and 1/S of a row that is left over. All exp(z - anchor) are then 0, and so is the gradient. At an anchor of
+# 0 they could be inf, because the logits of such a row are the bias.
+_LEFT_OVER = (torch.inf, 1.0)
 
 
 def _rows_of_tiles(mask: Tensor) -> tuple[Tensor, ...]:
@@ -60,9 +60,9 @@ def accumulate_gradients(
         y, source = rows.label[part], rows.source[part]
         # What was kept is multiplied by the weight, and by scaled hidden states: those themselves are not read.
         x = backend.gather(flat, source, None) if kept is None or filter_eps is not None else None
-        of_row = torch.stack([
-            rows.take(values, part, left_over) for values, left_over in zip(norm, _LEFT_OVER, strict=False)
-        ])  # fmt: skip
+        of_row, left_over = rows.take(norm, part), rows.left_over(part)
+        for values, value in zip(of_row, _LEFT_OVER, strict=False):
+            values.masked_fill_(left_over, value)
         g = None if grad is None else rows.take(grad, part).to(dtype)
         h = None if grad_entropy is None else rows.take(grad_entropy, part).to(dtype)
         picks = None

@@ -81,8 +81,7 @@ class Rows(NamedTuple):
         outside = label == INVALID if vocabulary is None else (label < 0) | (label >= vocabulary)
         wrong = (outside & (self.place < self.scored.numel())) | (self.number > len(self))
         if cu_seqlens is not None:
-            ends = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != tokens)
-            wrong = wrong | ends | (cu_seqlens.diff() < 0).any()
+            wrong = wrong | eager.boundaries_are_wrong(cu_seqlens, tokens)
         return wrong
 
     def spread(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,12 +93,16 @@ class Rows(NamedTuple):
         at_positions = values.to(dtype).index_select(-1, self.of_position).view(shape)
         return at_positions.masked_fill_(~self.scored, 0)
 
+    def left_over(self, part: slice) -> Tensor:
+        """Return which rows of a run are at no position, (R,) bool."""
+        return self.place[part] >= self.scored.numel()
+
     def take(self, values: Tensor, part: slice, left_over: float = 0.0) -> Tensor:
         """Return values at positions (..., B, T') of a run of rows, (..., R), and a number for rows left over."""
         positions = self.scored.numel()
         place = self.place[part]
         rows = values.reshape(*values.shape[:-2], positions).index_select(-1, place.clamp(max=positions - 1))
-        return rows.masked_fill_(place >= positions, left_over)
+        return rows.masked_fill_(self.left_over(part), left_over)
 
 
 def dot(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
