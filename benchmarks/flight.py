@@ -24,7 +24,7 @@ WARM_UP, LAPS = 12, 60
 
 @dataclass(frozen=True)
 class Limits:
-    """What the programs on one multiprocessor (a compute unit of AMD) share.
+    """The resources that the programs on one multiprocessor, or AMD's compute unit, share.
 
     Attributes:
         warps: the most that are resident.

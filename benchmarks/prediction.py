@@ -119,7 +119,7 @@ class Pass:
         return flight.walk(self.loop, issue, self.machine.latency * self.machine.clock, before)
 
     def seconds(self, programs: int, iterations: float) -> dict[str, float]:
-        """Return what takes how long where so many programs, spread over the device, run at a time."""
+        """Return the time that each resource needs for `programs` programs, spread over the device, run at once."""
         machine = self.machine
         share = math.ceil(programs / machine.multiprocessors)
         found = {"memory": programs * self.bytes * iterations / machine.bandwidth}
@@ -127,7 +127,7 @@ class Pass:
         return found | {"latency": (self.alone.start + self.alone.cycles * iterations) / machine.clock}
 
     def predict(self, programs: int, logits: float) -> Prediction:
-        """Predict a launch of so many programs, each of so many logits."""
+        """Predict a launch of `programs` programs, each of which reads `logits` logits."""
         iterations = logits / self.logits
         slots = flight.resident_programs(self.program) * self.machine.multiprocessors
         full, rest = divmod(programs, slots)

@@ -136,7 +136,7 @@ class _Offline:
 
 
 class Compiled(list[Any]):
-    """What Triton compiled, an entry a launch; `programs` holds how many programs each launch would have started."""
+    """The compiled kernel of each launch; `programs` holds the number of programs that each would have started."""
 
     def __init__(self) -> None:
         super().__init__()

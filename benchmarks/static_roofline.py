@@ -54,7 +54,7 @@ class Row:
         of_bandwidth: the share of the memory's speed that this leaves.
         rows: rows of the batch.
         waves: programs of the launch on these, over those that the device holds.
-        predicted: the share of the memory's speed with so many rows; `predicted_512` and `predicted_64` with as many.
+        predicted: the share of the memory's speed with `rows` rows; `predicted_512`: with 512; `predicted_64`: with 64.
         bytes_per_second: what memory then delivers and takes.
     """
 
@@ -188,7 +188,7 @@ def tile(stats: int, stored: bool) -> Callable[[torch.dtype, int, int, str], Non
 
 
 def rows_of_tile(rows: int) -> int:
-    """Return the rows of a tile of a batch with so many rows."""
+    """Return the number of rows of a tile in a batch of `rows` rows."""
     return min(rows, launches.TILE.rows)
 
 

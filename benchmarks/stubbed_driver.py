@@ -18,7 +18,7 @@ Launched = Callable[..., None]
 
 
 class _Utilities:
-    """What Triton asks of a GPU when it loads a compiled kernel."""
+    """Answer what Triton asks of a GPU when it loads a compiled kernel."""
 
     def __init__(self) -> None:
         self._functions = itertools.count(1)
@@ -36,7 +36,7 @@ class _Utilities:
 
 
 class StubbedDriver:
-    """What Triton asks of a driver. The device is the driver itself, so its kernels are cached apart from others'."""
+    """Stand in for Triton's driver. The device is the driver itself, so its kernels are cached apart from others'."""
 
     def __init__(self, target: GPUTarget, launched: Launched) -> None:
         self.target = target

@@ -37,7 +37,7 @@ STATIC = """## What the machine code says
 
 **Predicted from machine code; unmeasured on a GPU.** The main loop of every kernel on logits is compiled for a target
 and disassembled. Instructions and bytes are of a logit; programs and the bytes of loads that they keep in flight are of
-a multiprocessor; barriers are of an iteration. "N = 8192" and so on is the share of the memory's speed with so many
+a multiprocessor; barriers are of an iteration. "N = 8192" and so on is the share of the memory's speed with that many
 rows, predicted as `benchmarks/prediction.py` states; "bound" is what takes longest where programs fill the device, and
 "waves" how often they fill it with 8192 rows. A tile is read from memory, even where a cache would hold it.
 `make roofline` makes the table.

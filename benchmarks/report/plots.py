@@ -151,7 +151,7 @@ def trainers(machine: Machine) -> Figure:
 
 
 def static(rows: list[dict[str, str]]) -> Figure:
-    """What share of the memory's speed each kernel reaches on a large batch, by target: predicted from machine code."""
+    """Plot the share of the memory's speed that each kernel is predicted to reach on a large batch, by target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     figure, grid = _figure(len(targets), height=5.2)
     for column, (axes, target) in enumerate(zip(grid[0], targets, strict=True)):
