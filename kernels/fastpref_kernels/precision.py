@@ -26,7 +26,7 @@ _saved: tuple[Any, ...] | None = None
 
 
 def _backends() -> list[tuple[Any, Any]]:
-    """Return what has a precision of its own, which is since PyTorch 2.9, and where it takes one from otherwise."""
+    """Return the backends with a precision setting (from PyTorch 2.9 on), each with the one that it falls back to."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return []
     mkldnn: Any = torch.backends.mkldnn
@@ -37,12 +37,12 @@ _BACKENDS = _backends()
 
 
 def _forbids_splits(name: str) -> bool:
-    """Return whether a sum may have no parts, which a process can ask for from PyTorch 2.10 on."""
+    """Return whether a sum must not be split into parts, which a process can ask for from PyTorch 2.10 on."""
     return not getattr(torch.backends.cuda.matmul, f"{name}_split_k", True)
 
 
 def _reduction(name: str) -> Any:
-    """Return whether parts of a sum may be rounded, with False where a sum may have no parts."""
+    """Return whether parts of a sum may be rounded, in a pair with False if a sum must not be split."""
     rounds = getattr(torch.backends.cuda.matmul, name)
     return (rounds, False) if _forbids_splits(name) else rounds
 
@@ -74,7 +74,7 @@ def _restore(whole: str | None, accumulates: bool, fp16: Any, bf16: Any, *each: 
 def _is_full() -> bool:
     """Return whether the process asks for exact products of float32 results.
 
-    It is False while another thread holds the precision raised, because that thread will restore a lower one.
+    It is False while another thread has raised the precision, because that thread will restore a lower one.
     """
     with _lock:
         whole, accumulates, _, _, *each = _setting()
@@ -85,20 +85,21 @@ def _is_full() -> bool:
 def full_float32() -> Iterator[None]:
     """Make products sum in exact float32 inside this context, and leave the process's setting as it was.
 
-    The setting is the whole process's. So the first thread that comes keeps it and the last that goes restores it, and
-    a product of another thread's in between is exact too.
+    The setting belongs to the whole process. So the first thread that enters saves it, and the last that leaves
+    restores it. Products of other threads in between are exact too.
     """
     global _holders, _saved
     with _lock:
         setting = _setting()
         if not _FULL.issuperset(setting):
-            # Where another thread has set something since the first came, the rest of it is what the first has set.
+            # The setting to restore: what another thread has set since the first one entered, else what the first one
+            # saved.
             earlier = setting if _saved is None else _saved
             _saved = tuple(old if new in _FULL else new for old, new in zip(earlier, setting, strict=True))
             torch.set_float32_matmul_precision("highest")
             torch.backends.cuda.matmul.allow_fp16_accumulation = False
             for name in _REDUCTIONS:
-                # A process that lets no sum be split stays without splits.
+                # If the process forbids splitting sums, keep that.
                 setattr(torch.backends.cuda.matmul, name, (False, False) if _forbids_splits(name) else False)
         _holders += 1
     try:

@@ -1,28 +1,22 @@
-"""What a device brings to log-probs from hidden states: its products, its row passes and its memory."""
+"""What a device implements for log-probs from hidden states: its products, its row passes and its memory."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Columns that a gradient is filtered by. A CPU's products are at full speed from 1024 columns on, and a row of so many
-# stays in an L1 cache.
-COLUMNS = 4096
 LOSS_BYTES = 1 << 30  # of exponentials a loss keeps at a time, on a device with memory of its own
-# Sums past this move the anchor, as in the kernels. An entropy's digits want it near the row's mass, not only in range.
-LIMIT, ENTROPY_LIMIT = 2.0**60, 2.0**10
 
 
 class Tile(NamedTuple):
-    """The largest product of hidden states and the head that is made at a time.
+    """The size of the largest product of hidden states and the head that is computed at a time.
 
     Attributes:
         rows: rows of hidden; the default of `chunk_rows`.
-        columns: columns of the vocabulary; they divide `COLUMNS` or are a multiple of it.
+        columns: columns of the vocabulary; they divide `contract.COLUMNS` or are a multiple of it.
     """
 
     rows: int
@@ -30,30 +24,30 @@ class Tile(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """What a device brings.
+    """The functions and the settings that a device provides.
 
     Attributes:
         product: (out, a, b, add): compute out (M, N) = a (M, K) @ b (K, N), or += it. The sums are float32 (float64
             for float64 operands), and so is `out`, unless `rounds` is True and nothing is added.
-        fold: adds a tile of logits to the rows' sums. See `tile.fold`.
-        fold_backward: turns a tile of logits into its gradient. See `tile.fold_backward`.
-        dot: multiplies each row of hidden by its label's row of the head. See `rows.dot`.
-        gather: takes rows out of a matrix. See `rows.gather`.
-        scatter: adds rows to a matrix. See `rows.scatter`.
-        rescale: multiplies kept exponentials by a factor for each row and piece. See `rows.rescale`.
+        fold: adds a tile of logits to the rows' sums. See `eager.linear.fold`.
+        fold_backward: turns a tile of logits into its gradient. See `eager.linear.fold_backward`.
+        dot: multiplies each row of hidden by its label's row of the head. See `eager.linear.dot`.
+        gather: takes rows out of a matrix. See `eager.linear.gather`.
+        scatter: adds rows to a matrix. See `eager.linear.scatter`.
+        rescale: multiplies kept exponentials by a factor for each row and piece. See `eager.linear.rescale`.
         scratch: (name, shape, dtype, device) -> uninitialised memory, the same at the next call of that name.
         empty: (shape, dtype, device) -> uninitialised memory for what outlives the call.
         gradient_dtype: the dtype of hidden -> the dtype of the gradient's tiles.
         tile: returns the size of a tile.
-        whole: whether kept exponentials are multiplied in one product, and not a tile's columns at a time.
+        whole: whether kept exponentials are multiplied in one product, instead of a tile's columns at a time.
         rounds: whether `product` can write an `out` of the operands' own dtype, rounded once.
-        product_fold: (x, weight, bias, targets, logit_scale, temperature, softcap, stats, state, store), or None where
-            there is no such kernel: multiplies and folds all columns of some rows, as `forward._product_fold` does with
-            `product` and `fold`, and returns what it does; None where those two are to be used, which it says from the
-            device, the dtype and the shapes alone.
+        product_fold: (x, weight, bias, targets, logit_scale, temperature, softcap, stats, state, store), or None if
+            there is no such kernel: multiplies and folds all columns of some rows. It returns what
+            `forward.product_fold` returns with `product` and `fold`; or None, if those two must be used instead, which
+            depends on the device, the dtype and the shapes only.
         filtered: (x, weight, bias, targets, keep, columns, kept, norm, grad, transform, d_hidden, d_weight, d_bias,
-            add, scratch), or None where there is no such kernel: adds the gradients of those tiles that a filter keeps,
-            without a read on the host; returns False for a dtype that it does not take.
+            add, scratch), or None if there is no such kernel: adds the gradients of the tiles that a filter keeps,
+            without a read on the host. It returns False for a dtype that it does not support.
     """
 
     product: Callable[[Tensor, Tensor, Tensor, bool], None]
@@ -71,11 +65,6 @@ class Backend(NamedTuple):
     rounds: bool
     product_fold: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
     filtered: Callable[..., bool] | None = None
-
-
-def widened(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype that operands of these dtypes are computed in: their common one, at least float32."""
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def column_chunks(vocabulary: int, columns: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""A device's own products and memory, around whatever row passes it has."""
+"""A backend of library products and PyTorch's memory, for any row passes of a device."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref_kernels.linear import rows
-from fastpref_kernels.linear.backend import COLUMNS, Backend, Tile, widened
+from fastpref_kernels.contract import COLUMNS, widened
+from fastpref_kernels.eager import linear as eager
+from fastpref_kernels.linear.backend import Backend, Tile
 
 
 @functools.cache
 def _adds_wide() -> bool:
-    """Return whether this PyTorch adds a product of narrow operands to float32 sums in one call on CUDA and ROCm."""
+    """Return whether PyTorch can add a product of narrow operands to float32 sums in one call on CUDA and ROCm."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::addmm.dtype_out", "CUDA")
 
 
 def library_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """Compute out (M, N) = a (M, K) @ b (K, N), or += it, with float32 sums whatever the operands' dtype.
 
-    `out` is float32 (float64 for float64). Where nothing is added it may also have the operands' dtype: the sums are
-    then rounded to it, and only once in a caller's `full_float32`.
+    `out` is float32 (float64 for float64). If nothing is added, it may also have the operands' dtype. The sums are then
+    rounded to it, and are rounded only once if the caller is in `full_float32`.
     """
     wide = widened(a.dtype)
     if a.dtype == out.dtype == wide:
@@ -44,12 +45,12 @@ def library_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of PyTorch's allocator."""
+    """Return uninitialised memory from PyTorch's allocator."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def fresh_scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of an allocator that keeps its own."""
+    """Return uninitialised memory from PyTorch's allocator, which keeps freed memory itself."""
     del name
     return empty(shape, dtype, device)
 
@@ -58,7 +59,7 @@ def library_backend(
     fold: Callable[..., None], fold_backward: Callable[..., None], tile: Callable[[], Tile] | None = None,
     **kernels: Any,
 ) -> Backend:  # fmt: skip
-    """Return a device's own products around the given row passes, with tiles large enough to fill a GPU.
+    """Return a backend of library products and the given row passes, with tiles large enough to fill a GPU.
 
     Args:
         fold: see `Backend`.
@@ -66,7 +67,7 @@ def library_backend(
         tile: returns the size of a tile.
         kernels: other attributes of the backend; PyTorch's own operators stand in for those that are not given.
     """
-    given = {"dot": rows.dot, "gather": rows.gather, "scatter": rows.scatter, "rescale": rows.rescale, **kernels}
+    given = {"dot": eager.dot, "gather": eager.gather, "scatter": eager.scatter, "rescale": eager.rescale, **kernels}
     return Backend(
         library_product, fold, fold_backward, scratch=fresh_scratch, empty=empty, gradient_dtype=lambda dtype: dtype,
         tile=tile or (lambda: Tile(rows=4096, columns=COLUMNS)), whole=True, rounds=True, **given,

@@ -1,9 +1,10 @@
 """Generalised advantage estimation in PyTorch operations, with no loop over time.
 
-Returns R_t = A_t + V_t are the recurrence R_t = r_t + γ(1 − λ)V_{t+1} + c·R_{t+1} with c = γλ: fewer terms than that of
-the advantages, and so less rounding. With c constant, it is a product with the triangular matrix of c's powers. Time is
-cut into blocks: the blocks' first sums, a `BLOCK`th as many, are the same recurrence in c^BLOCK; each enters the last
-term of the block before it; one product then gives every sum.
+The returns R_t = A_t + V_t follow the recurrence R_t = r_t + γ(1 − λ)V_{t+1} + c·R_{t+1} with c = γλ. It has fewer
+terms than the recurrence of the advantages, and so less rounding. Because c is constant, it is a product with the
+triangular matrix of c's powers. Time is cut into blocks of `BLOCK` tokens. The first sums of the blocks follow the same
+recurrence in c^BLOCK, with a `BLOCK`th as many terms. Each of them is added to the last term of the block before it,
+and one product then gives every sum.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from torch import Tensor
 from fastpref_kernels.linear import widened
 from fastpref_kernels.precision import own_precision
 
-# Tokens of a block: what a token costs in multiplications.
+# The number of tokens in a block, which is also the number of multiplications per token.
 BLOCK = 32
-# Tokens of the sequences taken at a time, so that what is made of them stays in a core's cache.
+# The number of tokens in the sequences taken at a time, so that temporaries stay in a core's cache.
 CHUNK_TOKENS = 1 << 18
-# Columns of the product that gives the blocks' first sums. One would do, but makes it a matrix-vector product, whose
-# order of summation, unlike a matrix product's, depends on how many rows there are.
+# Columns of the product that gives the blocks' first sums. One column would suffice, but it would make this a
+# matrix-vector product. Unlike a matrix product's, its order of summation depends on the number of rows.
 HEAD_COLUMNS = 8
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @functools.lru_cache(maxsize=64)
 def _powers(c: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(BLOCK, BLOCK): c^(s − t) at [s, t], 0 above the diagonal."""
+    """Return c^(s − t) at [s, t] of a (BLOCK, BLOCK) matrix, 0 above the diagonal."""
     steps = torch.arange(BLOCK, dtype=torch.float64, device="cpu")
     powers = (c ** (steps[:, None] - steps).clamp(min=0)).tril()
     # A denormal factor slows a product down a hundredfold.
@@ -37,12 +38,12 @@ def _powers(c: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _padded(n: int) -> int:
-    """How long the sums want a row of n to be."""
+    """Return the length that `_discounted_sums` needs for rows of length n: n up to a block, else whole blocks."""
     return n if n <= BLOCK else n + -n % BLOCK
 
 
 def _discounted_sums(x: Tensor, c: float, out: Tensor | None = None) -> Tensor:
-    """Σ_{s≥t} c^(s−t)·x_s of x (rows, n), which is overwritten; n is at most BLOCK, or a multiple of it."""
+    """Return Σ_{s≥t} c^(s−t)·x_s for each t of x (rows, n), and overwrite x. n is a `_padded` length."""
     rows, n = x.shape
     powers = _powers(c, x.dtype, x.device)
     if n <= BLOCK:
@@ -55,22 +56,22 @@ def _discounted_sums(x: Tensor, c: float, out: Tensor | None = None) -> Tensor:
 
 
 def _has_holes(mask: Tensor) -> bool:
-    """Whether what counts is several runs in any row."""
+    """Return whether the tokens that count form several runs in any row."""
     rises = (mask[:, 1:] > mask[:, :-1]).view(torch.uint8)
-    # A mask of completions alone has none, which costs less to see than how many there are.
+    # A mask that covers completions alone has no holes, and seeing that costs less than counting the runs.
     return bool(rises.numel() and rises.max() and (rises.sum(1, dtype=torch.int32) + mask[:, 0] > 1).any())
 
 
 @own_precision
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """`fastpref::gae`."""
+    """Run `fastpref::gae`."""
     B, T = rewards.shape
     dtype = widened(rewards.dtype, values.dtype)
     bits = _BITS[dtype]
     advantages, returns = (rewards.new_empty((B, T), dtype=dtype) for _ in range(2))
     if T == 0:
         return advantages, returns
-    # Two rows at the least: a product of a single row is summed in an order of its own.
+    # Take two rows at least, because a product of a single row is summed in another order.
     rows = max(2, CHUNK_TOKENS // T)
     size = max(2, min(B, rows))
     kept = rewards.new_empty((size, T), dtype=bits)
@@ -80,15 +81,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         part = slice(start, start + rows)
         counts = mask[part]
         n = counts.shape[0]
-        # Every bit of a token that counts and none of another: that clears a NaN too, several times as fast as `where`.
+        # Keep all bits of a token that counts and none of any other. This clears a NaN too, several times as fast as
+        # `where`.
         keep = kept[:n].copy_(counts.view(torch.int8).neg())
-        # Values wait where the advantages are to be.
+        # The memory of the advantages holds the values until the advantages are computed.
         r, v = gains[:n, :T], advantages[part]
         for held, given in ((r, rewards), (v, values)):
             torch.bitwise_and(given[part].to(dtype).view(bits), keep, out=held.view(bits))
         position, following = None, v
         if _has_holes(counts):
-            # Holes are closed: a token that does not count adds its 0 to one that does.
+            # Close the holes: a token that does not count adds its 0 to one that does.
             position = counts.cumsum(1, dtype=torch.int32).sub_(1).clamp_(min=0).long()
             following = torch.zeros_like(v).scatter_add_(1, position, v)
             r.copy_(torch.zeros_like(v).scatter_add_(1, position, r))

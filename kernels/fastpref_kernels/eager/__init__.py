@@ -1,0 +1,1 @@
+"""The operators in PyTorch, for a CPU without a compiler and for devices without kernels of ours."""
