@@ -1,4 +1,4 @@
-"""The native CPU operators are built once, on first use, by whoever comes first; or not, and nothing breaks."""
+"""The native CPU operators are built once, on first use. Where they cannot be built, PyTorch's stand in."""
 
 from __future__ import annotations
 
@@ -50,9 +50,12 @@ exit 1
 
 def use(**environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", USE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", USE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -168,6 +171,7 @@ def test_what_decides_the_code_decides_the_key(tmp_path: Path, monkeypatch: pyte
         (torch, "__version__", "0.0.0"),
         (build, "flags", lambda: ["-O0"]),
         (build, "_processor", lambda: "flags: none"),
+        (build, "contract_header", lambda: "// another contract"),
     )
     for i, (where, name, value) in enumerate(changes, 2):
         with monkeypatch.context() as patch:
@@ -212,7 +216,7 @@ class TestFallback:
         monkeypatch.setenv("PATH", str(log.parent))
         with pytest.warns(RuntimeWarning, match=r"fastpref.*slower(?s:.*)fake: cannot compile"):
             assert build._load.__wrapped__() is None
-        assert "logprobs.cpp" in log.read_text()
+        assert ".cpp -o " in log.read_text()
         assert os.environ["PATH"] == str(log.parent)
         assert "CXX" not in os.environ
         assert [path.name for path in (cache / build.key()).iterdir()] == ["lock"]
@@ -222,7 +226,7 @@ class TestFallback:
         monkeypatch.setenv("CXX", f"env {log.with_name('made-to-measure++')}")
         with pytest.warns(RuntimeWarning, match="fastpref"):
             assert build._load.__wrapped__() is None
-        assert "logprobs.cpp" in log.read_text()
+        assert ".cpp -o " in log.read_text()
 
     def test_a_compiler_that_does_not_even_start(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "false")
@@ -262,3 +266,9 @@ class TestFallback:
             warnings.simplefilter("error")
             assert build._load.__wrapped__() is None
         assert not cache.exists()
+
+
+def test_the_header_states_the_contract() -> None:
+    header = build.contract_header()
+    for statement in ("kLse = 1,", "kLogSumSqProbs = 16,", "kTop2Margin = 32,", "kSecond = 8,", "kRowSums = 9;"):
+        assert statement in header

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
-from fastpref.cli.check.product_cases import LAYOUTS, ROUTES, SIZES, Product, multiply
+from fastpref.testing.product_cases import LAYOUTS, ROUTES, SIZES, Product, multiply
 from fastpref_kernels import cpu, linear
 from fastpref_kernels.cpu import linear as cpu_linear
 
@@ -73,7 +73,7 @@ def test_every_layout_and_size(route: str, dtype: torch.dtype, left_layout: str)
 @pytest.mark.parametrize("left_layout", LAYOUTS)
 def test_every_layout_and_size_without_a_compiler(
     route: str, left_layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     product = product_of(route)
     monkeypatch.setattr(cpu, "native", lambda: None)
     assert_every_size(product, torch.float32, left_layout)

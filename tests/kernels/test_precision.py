@@ -87,10 +87,12 @@ def test_every_library_product_is_made_at_full_precision(setting: str, monkeypat
     before = precision._setting()
     with torch.autocast("cpu", torch.bfloat16):
         chunking = (None, None, None)
-        logps, norm, *_ = linear.logprobs(backend, hidden, weight, None, labels, None, None, *scoring, 0, *chunking)
+        logps, norm, *_ = linear.linear_logprobs(
+            backend, hidden, weight, None, labels, None, None, *scoring, 0, *chunking
+        )
         given = (torch.ones_like(logps), None, hidden, weight, None, labels, None, norm, None, hidden.new_zeros(0))
         totals = (torch.empty_like(hidden), torch.empty_like(weight), None)
-        linear.accumulate_gradients(backend, *given, *totals, True, *scoring, *chunking)
+        linear.linear_logprobs_backward_(backend, *given, *totals, True, *scoring, *chunking)
     assert len(seen) == 4
     assert {value for setting in seen for value in setting} <= EXACT
     assert precision._setting() == before
@@ -207,8 +209,8 @@ def test_a_narrow_gradient_is_rounded_once() -> None:
     given = (hidden.bfloat16(), weight.bfloat16(), None, labels, None)
     scoring, chunking = (-100, True, 1.0, 1.0, None), (None, None, None)
     before = precision._setting()
-    logps, norm, shares, *_ = linear.logprobs(backend, *given, None, *scoring, 0, *chunking)
-    linear.gradients(
+    logps, norm, shares, *_ = linear.linear_logprobs(backend, *given, None, *scoring, 0, *chunking)
+    linear.linear_logprobs_backward(
         backend, torch.ones_like(logps), None, *given, norm, None, shares, [True, True, False],
         *[torch.bfloat16] * 3, *scoring, *chunking,
     )  # fmt: skip
@@ -240,10 +242,10 @@ def test_no_operator_with_products_is_left_out() -> None:
         "scaled_gradient",
     }
     implemented = {
-        "linear_logprobs": linear.logprobs,
-        "linear_fold": linear.fold_shard,
-        "linear_logprobs_backward": linear.accumulate_gradients,
-        "linear_logprobs_backward_": linear.accumulate_gradients,
+        "linear_logprobs": linear.linear_logprobs,
+        "linear_fold": linear.linear_fold,
+        "linear_logprobs_backward": linear.linear_logprobs_backward_,
+        "linear_logprobs_backward_": linear.linear_logprobs_backward_,
         "gae": ops.gae.gae,
     }
     assert registered - without - set(ops.LOSSES) == set(implemented)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 import fastpref
 from fastpref_kernels import linear
-from fastpref_kernels.linear import Rows, Tile, rows
+from fastpref_kernels.eager import linear as rows
+from fastpref_kernels.linear import Rows, Tile
 from fastpref_kernels.linear.backend import row_chunks
 from tests.gpu_stand_in import on_gpu
 from tests.host_waits import host_trace
+from tests.tolerance import EVERY_STATISTIC
 
 IGNORED = -100
 PLAIN = (1.0, 1.0, None)
-EVERY_STATISTIC = 63
 
 
 def a_batch() -> tuple[Tensor, Tensor]:
@@ -161,11 +162,11 @@ def step(
     kept = torch.full((max(room, len(labels.flatten())), 5000), torch.nan) if mode == "save" else None
     scoring = (IGNORED, True, *PLAIN)
     given = (hidden, weight, bias, labels, None)
-    logps, norm, shares, *statistics = linear.logprobs(
+    logps, norm, shares, *statistics = linear.linear_logprobs(
         backend, *given, kept, *scoring, EVERY_STATISTIC, count, None, None
     )
     upstream = torch.randn(logps.shape, generator=generator), torch.randn(logps.shape, generator=generator)
-    grads = linear.gradients(
+    grads = linear.linear_logprobs_backward(
         backend, upstream[0], upstream[1] if with_entropy else None, *given, norm, kept, shares, [True] * 3,
         *[torch.float32] * 3, *scoring, count, None, None,
     )  # fmt: skip
@@ -234,10 +235,10 @@ class TestGradients:
         scoring, chunking = (IGNORED, False, *PLAIN), (positions, None, options.get("filter_eps"))
         kept = torch.empty(positions, 300, dtype=dtype)
         given = (hidden, weight, None, labels, None)
-        logps, norm, shares, *_ = linear.logprobs(backend, *given, kept, *scoring, 0, *chunking)
+        logps, norm, shares, *_ = linear.linear_logprobs(backend, *given, kept, *scoring, 0, *chunking)
         made.clear()
         kinds = [options.get("parameters", dtype)] * 3
-        d_hidden, d_weight, _ = linear.gradients(
+        d_hidden, d_weight, _ = linear.linear_logprobs_backward(
             backend, torch.ones_like(logps), None, *given, norm, kept, shares, [True, True, False], *kinds,
             *scoring, *chunking,
         )  # fmt: skip

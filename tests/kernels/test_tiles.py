@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastpref_kernels import linear, ops
 from fastpref_kernels.linear import COLUMNS, Tile
+from tests.tolerance import EVERY_STATISTIC
 
 B, T, H, V = 2, 5, 8, 2 * COLUMNS + 1031
 SCORING = (-100, True, 1.0, 1.0, None)
-EVERY_STATISTIC = 63
 
 
 class Answer(NamedTuple):
@@ -35,10 +35,10 @@ def answer(tile: Tile, mode: str, filter_eps: float | None) -> Answer:
     rows = int((labels[:, 1:] != -100).sum())
     store = torch.full((rows, V), torch.nan) if mode == "save" else None
     given = (hidden, weight, None, labels, None)
-    found = linear.logprobs(backend, *given, store, *SCORING, EVERY_STATISTIC, None, None, filter_eps)
+    found = linear.linear_logprobs(backend, *given, store, *SCORING, EVERY_STATISTIC, None, None, filter_eps)
     logps, norm, shares, *statistics = found
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    linear.accumulate_gradients(
+    linear.linear_logprobs_backward_(
         backend, torch.ones_like(logps), None, *given, norm, store, shares, d_hidden, d_weight, None, True, *SCORING,
         None, None, filter_eps,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def test_a_tile_is_no_larger_than_it_says() -> None:
 
     backend = linear.library_backend(linear.fold, linear.fold_backward, tile=lambda: tile)._replace(product=product)
     hidden, weight, labels = torch.randn(1, 8, H), torch.randn(5000, H), torch.randint(5000, (1, 8))
-    linear.logprobs(backend, hidden, weight, None, labels, None, None, *SCORING, 0, None, None, None)
+    linear.linear_logprobs(backend, hidden, weight, None, labels, None, None, *SCORING, 0, None, None, None)
     rows, columns = ([shape[i] for shape in shapes] for i in (0, 1))
     assert rows == [3, 3, 3, 3, 3, 3, 1, 1, 1]
     assert columns == [2048, 2048, 904] * 3

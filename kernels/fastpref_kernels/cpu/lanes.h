@@ -4,14 +4,17 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 namespace fastpref {
 
 using at::vec::Vectorized;
 
-// What a dtype is computed in: float64 in itself, everything else in float32.
+// float64 is computed in float64, every other dtype in float32.
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -69,7 +72,7 @@ template <Range range = Range::kAny>
 inline Vectorized<float> exp(const Vectorized<float>& x) {
   using V = Vectorized<float>;
   // Adding 1.5*2^23 + 127 rounds to an integer and leaves it, biased, in the low bits: shifted into the exponent they
-  // are 2^n. At n = -127 that is +0 and at n = 128 it is inf, which is where the two clamps let x go.
+  // are 2^n. That is +0 at n = -127 and inf at n = 128, and the two clamps let x go as far as these.
   const V magic(12583039.0f);
   const V clamped =
       range == Range::kAny ? at::vec::clamp(x, V(-88.0f), V(89.0f)) : at::vec::clamp_min(x, V(-88.0f));
@@ -96,5 +99,34 @@ template <typename A>
 inline A max(const Vectorized<A>& v) {
   return at::vec::vec_reduce_all<A>([](auto& a, auto& b) { return at::vec::maximum(a, b); }, v);
 }
+
+// Return the larger of two numbers, or the NaN among them.
+inline double greater(double a, double b) {
+  return std::isnan(a) || std::isnan(b) ? a + b : std::max(a, b);
+}
+
+// The two largest values of every lane; equal on a tie.
+template <typename A>
+struct TopTwo {
+  Vectorized<A> first{-std::numeric_limits<A>::infinity()}, second = first;
+
+  void add(const Vectorized<A>& v) {
+    second = at::vec::maximum(second, at::vec::minimum(first, v));
+    first = at::vec::maximum(first, v);
+  }
+
+  // Return the two largest values of all lanes. They are unspecified where a lane has met a NaN.
+  std::pair<A, A> reduced() const {
+    constexpr int lanes = Vectorized<A>::size();
+    A values[2 * lanes];
+    first.store(values), second.store(values + lanes);
+    A best = -std::numeric_limits<A>::infinity(), next = best;
+    for (const A x : values) {
+      next = std::max(next, std::min(best, x));
+      best = std::max(best, x);
+    }
+    return {best, next};
+  }
+};
 
 }  // namespace fastpref

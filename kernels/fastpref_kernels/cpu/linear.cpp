@@ -1,8 +1,8 @@
 // The row passes over a tile of logits that a matrix product has just written, while it is still in the cache.
 //
 // Exponentials are anchored at the label: e_j = exp(z_j - a) needs no running maximum, and bfloat16, which has float32's
-// range, can hold them. A row whose sum would pass 2^60 moves its anchor up to the tile's maximum; and one whose entropy
-// is wanted at 2^10, to be near where the row's mass is.
+// range, can hold them. A row whose sum would pass kLimit moves its anchor up to the tile's maximum; a row whose entropy
+// is wanted does so at kEntropyLimit, to be near its mass.
 #include "lanes.h"
 #include "linear.h"
 #include "rows.h"
@@ -19,9 +19,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kEntropyLimit = 0x1p10;
-
-// body(pair, j, left) over n values, `left` of them in the last pair, whose other lanes hold `fill`.
+// Call body(pair, j, left) for n values, `left` of them in the last pair, whose other lanes hold `fill`.
 template <typename A, typename F>
 inline void sweep(const A* z, int64_t n, A fill, const F& body) {
   int64_t j = 0;
@@ -41,7 +39,7 @@ inline void store_left(S* to, const Pair<A>& v, int64_t left) {
   std::copy(padded, padded + left, to);
 }
 
-// z <- rate * u(x + bias), over x.
+// Write z = rate * u(x + bias) over x.
 template <bool Cap, typename A>
 void transform_row(A* x, int64_t n, const A* bias, const Transform& t) {
   using V = Vectorized<A>;
@@ -62,7 +60,8 @@ struct Sums {
   double rest = 0, weighted = 0, squares = 0;  // of e, e * d and e * e
 };
 
-// Sums over a tile whose label, if it has it, holds -inf; and what the gradient needs of it, to `store`.
+// Return the sums over a tile, and write exp(d) * dz/dx to `store`. If the label is in the tile, its logit must be
+// -inf.
 template <bool Cap, bool Stats, typename A, typename S>
 Sums exponentials(const A* z, int64_t n, A anchor, const Transform& t, S* store) {
   using V = Vectorized<A>;
@@ -97,42 +96,48 @@ A maximum_of(const A* z, int64_t n) {
   return max(best);
 }
 
-// The larger of two, or the NaN among them.
-inline double greater(double a, double b) {
-  return std::isnan(a) || std::isnan(b) ? a + b : std::max(a, b);
-}
-
 template <bool Cap, bool Stats, typename A, typename S>
 void fold_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& t, int64_t stats, double* state,
               int64_t R, double* anchor_out, double* mass_out, S* store) {
   constexpr A inf = std::numeric_limits<A>::infinity();
-  double &anchor = state[0], &rest = state[R], &weighted = state[2 * R], &squares = state[3 * R],
-         &total = state[4 * R], &before = state[5 * R], &after = state[6 * R], &label = state[7 * R];
+  const auto sum_of = [&](RowSum plane) -> double& { return state[plane * R]; };
+  double &anchor = sum_of(kAnchor), &rest = sum_of(kRest), &weighted = sum_of(kWeighted), &squares = sum_of(kSquares);
   transform_row<Cap>(z, C, bias, t);
-  if (stats & kMean) {
+  if (stats & kMeanLogits) {
     Vectorized<A> sums(A(0));
     sweep(z, C, A(0), [&](const Pair<A>& v, int64_t, int64_t) { sums = sums + (v.first + v.second); });
-    total += double(sum(sums));
+    sum_of(kTotal) += double(sum(sums));
   }
-  if (stats & kTop1) {
+  double &before = sum_of(kBefore), &after = sum_of(kAfter);
+  const double best = greater(before, after);  // before this tile
+  if (stats & (kIsTop1 | kTop2Margin)) {
     const int64_t left = std::clamp<int64_t>(own, 0, C), right = std::clamp<int64_t>(own + 1, 0, C);
     before = greater(before, maximum_of(z, left));
     after = greater(after, maximum_of(z + right, C - right));
   }
   if (own >= 0 && own < C) {
-    label = z[own];
+    sum_of(kLabel) = z[own];
     z[own] = -inf;
   }
+  if (stats & kTop2Margin) {
+    TopTwo<A> top;
+    sweep(z, C, -inf, [&](const Pair<A>& v, int64_t, int64_t) { top.add(v.first), top.add(v.second); });
+    const auto [tile_best, tile_second] = top.reduced();
+    // The second largest is that of the tile, that of the tiles before it, or the smaller of the two maxima.
+    double& second = sum_of(kSecond);
+    second = std::max({second, double(tile_second), std::min(best, double(tile_best))});
+  }
   Sums sums = exponentials<Cap, Stats>(z, C, A(anchor), t, store);
-  if (!(rest + sums.rest < (stats & kEntropy ? kEntropyLimit : kAnchorLimit))) {
+  if (!(rest + sums.rest < (stats & kEntropy ? kEntropyLimit : kLimit))) {
     const A top = maximum_of(z, C);
     const double old = rest > 0 || std::isfinite(anchor) ? anchor : -double(inf);
     const double moved = at::_isnan(top) ? double(top) : std::max<double>(old, top);
-    // Any number where there is nothing but -inf yet: a sum of 0 and no NaN, and the row stays without an anchor.
+    // If all logits so far are -inf, use any number: the sum is then 0 and not NaN, and the row stays without an
+    // anchor.
     const double base = moved == -double(inf) ? 0 : moved;
     if (base != anchor) {
       const double gap = anchor - base, f = std::exp(gap);
-      // exp(d) d becomes f exp(d) (d + gap); where f is 0 so is the sum, whatever the gap.
+      // exp(d) d becomes f exp(d) (d + gap). If f is 0, so is the sum, whatever the gap.
       weighted = f == 0 ? 0 : f * (weighted + gap * rest);
       rest = rest == 0 ? 0 : f * rest;
       squares = squares == 0 ? 0 : f * f * squares;
@@ -163,7 +168,7 @@ void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targ
   double *sums = state.mutable_data_ptr<double>(), *anchor = anchors.mutable_data_ptr<double>(),
          *mass = masses.mutable_data_ptr<double>();
   const auto run = [&]<typename A, typename S>(S* kept) {
-    constexpr int64_t summed = kEntropy | kLogSumSq;
+    constexpr int64_t summed = kEntropy | kLogSumSqProbs;
     const auto plain = stats & summed ? &fold_row<false, true, A, S> : &fold_row<false, false, A, S>;
     const auto capped = stats & summed ? &fold_row<true, true, A, S> : &fold_row<true, false, A, S>;
     const auto row = softcap ? capped : plain;
@@ -187,12 +192,13 @@ void fold(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& targ
 
 namespace {
 
-// A row's gradient: dz_j = -p_j * (g + h * (log p_j + entropy)), and its own at the label.
+// Write a row's gradient: dz_j = -p_j * (g + h * (log p_j + entropy)), and a formula of its own at the label.
 template <bool Cap, bool Entropy, typename A, typename S>
 void gradient_row(A* z, int64_t C, int64_t own, const A* bias, const Transform& t, const A* norm, int64_t R, A g, A h,
                   S* out) {
   using V = Vectorized<A>;
-  const A anchor = norm[0], inverse = norm[R], logp = norm[2 * R], entropy = Entropy ? norm[3 * R] : A(0);
+  const A anchor = norm[kNormAnchor * R], inverse = norm[kNormInverse * R], logp = norm[kNormLogp * R],
+          entropy = Entropy ? norm[kNormEntropy * R] : A(0);
   transform_row<Cap>(z, C, bias, t);
   const A z_y = own >= 0 && own < C ? z[own] : A(0);
   const V a(anchor), scale(-inverse), g_v(g), h_v(h), surprise(std::log(inverse) + entropy), floor(A(-1e30));

@@ -1,4 +1,4 @@
-"""What a CPU brings to `fastpref_kernels.linear`: its products, its row passes, and memory kept between calls."""
+"""Run log-probs from hidden states on a CPU, with its products, its row passes, and memory kept between calls."""
 
 from __future__ import annotations
 
@@ -14,20 +14,17 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.cpu.sizes import ROWS, SUMMED
 from fastpref_kernels.precision import own_precision
 
-# Rows of a tile: more of them mean fewer passes over the weight and its gradient.
-ROWS = 1024
-# Terms of a float32 product that oneDNN adds up before they meet the others.
-SUMMED = 512
-# What a loss keeps of exponentials at a time: 320 float32 rows of a vocabulary of 65536.
+# The exponentials that a loss keeps at a time: 320 float32 rows of a vocabulary of 65536.
 LOSS_BYTES = 80 << 20
 
 _scratch = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of this thread, kept for its next call: first touching memory costs as much as a fold.
+    """Return uninitialised memory that this thread keeps for its next call: new memory costs as much as a fold.
 
     A forked child gets its own copy of what its parent's thread held; nothing is shared or locked.
     """
@@ -39,19 +36,19 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for what outlives a call: from 4 MiB on, what an earlier tensor made so has freed."""
+    """Return uninitialised memory for a result. From 4 MiB on, it reuses the memory of results that were freed."""
     native = cpu.native()
     return native.empty(list(shape), dtype) if native else torch.empty(shape, dtype=dtype, device=device)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Such memory for a tensor's like, unless that has strides of its own."""
+    """Return `torch.empty_like(tensor)`, with memory of `empty` if the result is contiguous."""
     dense = torch.empty_like(tensor, device="meta").is_contiguous()
     return empty(tensor.shape, tensor.dtype, tensor.device) if dense else torch.empty_like(tensor)
 
 
 def release_memory(keep: int | None) -> None:
-    """Give back this thread's scratch, and all that freed results held; with `keep`, hold no more bytes from now on."""
+    """Free this thread's scratch and the memory of freed results; with `keep`, hold no more bytes from now on."""
     _scratch.__dict__.clear()
     native = cpu.loaded()
     if native:
@@ -68,7 +65,7 @@ def _is_intel() -> bool:
 
 @functools.cache
 def onednn_rounds() -> bool:
-    """Return whether the environment has oneDNN round float32 operands: no call can overrule it, unlike a setting."""
+    """Return whether an environment variable makes oneDNN round float32 operands, which no call can overrule."""
     modes = [os.environ.get(name) for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")]
     return any(mode is not None and mode.upper() != "STRICT" for mode in modes)
 
@@ -79,7 +76,7 @@ def _prefers_onednn() -> bool:
 
 
 def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix in `dtype`, if need be in kept memory, laid out as it was: by rows or by columns."""
+    """Return a matrix in `dtype`, in scratch memory if it must be converted. Keep its order, by rows or by columns."""
     if x.dtype == dtype:
         return x
     if x.stride(0) == 1 and x.stride(1) != 1:
@@ -88,7 +85,7 @@ def _widened(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def bf16_route() -> str:
-    """Return what multiplies bfloat16 operands in this process: "MKL", "oneDNN", or "float32" of widened operands."""
+    """Return what multiplies bfloat16 operands here: "MKL", "oneDNN", or "float32" if they are widened to float32."""
     native = cpu.native()
     return native.bf16_routes()[0] if native and native.has_bf16_gemm() else "float32"
 
@@ -109,7 +106,7 @@ def onednn_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         out.zero_()
     if _overlaps(b):  # which oneDNN refuses
         b = b.contiguous()
-    # oneDNN sums all of K in one chain, whose error grows with its length; MKL in blocks of a few hundred.
+    # oneDNN sums all of K in one chain, whose error grows with its length. MKL sums blocks of a few hundred terms.
     for begin in range(0, a.shape[1], SUMMED):
         part = a[:, begin : begin + SUMMED], b[begin : begin + SUMMED].t()
         result = torch.ops.mkldnn._linear_pointwise(*part, None, "none", [], "")
@@ -117,14 +114,14 @@ def onednn_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """Compute out (M, N) = a (M, K) @ b (K, N), or += it, by whichever library is fastest at it with float32 sums.
+    """Compute out (M, N) = a (M, K) @ b (K, N), or += it, with float32 sums, by the library that is fastest at it.
 
     GF/s measured on two cores, N=512 rows, H=512: on a Xeon with AMX, bfloat16 by MKL's mixed product 1300 to 1550
     (the logits, and hidden's gradient) and 900 to 1340 (the weight's), float32 by MKL 325 to 340. On an EPYC with
     AVX512_BF16, bfloat16 by oneDNN's kernels on packed blocks 970 (the logits, and hidden's gradient) and 880 to 920
     (the weight's), where products that round to bfloat16 gave 955 to 1000; float32 by oneDNN 200 to 410, where MKL
     gave 150 to 190. On a Xeon with AVX512_BF16 and no AMX, products that round to bfloat16 gave 150, and float32 by MKL
-    300. What has no faster product of its own is computed from operands widened to float32.
+    300. A dtype without a faster product of its own is widened to float32.
     """
     native = cpu.native()
     if native:
@@ -143,12 +140,12 @@ def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def fold(*arguments: Any) -> None:
-    """`fastpref_kernels.linear.fold`."""
+    """Run `eager.linear.fold`, in C++ where it is built."""
     (cpu.native() or linear).fold(*arguments)
 
 
 def fold_backward(*arguments: Any) -> None:
-    """`fastpref_kernels.linear.fold_backward`."""
+    """Run `eager.linear.fold_backward`, in C++ where it is built."""
     (cpu.native() or linear).fold_backward(*arguments)
 
 
@@ -157,43 +154,48 @@ BACKEND = linear.library_backend(fold, fold_backward, lambda: linear.Tile(ROWS, 
 )
 
 
-def _untold(arguments: tuple[Any, ...]) -> tuple[list[Any], int | None, float | None, tuple[Any, ...]]:
-    """Return what comes before the number of rows, chunk_rows and filter_eps; those two; and all without the number.
+# The place of `shares` among the arguments of the backward operators. Only a filter reads them.
+_SHARES = 9
 
-    A host loses nothing by counting the rows, and checks every label as it does.
+
+def _untold(arguments: tuple[Any, ...]) -> tuple[list[Any], int | None, float | None, tuple[Any, ...]]:
+    """Split the arguments: return those before `rows`, `chunk_rows`, `filter_eps`, and all of them with `rows` None.
+
+    On a CPU, counting the rows costs nothing, and it checks every label.
     """
     *given, _, chunk_rows, filter_eps = arguments
     return given, chunk_rows, filter_eps, (*given, None, chunk_rows, filter_eps)
 
 
 @own_precision
-def logprobs(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, ...]:
-    """`fastpref_kernels.linear.logprobs`."""
+def linear_logprobs(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, ...]:
+    """Run `fastpref::linear_logprobs`."""
     given, chunk_rows, filter_eps, arguments = _untold(arguments)
     native = cpu.native()
     if not native or filter_eps is not None:
-        return linear.logprobs(backend, *arguments)
-    return native.linear_logprobs(*given, chunk_rows, _prefers_onednn())
+        return linear.linear_logprobs(backend, *arguments)
+    *fixed, statistics = native.linear_logprobs(*given, chunk_rows, _prefers_onednn())
+    return (*fixed, *statistics)
 
 
 @own_precision
-def accumulate_gradients(backend: linear.Backend, *arguments: Any) -> None:
-    """`fastpref_kernels.linear.accumulate_gradients`."""
+def linear_logprobs_backward_(backend: linear.Backend, *arguments: Any) -> None:
+    """Run `fastpref::linear_logprobs_backward_`."""
     given, chunk_rows, filter_eps, arguments = _untold(arguments)
     native = cpu.native()
     if not native or filter_eps is not None:
-        linear.accumulate_gradients(backend, *arguments)
+        linear.linear_logprobs_backward_(backend, *arguments)
     else:
-        del given[9]  # the tiles' masses, which only a filter asks for
+        del given[_SHARES]
         native.linear_logprobs_backward_(*given, chunk_rows, _prefers_onednn())
 
 
 @own_precision
-def gradients(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastpref_kernels.linear.gradients`."""
+def linear_logprobs_backward(backend: linear.Backend, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `fastpref::linear_logprobs_backward`."""
     given, chunk_rows, filter_eps, arguments = _untold(arguments)
     native = cpu.native()
     if not native or filter_eps is not None:
-        return linear.gradients(backend, *arguments)
-    del given[9]
+        return linear.linear_logprobs_backward(backend, *arguments)
+    del given[_SHARES]
     return native.linear_logprobs_backward(*given, chunk_rows, _prefers_onednn())

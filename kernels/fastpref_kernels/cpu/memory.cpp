@@ -1,9 +1,10 @@
-// Large memory that outlives a call: gradients, and what a backward needs of its forward.
+// Large memory that outlives a call: gradients, and what a backward needs from its forward.
 //
-// A training loop frees and allocates the same few blocks at every step. Given back to the operating system each time,
-// they come again as zeroed pages, a fault each, which costs as much as the arithmetic on them; and in a virtual machine
-// that hands its free memory back to the host, several times as much. So what is freed is kept for the next step, up to
-// a limit, the longest unused given back first.
+// A training loop frees and allocates the same few blocks at every step. If they went back to the operating system each
+// time, they would return as zeroed pages, with a page fault for each. The faults cost as much as the arithmetic on the
+// pages, and several times as much in a virtual machine that hands its free memory back to the host. So freed blocks
+// are kept for the next step, up to a limit. Beyond it, the block that has been unused for the longest is given back
+// first.
 #include "memory.h"
 
 #include <ATen/Context.h>
@@ -36,7 +37,7 @@ struct Block {
 
 class Pool final : public c10::Allocator {
  public:
-  // Never destroyed: tensors may be freed after everything static is.
+  // The pool is never destroyed, because tensors may be freed after all static objects.
   static Pool& get() {
     static Pool* pool = new Pool;
     return *pool;
@@ -49,7 +50,7 @@ class Pool final : public c10::Allocator {
       block = {std::aligned_alloc(kPage, wanted), wanted};
       TORCH_CHECK_WITH(OutOfMemoryError, block.data, "fastpref: no memory for ", wanted, " bytes");
 #ifdef MADV_HUGEPAGE
-      // A refusal costs nothing but time: the pages are then small.
+      // If the system refuses, the pages are small, which only costs time.
       (void)madvise(block.data, wanted, MADV_HUGEPAGE);
 #endif
     }
@@ -58,7 +59,7 @@ class Pool final : public c10::Allocator {
 
   void copy_data(void* to, const void* from, std::size_t count) const override { default_copy_data(to, from, count); }
 
-  // Gives back all that is kept; from now on no more than `limit` is.
+  // Give back all blocks that are kept, and from now on keep no more than `limit` bytes.
   void clear(std::optional<size_t> limit) {
     std::list<Block> dropped;
     {
@@ -77,11 +78,11 @@ class Pool final : public c10::Allocator {
 
  private:
   Pool() {
-    // A child must not find the lock held by a thread that it has not got.
+    // A forked child must not find the lock held by a thread that the child does not have.
     pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
   }
 
-  // The smallest block that is not much too large, or none.
+  // Return the smallest block that is not much too large, or none.
   Block take(size_t wanted) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = kept_.end();
@@ -103,7 +104,7 @@ class Pool final : public c10::Allocator {
     {
       const std::lock_guard<std::mutex> lock(pool.mutex_);
       if (block->bytes > pool.limit_) {
-        dropped.push_front(*block);  // alone: it is to push nothing else out
+        dropped.push_front(*block);  // dropped alone, so that it pushes no other block out
       } else {
         pool.kept_.push_front(*block);
         pool.held_ += block->bytes;
@@ -135,7 +136,7 @@ at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
   if (bytes < kLarge) return at::empty(size, at::TensorOptions().dtype(dtype));
   at::Tensor out = at::detail::empty_generic(size, &Pool::get(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                              std::nullopt);
-  // As at::empty does, which a test may ask for: all bits set are NaN in every floating type.
+  // Fill the memory if a test asks for it, as at::empty does: all bits set are NaN in every floating type.
   if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory()) {
     std::memset(out.mutable_data_ptr(), 0xff, bytes);
   }

@@ -1,18 +1,14 @@
-// bfloat16 matrix products with float32 sums.
+// Matrix products with float32 sums.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-#include <string>
-
 namespace fastpref {
 
-// Whether bf16_gemm, called without a route, has one that is worth calling.
-bool has_bf16_gemm();
+// Narrow as Tensor::narrow does, but call one operator instead of three, and none if the whole dimension is kept.
+at::Tensor narrowed(const at::Tensor& x, int64_t dim, int64_t begin, int64_t n);
 
-// out (M, N) float32 = left (M, K) @ right (K, N) in bfloat16, summed in float32; or += of it.
-void bf16_gemm(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, bool add,
-               const std::optional<std::string>& route);
+// Compute out (M, N) = left (M, K) @ right (K, N), or += it, with float32 sums, by the library that is fastest at it.
+void product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, bool add, bool onednn);
 
 }  // namespace fastpref

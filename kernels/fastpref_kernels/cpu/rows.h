@@ -1,6 +1,7 @@
-// What both row passes, over logits and over a tile of them, have in common.
+// The transform of logits and the scored rows, which all passes share.
 #pragma once
 
+#include "contract.h"
 #include "lanes.h"
 
 #include <ATen/core/Tensor.h>
@@ -12,12 +13,16 @@
 
 namespace fastpref {
 
-// Sums above this are redone from the maximum: 1/(1+s) must stay a normal float32, and so must what it multiplies.
-constexpr double kAnchorLimit = 0x1p60;
-// Rows of one thread's share hold at least this many logits.
+// The rows that one thread takes at a time hold at least this many logits.
 constexpr int64_t kGrain = 1 << 15;
 
-enum Statistic { kLse = 1, kEntropy = 2, kMean = 4, kTop1 = 8, kLogSumSq = 16 };
+// The planes of `norm`, from which a backward computes each row's gradient: softmax_j = exp(z_j - anchor) * inverse.
+enum NormPlane : int64_t { kNormAnchor, kNormInverse, kNormLogp, kNormEntropy };
+
+// The entropy has a plane only where it is asked for.
+inline int64_t norm_planes(bool entropy) {
+  return kNormEntropy + entropy;
+}
 
 // z = rate * u(x), with u(x) = x, or cap * tanh(x * scale / cap).
 struct Transform {
@@ -44,7 +49,7 @@ inline Vectorized<A> u_of(const Vectorized<A>& x, const Transform& t) {
   }
 }
 
-// dz/dx where u(x) = u.
+// Return dz/dx where u(x) = u.
 template <bool Cap, typename V>
 inline V derivative(V u, const Transform& t) {
   using A = std::conditional_t<std::is_same_v<V, Vectorized<double>> || std::is_same_v<V, double>, double, float>;
@@ -56,14 +61,14 @@ inline V derivative(V u, const Transform& t) {
   }
 }
 
-// dz/dx where rate * u(x) = z.
+// Return dz/dx where rate * u(x) = z.
 template <bool Cap, typename V>
 inline V slope_at(const V& z, const Transform& t) {
   using A = std::conditional_t<std::is_same_v<V, Vectorized<double>> || std::is_same_v<V, double>, double, float>;
   return Cap ? derivative<Cap>(z * V(A(1 / t.rate)), t) : V(A(t.slope));
 }
 
-// Which positions of labels (B, T) are scored against what.
+// The scored positions of labels (B, T), and the label that each is scored against.
 struct ScoredRows {
   int64_t per_batch, n_sequences;               // per_batch: T'
   std::vector<int64_t> label, index, sequence;  // of scored row i: its label, its place in (B, T'), its sequence

@@ -22,9 +22,13 @@ def native() -> None:
 
 def operands() -> dict[str, Any]:
     return {
-        "hidden": torch.randn(B, T, H), "weight": torch.randn(V, H), "bias": torch.randn(V),
-        "labels": torch.randint(V, (B, T)), "store": torch.empty(B * (T - 1), V), "chunk_rows": None,
-    }  # fmt: skip
+        "hidden": torch.randn(B, T, H),
+        "weight": torch.randn(V, H),
+        "bias": torch.randn(V),
+        "labels": torch.randint(V, (B, T)),
+        "store": torch.empty(B * (T - 1), V),
+        "chunk_rows": None,
+    }
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, store: Tensor, chunk_rows: Any) -> Any:
@@ -38,9 +42,19 @@ def gradients(given: dict[str, Any], norm: Tensor) -> dict[str, Any]:
 
 
 def backward_(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, store: Tensor, chunk_rows: Any, grad: Any,
-    grad_entropy: Any, norm: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor,
-) -> None:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    store: Tensor,
+    chunk_rows: Any,
+    grad: Any,
+    grad_entropy: Any,
+    norm: Tensor,
+    d_hidden: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> None:
     shares = torch.empty(0, B, T - 1)
     operands = (grad, grad_entropy, hidden, weight, bias, labels, None, norm, store, shares)
     torch.ops.fastpref.linear_logprobs_backward_(
