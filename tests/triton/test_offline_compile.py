@@ -11,15 +11,18 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 
 from benchmarks import sass
 from fastpref.losses import LOSS_TYPES
-from fastpref_kernels.triton import launches, linear, logprobs, preference, product, reward, rlhf
+from fastpref_kernels.contract import LINEAR_STATISTICS, STATISTICS, RowSums, Statistic
+from fastpref_kernels.triton import gae, launches, linear, logprobs, product
+from fastpref_kernels.triton.losses import preference, reward
 from tests.triton.linkers import TRITON, skip_without_linker
 
 TARGETS = tuple(sass.TARGETS)
-ALL_STATS = 31
-LOSS_STATS = logprobs.ENTROPY.value | logprobs.MEAN.value | logprobs.TOP1.value
+ALL_STATS = sum(STATISTICS.values())
+LOSS_STATS = (Statistic.ENTROPY | Statistic.MEAN_LOGITS | Statistic.IS_TOP1).value
 
 
 def score(
@@ -44,7 +47,7 @@ def score(
         grad = torch.ones_like(logps if reduction == "none" else sequences)
         out = logits if in_place else torch.empty_like(logits)
         saved = (logits, labels, cu_seqlens, weights, norm, counts)
-        logprobs.write_gradient(out, grad, torch.ones_like(logps) if stats else None, *saved, *scoring)
+        logprobs.logprobs_backward(out, grad, torch.ones_like(logps) if stats else None, *saved, *scoring)
 
     return launch
 
@@ -59,7 +62,7 @@ def tile(
     def launch() -> None:
         z, targets, label = torch.zeros(R, C, dtype=products), torch.zeros(R, dtype=torch.int64), torch.zeros(R)
         added = None if bias is None else torch.zeros(C, dtype=bias)
-        state, (anchors, masses) = torch.zeros(8, R, dtype=torch.float64), torch.zeros(2, R, dtype=torch.float64)
+        state, (anchors, masses) = RowSums.start((R,), z.device), torch.zeros(2, R, dtype=torch.float64)
         kept = None if store is None else torch.zeros(R, C, dtype=store)
         transform = (1.0, 1.0, softcap)
         linear.fold(z, added, targets, column, *transform, stats, state, anchors, masses, kept)
@@ -80,7 +83,7 @@ def fused(
     def launch() -> None:
         x, weight, targets = torch.zeros(R, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), torch.zeros(R).long()
         added = torch.zeros(V, dtype=dtype) if bias else None
-        state, kept = torch.zeros(8, R, dtype=torch.float64), torch.zeros(R, V, dtype=dtype) if store else None
+        state, kept = RowSums.start((R,), x.device), torch.zeros(R, V, dtype=dtype) if store else None
         cut = launches.Blocks(*blocks, group_m=8, stages=stages, warps=warps)
         chosen = launches.ProductLaunch(cut, width=64, described=described)
         with mock.patch.object(launches, "product_launch", return_value=chosen):
@@ -127,10 +130,8 @@ ALIGNED = {
 TILES = {
     "tile": tile(),
     "tile, not stored": tile(store=None, out=torch.float16),
-    "tile, what a loss asks for": tile(stats=linear.ENTROPY.value | linear.MEAN.value | linear.TOP1.value),
-    "tile, what a loss asks for, not stored": tile(
-        stats=linear.ENTROPY.value | linear.MEAN.value | linear.TOP1.value, store=None
-    ),
+    "tile, what a loss asks for": tile(stats=LOSS_STATS),
+    "tile, what a loss asks for, not stored": tile(stats=LOSS_STATS, store=None),
     "tile, every statistic, fp32 stored": tile(stats=ALL_STATS, store=torch.float32, out=torch.float32),
     "tile, bias, capped": tile(stats=ALL_STATS, bias=torch.bfloat16, softcap=30.0),
     "fp64 tile, capped": tile(
@@ -153,6 +154,9 @@ PRODUCTS = {
 WIDE = {
     "wide product": fused((128, 256, 64), warps=8, stages=3, described=True, store=False),
     "wide product, stored": fused((128, 256, 64), warps=8, stages=3, described=True),
+    "wide product, every statistic but the margin": fused(
+        (128, 256, 64), warps=8, stages=3, described=True, stats=ALL_STATS & ~Statistic.TOP2_MARGIN.value
+    ),
     "wide product, every statistic": fused((128, 256, 64), warps=8, stages=3, described=True, stats=ALL_STATS),
     "wide product, by pointers": fused((128, 256, 64), warps=8, stages=3, store=False),
     "wide product, by pointers, stored": fused((128, 256, 64), warps=8, stages=3),
@@ -170,6 +174,36 @@ LOSSES = {
     "ranking, K=64, masked": rank(64, masked=True),
 }
 CASES = {**ALIGNED, **TILES, **UNALIGNED, **LOSSES, **PRODUCTS}
+
+
+# A launch with statistics of every kernel that has some.
+WITH_STATISTICS: dict[str, tuple[dict[str, Statistic], Callable[[int], Callable[[], object]]]] = {
+    "logits": (STATISTICS, lambda stats: score(torch.bfloat16, 4096, stats=stats)),
+    "tile": (LINEAR_STATISTICS, lambda stats: tile(stats=stats)),
+    "product": (LINEAR_STATISTICS, lambda stats: fused((64, 64, 32), stats=stats)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic"),
+    [(name, statistic) for name, (statistics, _) in WITH_STATISTICS.items() for statistic in statistics],
+)
+def test_a_statistic_has_a_branch(name: str, statistic: str) -> None:
+    statistics, launch = WITH_STATISTICS[name]
+    with sass.compiling("sm_90") as compiled:
+        launch(int(statistics[statistic]))()
+    assert compiled
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_a_statistic_without_a_branch_does_not_compile(name: str) -> None:
+    _, launch = WITH_STATISTICS[name]
+    with sass.compiling("sm_90"), pytest.raises(CompilationError) as caught:
+        launch(2 * max(LINEAR_STATISTICS.values()))()
+    error: BaseException | None = caught.value
+    while error is not None and "no branch for one of these statistics" not in str(error):
+        error = error.__cause__
+    assert error is not None, caught.value
 
 
 @cache
@@ -252,7 +286,13 @@ def test_products_run_on_tensor_cores_and_move_16_bytes_at_a_time(name: str, tar
 
 
 @pytest.mark.parametrize(
-    ("name", "instructions"), [("wide product", 8), ("wide product, stored", 11), ("wide product, every statistic", 26)]
+    ("name", "instructions"),
+    [
+        ("wide product", 8),
+        ("wide product, stored", 11),
+        ("wide product, every statistic but the margin", 26),
+        ("wide product, every statistic", 30),
+    ],
 )
 def test_instructions_of_a_fold_in_registers(name: str, instructions: float) -> None:
     """An H200 issues 8 in the time of an exponential, and 256 in that of a logit's product at H = 4096."""
@@ -305,7 +345,7 @@ def every_launcher(sequences: int, by: Callable[[Any], Any]) -> None:
         scoring = (-100, True, 1.0, 1.0, None, "sum", ALL_STATS)
         logps, sums, norm, counts, *_ = logprobs.logprobs(*map(by, (logits, labels, *packed)), *scoring)
         given = (torch.empty_like(logits), sums, logps, logits, labels, *packed, norm, counts)
-        logprobs.write_gradient(*map(by, given), *scoring[:-1])
+        logprobs.logprobs_backward(*map(by, given), *scoring[:-1])
     ends, ranks = torch.zeros(10, sequences), torch.zeros(sequences, K, dtype=torch.int64)
     rewards = torch.zeros(sequences, K)
     scalars = (1.0, 0.1, 0.1, 0.0, True, "alpha", 0.5, 0.0, 0.5, 0.05, 0.3, "token", "mean")
@@ -315,7 +355,7 @@ def every_launcher(sequences: int, by: Callable[[Any], Any]) -> None:
     reward.pairwise_reward_loss(*map(by, ends[:3]), 0.0, 0.01, "mean")
     reward.best_of_k_loss(by(rewards), by(ranks[:, 0]), "mean")
     reward.ranking_loss(*map(by, (rewards, ranks, ranks == 0)), "mean")
-    rlhf.gae(*map(by, (rewards, rewards, rewards == 0)), 1.0, 0.95)
+    gae.gae(*map(by, (rewards, rewards, rewards == 0)), 1.0, 0.95)
 
 
 @pytest.mark.parametrize(

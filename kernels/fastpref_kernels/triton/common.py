@@ -1,4 +1,4 @@
-"""Functions that every kernel or its launcher uses: numbers as arguments, devices, and exp, log1p and tanh."""
+"""Functions that kernels and their launchers share: numbers as arguments, devices, and arithmetic."""
 
 from __future__ import annotations
 
@@ -49,6 +49,20 @@ def dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def alignment(tensor: Tensor, *strides: int) -> int:
+    """Return how many elements 16 bytes hold if every row starts at a multiple of 16 bytes, else 1.
+
+    Nothing in between: how wide loads are decides which thread sums what. With loads of 8 bytes a row's bits would
+    depend on where its tensor begins.
+
+    Args:
+        tensor: the tensor that the rows are in.
+        strides: the distances between rows, in elements.
+    """
+    whole = 16 // tensor.element_size()
+    return whole if math.gcd(whole, *strides) == whole and tensor.data_ptr() % 16 == 0 else 1
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Return what sums of this dtype are made in: float64 for float64, float32 for all else."""
     return tl.float64 if dtype == torch.float64 else tl.float32
@@ -74,20 +88,34 @@ def power(x, ACC: tl.constexpr):
 
 @triton.jit
 def exp(x, ACC: tl.constexpr):
-    """e^x."""
+    """Return e^x."""
     return power(x * power_rate(1.0, ACC), ACC)
 
 
 @triton.jit
+def top2(best_a, second_a, best_b, second_b):
+    """Return the two largest of two pairs, each in order. A NaN makes the second one NaN."""
+    second = tl.maximum(second_a, second_b, propagate_nan=tl.PropagateNan.ALL)
+    other = tl.minimum(best_a, best_b, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(best_a, best_b), tl.maximum(second, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def top2_of(x, AXIS: tl.constexpr):
+    """Return the two largest numbers along an axis, -inf for a missing one. A NaN makes the second one NaN."""
+    return tl.reduce((x, tl.full(x.shape, -float("inf"), x.dtype)), AXIS, top2)
+
+
+@triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0: what 1 + x rounds away is put back to first order, so a small x keeps its digits."""
+    """Return log(1 + x) for x >= 0. A small x keeps its digits: what 1 + x rounds away is put back to first order."""
     u = 1.0 + x
     return tl.log(u) - ((u - 1.0) - x) / u
 
 
 @triton.jit
 def tanh(x, ACC: tl.constexpr):
-    """tanh to a few ulp of 1; in fp32, to a few ulp of its own where 1 - 2/(1 + e^2x) would cancel."""
+    """Return tanh(x) to a few ulp of 1; in fp32, to a few ulp of its own where 1 - 2/(1 + e^2x) would cancel."""
     a = tl.abs(x)
     far = 1.0 - 2.0 / (1.0 + exp(2.0 * a, ACC))
     far = tl.where(x < 0, -far, far)

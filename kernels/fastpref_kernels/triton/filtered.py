@@ -1,8 +1,8 @@
 """The gradient of log-probs where each tile of columns counts for some rows only.
 
-Which rows those are is known on the device alone: their indices, `pick`, are a permutation of all rows that begins with
-them, and `count` is a tensor of one element. So the host launches programs for all rows, and never waits for a number.
-A program whose rows lie past the count leaves at once.
+Only the device knows which rows those are. Their indices, `pick`, are a permutation of all rows that begins with them,
+and `count` is a tensor of one element. So the host launches programs for all rows and never waits for a number. A
+program whose rows lie past the count returns at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def picked_product_kernel(
     A_PICKED: tl.constexpr, OUT_PICKED: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A program writes a block of out = a @ b, or adds it to out, with float32 sums.
+    """Write a block of out = a @ b, or add it to out, with float32 sums.
 
     Where M is None, row m of the product belongs to row pick[m], of a and of out where they are not compact, and is
     scaled by scale[pick[m]]. Where K is None, term k is of row pick[k] of b, and of column pick[k] of a where A_PICKED.
@@ -80,10 +80,20 @@ def picked_product_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["pick", "count", "scale"])
 def picked_sums_kernel(
-    out, tile, pick, count, scale,  # (C,), (R, C), (R,), (1,), (R,)
-    C, stride_r, stride_c, PICKED: tl.constexpr, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A program writes or adds the sums of BLOCK_C columns over the picked rows, each times its scale."""
+    out,  # (C,)
+    tile,  # (R, C)
+    pick,  # (R,)
+    count,  # (1,)
+    scale,  # (R,)
+    C,
+    stride_r,
+    stride_c,
+    PICKED: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Write or add the sums of BLOCK_C columns over the picked rows, each times its scale."""
     rows = tl.load(count)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -102,9 +112,18 @@ def picked_sums_kernel(
 
 
 def _product(
-    out: Tensor, a: Tensor, b: Tensor, pick: Tensor, count: Tensor, *, summed: bool = False, gather: bool = False,
-    scatter: bool = False, add: bool = False, scale: Tensor | None = None,
-) -> None:  # fmt: skip
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    pick: Tensor,
+    count: Tensor,
+    *,
+    summed: bool = False,
+    gather: bool = False,
+    scatter: bool = False,
+    add: bool = False,
+    scale: Tensor | None = None,
+) -> None:
     """Write out = a @ b, or add it to out, over the first `count` of the rows `pick`.
 
     Args:
@@ -123,22 +142,41 @@ def _product(
     blocks = launches.PICKED[b.element_size()]
     rows = out.shape[0] if summed else len(pick)
     programs = triton.cdiv(rows, blocks.block_m) * triton.cdiv(out.shape[1], blocks.block_n)
+    sizes = (rows if summed else None, out.shape[1], None if summed else b.shape[0])
     launch(
-        picked_product_kernel, programs, out, a, b, pick, count, scale,
-        rows if summed else None, out.shape[1], None if summed else b.shape[0],
-        *out.stride(), *a.stride(), *b.stride(),
-        A_PICKED=gather, OUT_PICKED=scatter, ADD=add,
-        BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n, BLOCK_K=blocks.block_k, GROUP_M=blocks.group_m,
-        num_stages=blocks.stages, num_warps=blocks.warps, enable_fp_fusion=True,
-    )  # fmt: skip
+        picked_product_kernel,
+        programs,
+        *(out, a, b, pick, count, scale, *sizes, *out.stride(), *a.stride(), *b.stride()),
+        A_PICKED=gather,
+        OUT_PICKED=scatter,
+        ADD=add,
+        BLOCK_M=blocks.block_m,
+        BLOCK_N=blocks.block_n,
+        BLOCK_K=blocks.block_k,
+        GROUP_M=blocks.group_m,
+        num_stages=blocks.stages,
+        num_warps=blocks.warps,
+        enable_fp_fusion=True,
+    )
 
 
 def filtered_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, keep: Tensor, columns: int, kept: Tensor | None,
-    norm: Tensor, grad: Tensor, transform: tuple[float, float, float | None], d_hidden: Tensor | None,
-    d_weight: Tensor | None, d_bias: Tensor | None, add: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    keep: Tensor,
+    columns: int,
+    kept: Tensor | None,
+    norm: Tensor,
+    grad: Tensor,
+    transform: tuple[float, float, float | None],
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    add: bool,
     scratch: Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor],
-) -> bool:  # fmt: skip
+) -> bool:
     """Compute the gradients of some rows' log-probs from those tiles of columns that each row keeps.
 
     No value of the device is read on the host. Two calls on the same tensors give the same bits.
@@ -192,8 +230,14 @@ def filtered_gradients(
         if d_bias is not None:
             block_r, block_c, warps = launches.PICKED_SUMS
             launch(
-                picked_sums_kernel, triton.cdiv(len(w), block_c), d_bias[part], tile, *rows, row_scale, len(w),
-                *tile.stride(), PICKED=gather, ADD=add, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+                picked_sums_kernel,
+                triton.cdiv(len(w), block_c),
+                *(d_bias[part], tile, *rows, row_scale, len(w), *tile.stride()),
+                PICKED=gather,
+                ADD=add,
+                BLOCK_R=block_r,
+                BLOCK_C=block_c,
+                num_warps=warps,
                 enable_fp_fusion=True,
-            )  # fmt: skip
+            )
     return True

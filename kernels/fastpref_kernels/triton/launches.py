@@ -1,4 +1,4 @@
-"""The launch table: how the work of every Triton kernel is cut up.
+"""The launch table: how the work of every Triton kernel is divided.
 
 Launchers read their entry at every call and state no size of their own, so a benchmark that replaces an entry measures
 exactly what a user would run with it. This module does not import Triton.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastpref_kernels.linear import Tile
+from fastpref_kernels.linear.backend import Tile
 
 
 class Launch(NamedTuple):
@@ -28,8 +28,26 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
+class RowLaunch(NamedTuple):
+    """How a forward kernel goes through rows of logits.
+
+    Attributes:
+        block: logits of one iteration.
+        warps: warps of a program.
+        stages: iterations whose loads are in flight at a time.
+        segment_blocks: blocks of a segment.
+        programs: programs that share a row.
+    """
+
+    block: int
+    warps: int
+    stages: int
+    segment_blocks: int
+    programs: int
+
+
 class Blocks(NamedTuple):
-    """How a matrix product is cut up.
+    """How a matrix product is divided.
 
     Attributes:
         block_m: rows of a block.
@@ -49,10 +67,10 @@ class Blocks(NamedTuple):
 
 
 class ProductLaunch(NamedTuple):
-    """How the fused product and fold is cut up.
+    """How the fused product and fold is divided.
 
     Attributes:
-        blocks: how the product is; `block_n` divides `fastpref_kernels.linear.COLUMNS`.
+        blocks: how the product is divided; `block_n` divides `fastpref_kernels.linear.COLUMNS`.
         width: columns of a block that are folded at a time, `block_n` over a power of 2. Fewer columns take fewer
             registers.
         described: whether tensor descriptors load the blocks, where the operands allow it. NVIDIA's GPUs have a unit
@@ -141,19 +159,38 @@ PICKED: dict[int, Blocks] = {
     4: Blocks(64, 32, 16, 8, 2, 4),
 }
 
-# (rows, columns, warps) of one step of the kernel that sums what those products multiply, for a bias.
+# (rows, columns, warps) of one step of the kernel that sums those rows for the gradient of a bias.
 PICKED_SUMS = (16, 128, 4)
 
 # Empty, because no GPU has measured the fused kernel yet: until one has, no shape takes it.
 PRODUCTS: tuple[Measured, ...] = ()
 
-# (pieces of columns, rows, warps) of one step of the kernel that adds up what the fused kernel folded.
+# (pieces of columns, rows, warps) of one step of the kernel that adds up the pieces that the fused kernel folded.
 COMBINE = (32, 32, 4)
 
 
 def segment_blocks(V: int, block: int) -> int:
     """Return the blocks of a segment. They depend on V and the block alone, because they decide a row's bits."""
     return max(-(-V // (SEGMENTS * block)), SHORTEST_SEGMENT // block, 1)
+
+
+def forward_launch(kernel: str, itemsize: int, rows: int, V: int, *, wide: bool, multiprocessors: int) -> RowLaunch:
+    """Return how a forward kernel goes through rows of logits.
+
+    Args:
+        kernel: its name in `ROWS`.
+        itemsize: bytes of a logit.
+        rows: number of rows.
+        V: logits of a row.
+        wide: whether logits of a row are apart in memory.
+        multiprocessors: those of the device.
+    """
+    block, warps, stages = ROWS[kernel, itemsize]
+    if wide:
+        block //= 4  # a lane is then one logit, and its maximum and sums take registers of their own
+    length = segment_blocks(V, block)
+    programs = row_programs(rows, -(-V // (length * block)), multiprocessors)
+    return RowLaunch(block, warps, stages, length, programs)
 
 
 def row_programs(rows: int, parts: int, multiprocessors: int) -> int:

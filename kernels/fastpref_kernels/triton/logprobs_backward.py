@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastpref_kernels.triton.common import exp, join, power, power_rate
-from fastpref_kernels.triton.logprobs_rows import LENGTHS, SMALL_TENSORS, locate, squash
+from fastpref_kernels.triton.constants import FLOOR
+from fastpref_kernels.triton.logprobs_rows import LENGTHS, SMALL_TENSORS, Batch, locate, squash
+
+
+class Gradient(NamedTuple):
+    """The numbers of a row that the gradient of each of its logits is made of.
+
+    Attributes:
+        anchor: u at which `factor`'s sum is anchored.
+        factor: -slope/S, times g if neither a cap nor the entropy's gradient needs g apart.
+        rate, inner, cap: the transform of the logits.
+        g: the gradient of the log-prob.
+        h: the gradient of the entropy.
+        surprise: log(1/S) + entropy.
+    """
+
+    anchor: Any
+    factor: Any
+    rate: Any
+    inner: Any
+    cap: Any
+    g: Any
+    h: Any
+    surprise: Any
 
 
 @triton.jit(
@@ -36,7 +61,8 @@ def logprobs_backward_kernel(
     cap = join(cap_high, cap_low, ACC)
     slope = join(slope_high, slope_low, ACC)
 
-    sequence, _, followed = locate(cu_seqlens, n_sequences, b, t, SHIFT, PACKED)
+    batch = Batch(labels, stride_lb, stride_lt, cu_seqlens, weights, n_sequences, rows, ignore_index)
+    sequence, _, followed = locate(batch, b, t, SHIFT, PACKED)
     at = labels + b.to(tl.int64) * stride_lb + (t + SHIFT).to(tl.int64) * stride_lt
     label = tl.load(at, mask=t < rows, other=0)
     scored = followed & (t < rows) & (label != ignore_index)
@@ -77,20 +103,21 @@ def logprobs_backward_kernel(
         factor = -inverse * slope
         if not (GRAD_ENTROPY or CAP):
             factor *= g
+        of_row = Gradient(anchor, factor, rate, inner, cap, g, h, surprise)
         full = V // BLOCK
         for i in tl.range(begin, tl.minimum(end, full), num_stages=STAGES):
             k = i * BLOCK + tl.arange(0, BLOCK)
             offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
             out_offset = k.to(tl.int64) * out_v if WIDE else k * out_v
             x = tl.load(row + offset)
-            value = _gradient(x, anchor, factor, rate, inner, cap, g, h, surprise, GRAD_ENTROPY, CAP, ACC)
+            value = _gradient(x, of_row, GRAD_ENTROPY, CAP, ACC)
             tl.store(to + out_offset, value.to(out.dtype.element_ty))
         if (begin <= full) & (full < end):
             k = full * BLOCK + tl.arange(0, BLOCK)
             offset = k.to(tl.int64) * stride_v if WIDE else k * stride_v
             out_offset = k.to(tl.int64) * out_v if WIDE else k * out_v
             x = tl.load(row + offset, mask=k < V, other=0.0)
-            value = _gradient(x, anchor, factor, rate, inner, cap, g, h, surprise, GRAD_ENTROPY, CAP, ACC)
+            value = _gradient(x, of_row, GRAD_ENTROPY, CAP, ACC)
             tl.store(to + out_offset, value.to(out.dtype.element_ty), mask=k < V)
         # 1 - p without cancellation: -expm1(logp) = p * s, and s = (1 - inverse) / inverse where anchored at the label.
         missing = one_minus_exp(logp, ACC)
@@ -111,22 +138,16 @@ def logprobs_backward_kernel(
 
 
 @triton.jit
-def _gradient(
-    x, anchor, factor, rate, inner, cap, g, h, surprise,
-    GRAD_ENTROPY: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Return -p * slope * (g + h * (log p + entropy)).
-
-    `factor` holds 1/S and the slope, and also g if neither a cap nor the entropy's gradient needs g apart.
-    """
-    u = squash(x, inner, cap, CAP, ACC)
-    value = power((u - anchor) * power_rate(rate, ACC), ACC) * factor
+def _gradient(x, of_row, GRAD_ENTROPY: tl.constexpr, CAP: tl.constexpr, ACC: tl.constexpr):
+    """Return -p * slope * (g + h * (log p + entropy))."""
+    u = squash(x, of_row.inner, of_row.cap, CAP, ACC)
+    value = power((u - of_row.anchor) * power_rate(of_row.rate, ACC), ACC) * of_row.factor
     if GRAD_ENTROPY:
-        value *= g + h * (tl.maximum((u - anchor) * rate, -1e30) + surprise)
+        value *= of_row.g + of_row.h * (tl.maximum((u - of_row.anchor) * of_row.rate, FLOOR) + of_row.surprise)
     elif CAP:
-        value *= g
+        value *= of_row.g
     if CAP:
-        value *= 1.0 - (u / cap) * (u / cap)
+        value *= 1.0 - (u / of_row.cap) * (u / of_row.cap)
     return value
 
 

@@ -1,7 +1,7 @@
-"""Rows of hidden states as such: a label's dot product, rows taken out and added back, and kept exponentials moved.
+"""Operations on rows: a label's dot product, rows taken out and added back, and kept exponentials rescaled.
 
-A program does one row. The operations and their edges are those of `fastpref_kernels.linear.rows`, without a read on
-the host and without a temporary.
+A program does one row. The operations are those of `fastpref_kernels.eager.linear`, without a read on the host and
+without a temporary.
 """
 
 from __future__ import annotations
@@ -10,23 +10,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.linear import widened
+from fastpref_kernels.contract import widened
 from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import accumulator
 from fastpref_kernels.triton.launch import launch
 
-# A number that differs from batch to batch must not compile a new kernel; H and the strides are a model's.
+# A number that differs from batch to batch must not compile a new kernel. H and the strides depend on the model alone.
 LENGTHS = ["M"]
-# Factors that a program looks at in one go.
+# Factors that a program loads at a time.
 PIECES: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize_on_alignment=["labels", "out"])
 def dot_kernel(
-    out, x, weight, labels,  # (R,), (R, H), (V, H), (R,)
-    H, stride_x, stride_xh, stride_w, stride_wh, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program r multiplies row r of x by row labels[r] of weight."""
+    out,  # (R,)
+    x,  # (R, H)
+    weight,  # (V, H)
+    labels,  # (R,)
+    H,
+    stride_x,
+    stride_xh,
+    stride_w,
+    stride_wh,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiply row r of x by row labels[r] of weight, in program r."""
     r = tl.program_id(0).to(tl.int64)
     x += r * stride_x
     weight += tl.load(labels + r) * stride_w
@@ -40,10 +49,17 @@ def dot_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["source", "scale"])
 def gather_kernel(
-    out, x, source, scale,  # (R, H), (M, H), (R,), (R,) or None
-    M, H, stride_x, stride_xh, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program r copies row source[r] of x to row r of out, times scale[r]; zeros where there is no such row."""
+    out,  # (R, H)
+    x,  # (M, H)
+    source,  # (R,)
+    scale,  # (R,) or None
+    M,
+    H,
+    stride_x,
+    stride_xh,
+    BLOCK: tl.constexpr,
+):
+    """Copy row source[r] of x, times scale[r], to row r of out, in program r; zeros where there is no such row."""
     r = tl.program_id(0).to(tl.int64)
     row = tl.load(source + r)
     x += row * stride_x
@@ -58,10 +74,17 @@ def gather_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["source", "scale"])
 def scatter_kernel(
-    out, rows, source, scale,  # (M, H), (R, H), (R,), (R,) or None
-    M, H, stride_out, stride_rows, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program r adds row r, times scale[r], to row source[r] of out, and rounds once; no two have the same."""
+    out,  # (M, H)
+    rows,  # (R, H)
+    source,  # (R,)
+    scale,  # (R,) or None
+    M,
+    H,
+    stride_out,
+    stride_rows,
+    BLOCK: tl.constexpr,
+):
+    """Add row r, times scale[r], to row source[r] of out, in program r, and round once. No two rows have one source."""
     r = tl.program_id(0).to(tl.int64)
     row = tl.load(source + r)
     if row < M:
@@ -78,10 +101,16 @@ def scatter_kernel(
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["factors"])
 def rescale_kernel(
-    kept, factors,  # (R, V), (pieces, R)
-    R, V, pieces, columns, stride_kept, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program r multiplies each piece of row r by its factor, where that is not 1. Few rows have such a piece."""
+    kept,  # (R, V)
+    factors,  # (pieces, R)
+    R,
+    V,
+    pieces,
+    columns,
+    stride_kept,
+    BLOCK: tl.constexpr,
+):
+    """Multiply each piece of row r by its factor, in program r, where that is not 1. Few rows have such a piece."""
     r = tl.program_id(0).to(tl.int64)
     moved = tl.zeros((PIECES,), tl.int32)
     for first in range(0, pieces, PIECES):
@@ -102,49 +131,42 @@ def rescale_kernel(
 
 
 def dot(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`fastpref_kernels.linear.rows.dot`."""
+    """Run `fastpref_kernels.eager.linear.dot`."""
     R, H = x.shape
     out = x.new_empty(R, dtype=widened(x.dtype))
     block, warps, _ = launches.SMALL["row_dot"]
     if R:
-        launch(
-            dot_kernel, R, out, x, weight, labels, H, *x.stride(), *weight.stride(),
-            ACC=accumulator(x.dtype), BLOCK=block, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        given = (out, x, weight, labels, H, *x.stride(), *weight.stride())
+        acc = accumulator(x.dtype)
+        launch(dot_kernel, R, *given, ACC=acc, BLOCK=block, num_warps=warps, enable_fp_fusion=True)
     return out
 
 
 def gather(x: Tensor, source: Tensor, scale: Tensor | None) -> Tensor:
-    """`fastpref_kernels.linear.rows.gather`."""
+    """Run `fastpref_kernels.eager.linear.gather`."""
     (M, H), R = x.shape, source.shape[0]
     out = x.new_empty((R, H))
     block, warps, _ = launches.SMALL["row_copy"]
     if R:
-        launch(
-            gather_kernel, R, out, x, source, scale, M, H, *x.stride(),
-            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        given = (out, x, source, scale, M, H, *x.stride())
+        launch(gather_kernel, R, *given, BLOCK=block, num_warps=warps, enable_fp_fusion=True)
     return out
 
 
 def scatter(out: Tensor, source: Tensor, rows: Tensor, scale: Tensor | None) -> None:
-    """`fastpref_kernels.linear.rows.scatter`."""
+    """Run `fastpref_kernels.eager.linear.scatter`."""
     (M, H), R = out.shape, source.shape[0]
     block, warps, _ = launches.SMALL["row_copy"]
     if R:
-        launch(
-            scatter_kernel, R, out, rows, source, scale, M, H, out.stride(0), rows.stride(0),
-            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        given = (out, rows, source, scale, M, H, out.stride(0), rows.stride(0))
+        launch(scatter_kernel, R, *given, BLOCK=block, num_warps=warps, enable_fp_fusion=True)
 
 
 def rescale(kept: Tensor, factors: Tensor, columns: int) -> None:
-    """`fastpref_kernels.linear.rows.rescale`."""
+    """Run `fastpref_kernels.eager.linear.rescale`."""
     R, V = kept.shape
     factors = factors.to(widened(kept.dtype)).contiguous()
     block, warps, _ = launches.SMALL["row_copy"]
     if R:
-        launch(
-            rescale_kernel, R, kept, factors, R, V, len(factors), columns, kept.stride(0),
-            BLOCK=block, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        given = (kept, factors, R, V, len(factors), columns, kept.stride(0))
+        launch(rescale_kernel, R, *given, BLOCK=block, num_warps=warps, enable_fp_fusion=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import linear
+from fastpref_kernels.contract import Transform
 from fastpref_kernels.linear.library import fresh_scratch
-from fastpref_kernels.linear.tile import transformed
 from fastpref_kernels.triton import filtered, launches
 from fastpref_kernels.triton import linear as triton_linear
 
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
     def norm(self) -> Tensor:
         """(3, R) float64: an anchor, 1/S and the log-prob."""
         bias = None if self.bias is None else self.bias.double()
-        z = transformed(self.logits(), bias, *self.transform)[0]
+        z = Transform.of(*self.transform).z(self.logits(), bias)[0]
         anchor = z.amax(1) - 1
         z_y, lse = z.gather(1, self.targets[:, None])[:, 0], z.logsumexp(1)
         return torch.stack([anchor, (anchor - lse).exp(), z_y - lse])

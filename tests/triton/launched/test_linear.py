@@ -11,13 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpref_kernels.contract import LINEAR_STATISTICS, STATISTICS, RowSums, Statistic
 from fastpref_kernels.triton import linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else "xpu"
 INF, NAN = math.inf, math.nan
-ENTROPY, MEAN, TOP1, LOG_SUM_SQ, ALL_STATS = 2, 4, 8, 16, 31
-REST, WEIGHTED, SQUARES, TOTAL, BEFORE, AFTER, LABEL_Z = range(1, 8)
+ENTROPY, MEAN, TOP1 = Statistic.ENTROPY, Statistic.MEAN_LOGITS, Statistic.IS_TOP1
+ALL_STATS = sum(STATISTICS.values())
+# The sums that a statistic needs, beside those that a log-prob needs.
+SUMS: dict[str, set[str]] = {
+    "lse": set(),
+    "entropy": {"weighted"},
+    "mean_logits": {"total"},
+    "is_top1": {"before", "after"},
+    "log_sum_sq_probs": {"squares"},
+    "top2_margin": {"before", "after", "second"},
+    "dropped_mass": set(),
+}
 # The interpreter cuts a float32 off where a GPU rounds it.
 BFLOAT16 = 2.0**-7 if INTERPRETED else 2.0**-8
 # An exponent of 46 in float32, which the label's 32 below its anchor make in powers of 2, is good to 2e-6.
@@ -31,7 +42,7 @@ products = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=
 class Folded:
     """Everything that folding the columns in tiles gives, and the truth: z, dz/dx and which columns are not targets."""
 
-    state: Tensor  # (8, R)
+    state: Tensor  # (planes of RowSums, R)
     anchors: Tensor  # (tiles, R)
     masses: Tensor  # (tiles, R)
     store: Tensor | None  # (R, V)
@@ -39,6 +50,11 @@ class Folded:
     slope: Tensor  # (R, V)
     others: Tensor  # (R, V)
     tiles: list[slice]
+
+    @property
+    def sums(self) -> RowSums:
+        """The state by name."""
+        return RowSums.of(self.state)
 
     def exps(self, anchor: Tensor) -> Tensor:
         """exp(z - anchor), 0 at the target; a row without a finite z has no anchor, and none of its columns count."""
@@ -70,9 +86,8 @@ def fold(
     z, slope = transformed(x, bias, transform)
     if label is None:
         label = z.gather(1, targets[:, None])[:, 0].to(x.dtype)
-    state = torch.zeros(8, R, dtype=torch.float64)
-    state[BEFORE : AFTER + 1] = -INF
-    state[0] = (label + 32).double()
+    state = RowSums.start((R,), torch.device("cpu"))
+    RowSums.of(state).anchor.copy_(label + 32)
     tiles = [slice(c, min(c + tile, V)) for c in range(0, V, tile)]
     state = state.to(DEVICE)
     anchors, masses = torch.empty(2, len(tiles), R, dtype=torch.float64, device=DEVICE)
@@ -100,11 +115,11 @@ def close(ours: Tensor, truth: Tensor, bound: Tensor) -> None:
 
 def check(found: Folded, targets: Tensor, tolerance: float, stats: int = ALL_STATS) -> None:
     """Everything against the definition at the anchors that were used."""
-    anchor = found.state[0]
+    sums, anchor = found.sums, found.sums.anchor
     assert torch.equal(anchor, found.anchors[-1])
     e = found.exps(anchor)
     d = torch.where(e > 0, found.z - anchor[:, None], 0.0)
-    close(found.state[REST], e.sum(1), tolerance * e.sum(1))
+    close(sums.rest, e.sum(1), tolerance * e.sum(1))
     spread = found.spread()
     for columns, mass in zip(found.tiles, found.masses, strict=True):
         truth = spread[:, columns].sum(1)
@@ -114,18 +129,22 @@ def check(found: Folded, targets: Tensor, tolerance: float, stats: int = ALL_STA
         close(found.store, truth, tolerance * spread + TOLERANCE[found.store.dtype] * truth)
         assert (found.store.gather(1, targets[:, None]) == 0).all()
     if stats & ENTROPY:
-        close(found.state[WEIGHTED], (e * d).sum(1), tolerance * (e * (1 + d.abs())).sum(1))
-    if stats & LOG_SUM_SQ:
-        close(found.state[SQUARES], (e * e).sum(1), 2 * tolerance * (e * e).sum(1))
+        close(sums.weighted, (e * d).sum(1), tolerance * (e * (1 + d.abs())).sum(1))
+    if stats & Statistic.LOG_SUM_SQ_PROBS:
+        close(sums.squares, (e * e).sum(1), 2 * tolerance * (e * e).sum(1))
     if stats & MEAN:
-        close(found.state[TOTAL], found.z.sum(1), tolerance * found.z.abs().sum(1))
-    if stats & TOP1:
+        close(sums.total, found.z.sum(1), tolerance * found.z.abs().sum(1))
+    if stats & (TOP1 | Statistic.TOP2_MARGIN):
         column = torch.arange(found.z.shape[1])
-        for row, side in ((BEFORE, column < targets[:, None]), (AFTER, column > targets[:, None])):
+        for ours, side in ((sums.before, column < targets[:, None]), (sums.after, column > targets[:, None])):
             highest = torch.where(side, found.z, -INF).amax(1)
-            close(found.state[row], highest, tolerance * highest.abs())
+            close(ours, highest, tolerance * highest.abs())
+    if stats & Statistic.TOP2_MARGIN:
+        others = torch.nn.functional.pad(torch.where(found.others, found.z, -INF), (0, 1), value=-INF)
+        second = others.topk(2).values[:, 1]
+        close(sums.second, second, tolerance * second.abs())
     z_y = found.z.gather(1, targets[:, None])[:, 0]
-    close(found.state[LABEL_Z], z_y, tolerance * z_y.abs())
+    close(sums.label, z_y, tolerance * z_y.abs())
 
 
 def rows(R: int, V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -137,15 +156,18 @@ def rows(R: int, V: int, dtype: torch.dtype = torch.float32, scale: float = 3.0)
 
 @products
 @pytest.mark.parametrize("transform", [SCALED, CAPPED], ids=["scaled", "capped"])
-@pytest.mark.parametrize("stats", [1, ENTROPY | MEAN | TOP1, LOG_SUM_SQ])
-def test_options(transform: tuple[float, float, float | None], dtype: torch.dtype, stats: int) -> None:
+@pytest.mark.parametrize("names", [("entropy", "mean_logits", "is_top1"), *((name,) for name in LINEAR_STATISTICS)])
+def test_options(transform: tuple[float, float, float | None], dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """The sums of the statistics that are asked for, and no others."""
+    stats = sum(LINEAR_STATISTICS[name] for name in names)
     x, targets = rows(3, 110, dtype)
     store = torch.float64 if dtype == torch.float64 else torch.float32
     found = fold(x, targets, 70, stats=stats, transform=transform, store=store)
     check(found, targets, TOLERANCE[dtype], stats)
-    unasked = [i for i, bit in ((WEIGHTED, 2), (TOTAL, 4), (SQUARES, 16)) if not stats & bit]
-    assert (found.state[unasked] == 0).all()
-    assert stats & TOP1 or (found.state[[BEFORE, AFTER]] == -INF).all()
+    asked = {"anchor", "rest", "label"}.union(*(SUMS[name] for name in names))
+    start = RowSums.of(RowSums.start((3,), torch.device("cpu")))
+    for name in set(RowSums._fields) - asked:
+        assert torch.equal(getattr(found.sums, name), getattr(start, name)), name
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 96, 100])
@@ -171,7 +193,8 @@ def test_bias_of_minus_infinity() -> None:
     targets.clamp_(max=90)
     bias = torch.zeros(128)
     bias[91:] = -INF
-    check(fold(x, targets, 64, bias=bias, stats=ALL_STATS & ~MEAN, store=torch.bfloat16), targets, 1e-5, 31 & ~MEAN)
+    stats = ALL_STATS & ~MEAN
+    check(fold(x, targets, 64, bias=bias, stats=stats, store=torch.bfloat16), targets, 1e-5, stats)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -201,13 +224,13 @@ def test_far_above_the_anchor(gap: float, dtype: torch.dtype, transform: tuple[f
     found = fold(x, targets, 64, transform=transform, store=torch.float32)
     # z itself is that far from 0.
     check(found, targets, max(TOLERANCE[dtype], torch.finfo(dtype).eps * found.z.abs().max().item()))
-    assert (found.state[REST] < 2.0**60).all()
-    assert found.state[:BEFORE].isfinite().all()
+    assert (found.sums.rest < 2.0**60).all()
+    assert all(getattr(found.sums, name).isfinite().all() for name in ("anchor", "weighted", "squares", "total"))
     if gap == 500.0 and transform[2] is None:
         raised = found.anchors[1:] > found.anchors[:-1]
         assert raised.any(0).tolist() == [False, True, True, False, False]
         top = torch.where(found.others, found.z, -INF).amax(1)[:3]
-        torch.testing.assert_close(found.state[0, :3], top, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(found.sums.anchor[:3], top, rtol=1e-6, atol=0.0)
 
 
 @products
@@ -247,7 +270,8 @@ def test_edges(values: tuple[tuple[slice, float], ...], dtype: torch.dtype) -> N
     found = fold(x, targets, 64, stats=stats, store=dtype)
     check(found, targets, TOLERANCE[dtype], stats)
     # An anchor far above all that is summed loses all of it, and nothing in `check` would see that.
-    lse = found.state[0] + (found.state[REST] + (found.state[LABEL_Z] - found.state[0]).exp()).log()
+    sums = found.sums
+    lse = sums.anchor + (sums.rest + (sums.label - sums.anchor).exp()).log()
     truth = found.z.logsumexp(1)
     close(lse, truth, TOLERANCE[dtype] * (1 + truth.abs()))
 
@@ -256,8 +280,10 @@ def test_edges(values: tuple[tuple[slice, float], ...], dtype: torch.dtype) -> N
 def test_everything_minus_infinity(stats: int) -> None:
     x, targets = torch.full((2, 100), -INF), torch.tensor([40, 99])
     found = fold(x, targets, 64, stats=stats, store=torch.bfloat16)
-    assert (found.state[REST] == 0).all()
-    assert (found.state[[WEIGHTED, SQUARES]] == 0).all()
+    sums = found.sums
+    assert (sums.rest == 0).all()
+    assert (sums.weighted == 0).all()
+    assert (sums.squares == 0).all()
     assert (found.masses == 0).all()
     assert found.store is not None
     assert (found.store == 0).all()
@@ -271,9 +297,14 @@ def test_not_a_number(value: float, stats: int) -> None:
     targets = torch.full((5,), 40)
     x[range(4), [3, 33, 70, 159]] = value
     found = fold(x, targets, 64, stats=stats)
-    assert found.state[REST].isnan().tolist() == [True] * 4 + [False]
+    assert found.sums.rest.isnan().tolist() == [True] * 4 + [False]
     if stats & TOP1:
         assert not any(on_top(found)[:4])
+    if stats & Statistic.TOP2_MARGIN:
+        # A row with +inf has a margin.
+        highest = torch.maximum(found.sums.before, found.sums.after)
+        assert torch.equal(highest.nan_to_num(7)[:4], torch.full((4,), value).double().nan_to_num(7))
+        assert found.sums.second.isfinite()[4]
     assert found.masses.isfinite()[:, 4].all()
 
 
@@ -287,12 +318,13 @@ def test_label_column_is_in_no_sum(value: float) -> None:
     clean = fold(x, targets, 64, store=torch.float32, label=label)
     x[:, 40] = value
     found = fold(x, targets, 64, store=torch.float32, label=label)
-    assert torch.equal(found.state[:TOTAL], clean.state[:TOTAL])
+    for name in ("anchor", "rest", "weighted", "squares", "before", "after", "second"):
+        assert torch.equal(getattr(found.sums, name), getattr(clean.sums, name)), name
     assert torch.equal(found.masses, clean.masses)
     assert found.store is not None
     assert clean.store is not None
     assert torch.equal(found.store, clean.store)
-    assert not found.state[TOTAL].isfinite().any()
+    assert not found.sums.total.isfinite().any()
 
 
 @pytest.mark.parametrize("value", [INF, NAN])
@@ -300,13 +332,13 @@ def test_label_not_a_number(value: float) -> None:
     """Nothing else is invented for such a row: a NaN anchor is replaced, an infinite one leaves its sums 0."""
     x, targets = rows(1, 100)
     found = fold(x, targets, 64, label=torch.full((1,), value))
-    assert found.state[REST].isfinite().all()
+    assert found.sums.rest.isfinite().all()
 
 
 def on_top(found: Folded) -> list[bool]:
     """Whether the label is the first of the highest logits."""
-    z_y = found.state[LABEL_Z]
-    return ((found.state[BEFORE] < z_y) & (found.state[AFTER] <= z_y)).tolist()
+    sums = found.sums
+    return ((sums.before < sums.label) & (sums.after <= sums.label)).tolist()
 
 
 def test_ties() -> None:
@@ -339,7 +371,7 @@ def test_store_beyond_32_bits(unpoisoned: None, softcap: float | None) -> None:
         kept = torch.empty(2 * stride + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (stride, 1))
     except RuntimeError:
         pytest.skip("8 GiB cannot be reserved")
-    state = torch.zeros(8, 3, dtype=torch.float64)
+    state = RowSums.start((3,), torch.device("cpu"))
     z, slope = transformed(x, None, (1.0, 1.0, softcap))
     label = z.gather(1, targets[:, None])[:, 0].float()
     state[0] = label + 32
@@ -457,7 +489,7 @@ def test_gradient_of_a_row_that_is_left_over(dtype: torch.dtype, softcap: float 
 
 def test_nothing_to_do() -> None:
     empty = torch.empty(0, device=DEVICE)
-    state, none = torch.empty(8, 0, dtype=torch.float64, device=DEVICE), torch.empty(0, dtype=torch.int64).to(DEVICE)
+    state, none = RowSums.start((0,), torch.device(DEVICE)), torch.empty(0, dtype=torch.int64).to(DEVICE)
     linear.fold(empty.view(0, 8), None, none, 0, 1.0, 1.0, None, ALL_STATS, state, state[0], state[1], None)
     linear.fold_backward(
         empty.view(0, 8), None, none, 0, 1.0, 1.0, None, state[:3], empty, None, empty.view(0, 8)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 import fastpref
 from benchmarks.sweep.case import poisoned
 from fastpref import sequence_logprobs, token_logprobs
-from fastpref_kernels.triton import launches, logprobs_rows
+from fastpref_kernels.contract import STATISTICS
+from fastpref_kernels.triton import launches, logprobs_finish, logprobs_rows
 from fastpref_kernels.triton import logprobs as kernels
 from tests.fastpref.test_edges import EDGES
 from tests.tolerance import ALL_STATS, DTYPES, assert_matches_reference, run
@@ -24,9 +26,8 @@ TRANSFORM = {"temperature": 0.7, "logit_scale": 0.3, "softcap": 5.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "unshifted": {"shift": False},
-    "lse": {"stats": ("lse",)},
+    **{name: {"stats": (name,)} for name in STATISTICS},
     "statistics": {"stats": ALL_STATS},
-    "top1": {"stats": ("is_top1",)},
     "transform": TRANSFORM,
     "transform and statistics": {"temperature": 1.3, "logit_scale": 0.6, "softcap": 4.0, "stats": ALL_STATS},
 }
@@ -70,8 +71,8 @@ def test_sequences(packed: bool, ld_alpha: float | None, shift: bool, reduction:
 
 
 def test_a_sequence_longer_than_its_summing_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (kernels, logprobs_rows):
-        monkeypatch.setattr(module, "SUM_BLOCK", kernels.tl.constexpr(4))
+    for module in (logprobs_finish, logprobs_rows):
+        monkeypatch.setattr(module, "SUM_BLOCK", tl.constexpr(4))
     logits, labels = make(2, 11, 40)
     assert_matches_reference("sequence_logprobs", logits, labels, reduction="mean")
     bounds = torch.tensor([0, 1, 2, 3, 5, 8, 11])
@@ -265,6 +266,44 @@ def test_top1_of_equal_logits_is_the_first(places: tuple[int, int], label: str) 
     assert top1 == (labels[0, 0] == min(places))
 
 
+@pytest.mark.parametrize("label", [3, 40, 200])
+@pytest.mark.parametrize("places", TIES.values(), ids=TIES)
+def test_the_margin_of_equal_logits_is_0(places: tuple[int, int], label: int) -> None:
+    """Equal logits of one lane, of one block and of two segments, whether one is the label's or not."""
+    logits, _ = make(1, 2, 300)
+    logits[..., places] = 50.0
+    labels = torch.full((1, 2), label)
+    (margin,) = token_logprobs(logits, labels, stats=("top2_margin",)).top2_margin.flatten().tolist()
+    assert (margin == 0.0) == (places[0] != places[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "margin"),
+    [
+        ({}, 7.5),
+        ({40: 9.0}, 1.0),  # the label, which is in no sum, is the best
+        ({40: 7.75}, 0.25),
+        ({200: -math.inf, 40: -math.inf}, 7.5),
+        ({3: math.inf}, math.inf),
+        ({40: math.inf}, math.inf),
+        ({3: math.nan}, math.nan),
+        ({40: math.nan}, math.nan),
+        ({250: torch.finfo(torch.float32).min}, 7.5),
+        (dict.fromkeys(range(300), -math.inf), math.nan),
+        ({**dict.fromkeys(range(300), -math.inf), 299: 1.0}, math.inf),
+        ({**dict.fromkeys(range(300), torch.finfo(torch.float32).min), 7: 0.0}, -torch.finfo(torch.float32).min),
+    ],
+)
+def test_margins(values: dict[int, float], margin: float) -> None:
+    """The best and the second best wherever they are, with infinities, NaN and the lowest numbers among them."""
+    logits = torch.zeros(1, 2, 300)
+    logits[..., 7], logits[..., 9] = 8.0, 0.5
+    for column, value in values.items():
+        logits[..., column] = value
+    found = token_logprobs(logits, torch.full((1, 2), 40), stats=("top2_margin",)).top2_margin
+    torch.testing.assert_close(found, torch.full_like(found, margin), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("label", [5, 100, 299])
 @pytest.mark.parametrize("peak", [7, 33, 100, 298])
 def test_statistics_of_lanes_of_minus_infinity(peak: int, label: int) -> None:
@@ -293,7 +332,8 @@ def test_one_bad_logit_makes_every_statistic_of_its_row_nan(column: int, value: 
 def test_a_row_of_minus_infinity_is_kept_as_such() -> None:
     """A shard of a vocabulary is told by it that it has no mass."""
     logits, labels = torch.full((1, 2, 300), -math.inf), torch.full((1, 2), 40)
-    _, _, norm, *_ = kernels.logprobs(logits, labels, None, None, -100, True, 1.0, 1.0, None, "none", 31)
+    scoring = (-100, True, 1.0, 1.0, None, "none")
+    _, _, norm, *_ = kernels.logprobs(logits, labels, None, None, *scoring, sum(STATISTICS.values()))
     assert norm[0, 0, 0] == -math.inf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from fastpref import dpo_loss, kto_loss, plackett_luce_loss, ranking_loss, reference
 from fastpref.losses import TABLE, Loss
 from fastpref_kernels import ops
-from fastpref_kernels.triton import preference, reward
-from tests.fastpref.test_losses import Arguments, evaluate, example
+from fastpref_kernels.triton.losses import reward
+from tests.helpers.losses import Arguments, evaluate, example
 from tests.tolerance import DTYPES, assert_accurate
 
 every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
@@ -21,7 +22,8 @@ every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
 
 @every_loss
 def test_has_a_kernel(loss: Loss) -> None:
-    assert callable(getattr({"preference": preference, "reward": reward}[ops.LOSSES[loss.operator]], loss.operator))
+    module = importlib.import_module(f"fastpref_kernels.triton.{ops.LOSSES[loss.operator]}")
+    assert callable(getattr(module, loss.operator))
     assert hasattr(torch.ops.fastpref, loss.operator)
 
 

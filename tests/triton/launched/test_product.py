@@ -14,11 +14,12 @@ from torch import Tensor
 
 import fastpref
 from fastpref_kernels import cpu, linear
-from fastpref_kernels.linear import backward, finalize, forward, rows
-from fastpref_kernels.linear.tile import transformed
+from fastpref_kernels.contract import LINEAR_STATISTICS, RowSums, Scoring, Transform
+from fastpref_kernels.eager import linear as eager_linear
+from fastpref_kernels.linear import backward, finalize, forward
 from fastpref_kernels.triton import launches, product
-from tests.fastpref import test_linear_logprobs
-from tests.fastpref.test_linear_logprobs import LAYOUTS, NAMES, Operands, assert_matches_reference, run
+from tests.helpers import linear_logprobs
+from tests.helpers.linear_logprobs import LAYOUTS, NAMES, Operands, assert_matches_reference, run
 from tests.tolerance import ALL_STATS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,9 +62,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(cpu, "native", lambda: None)
         for name, function in {
-            "linear_logprobs": linear.logprobs,
-            "linear_logprobs_backward": linear.gradients,
-            "linear_logprobs_backward_": linear.accumulate_gradients,
+            "linear_logprobs": linear.linear_logprobs,
+            "linear_logprobs_backward": linear.linear_logprobs_backward,
+            "linear_logprobs_backward_": linear.linear_logprobs_backward_,
         }.items():
             monkeypatch.setattr(torch.ops.fastpref, name, functools.partial(function, BACKEND))
     else:
@@ -83,13 +84,13 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, int]]:
     monkeypatch.setattr(product, "product_fold", product_fold)
     if INTERPRETED:
         backend = BACKEND._replace(product_fold=product_fold)
-        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.logprobs, backend))
+        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.linear_logprobs, backend))
     return found
 
 
 def make(rows: tuple[int, ...], vocabulary: int, features: int = 32, **options: Any) -> tuple[Operands, Tensor]:
     """Return labels, and operands with rows of a multiple of 16 elements, as Triton 3.4's interpreter wants of them."""
-    return test_linear_logprobs.make(rows, vocabulary, features, **options)
+    return linear_logprobs.make(rows, vocabulary, features, **options)
 
 
 def skip_unless_it_may_be_kept(mode: str, dtype: torch.dtype) -> None:
@@ -108,7 +109,7 @@ def test_modes(features: int, mode: str, dtype: torch.dtype) -> None:
     assert_matches_reference("linear_token_logprobs", operands, labels, mode=mode)
 
 
-@pytest.mark.parametrize("stat", [*ALL_STATS, "dropped_mass"])
+@pytest.mark.parametrize("stat", LINEAR_STATISTICS)
 def test_one_statistic(stat: str) -> None:
     operands, labels = make((2, 5), 70)
     assert_matches_reference("linear_token_logprobs", operands, labels, stats=(stat,))
@@ -202,7 +203,9 @@ def test_logp_near_zero_keeps_its_digits(rest: float, mode: str) -> None:
 
 
 @modes
-@pytest.mark.parametrize("stats", [(), ("lse", "entropy", "is_top1", "log_sum_sq_probs")], ids=["plain", "statistics"])
+@pytest.mark.parametrize(
+    "stats", [(), tuple(name for name in ALL_STATS if name != "mean_logits")], ids=["plain", "statistics"]
+)
 def test_minus_infinity(mode: str, stats: tuple[str, ...]) -> None:
     """Of probability 0 wherever it is not the label, a whole block of it too, and beside a row that is raised."""
     operands, labels = make((1, 8), 100, 16)
@@ -275,7 +278,7 @@ def test_ties() -> None:
 @pytest.mark.parametrize("filter_eps", [1e-9, 1e-3, 0.3])
 def test_filter(filter_eps: float, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left out is told and chosen by tiles, of two blocks here, the last of which has one."""
-    for module in (backward, finalize, forward, rows):
+    for module in (backward, eager_linear, finalize, forward):
         monkeypatch.setattr(module, "COLUMNS", 64)
     operands, labels = make((2, 6), 150)
     operands["weight"] *= 4
@@ -284,7 +287,7 @@ def test_filter(filter_eps: float, mode: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launches, "PRODUCTS", ())
     backend = linear.library_backend(linear.fold, linear.fold_backward, product_fold=product.product_fold)
     if INTERPRETED:
-        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.logprobs, backend))
+        monkeypatch.setattr(torch.ops.fastpref, "linear_logprobs", functools.partial(linear.linear_logprobs, backend))
     by_tiles = run(fastpref.linear_token_logprobs, operands, labels, **options)
     for name, value in found.items():
         torch.testing.assert_close(value, by_tiles[name], rtol=1e-5, atol=2e-5)
@@ -326,13 +329,13 @@ def test_what_a_descriptor_loads() -> None:
 
 def call(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, store: Tensor) -> tuple[Tensor, ...]:
     """State, anchors and masses of a call of the launcher itself."""
-    transform = (1.0, 1.0, softcap)
-    state = torch.zeros(8, len(x), dtype=torch.float64)
-    state[0] = forward._label_logits(BACKEND, x, weight, None, targets, transform)
+    scoring = Scoring(-100, True, 1.0, 1.0, softcap)
+    state = RowSums.start((len(x),), torch.device("cpu"))
+    head = forward.Head(weight, None, scoring, 0)
+    RowSums.of(state).anchor.copy_(forward.label_logits(BACKEND, x, head, targets))
     state = state.to(DEVICE)
-    done = product.product_fold(
-        x.to(DEVICE), weight.to(DEVICE), None, targets.to(DEVICE), *transform, 0, state, store
-    )  # fmt: skip
+    operands = (x.to(DEVICE), weight.to(DEVICE), None, targets.to(DEVICE))
+    done = product.product_fold(*operands, *scoring.transform, 0, state, store)
     assert done is not None
     return state.cpu(), done[0].cpu(), done[1].cpu()
 
@@ -350,14 +353,14 @@ def test_bfloat16_store_beyond_32_bits(unpoisoned: None, softcap: float | None) 
     x, weight, targets = torch.randn(3, 16), torch.randn(90, 16), torch.tensor([0, 50, 89])
     weight[64:80] *= 30
     state, anchors, masses = call(x, weight, targets, softcap, kept)
-    z, slope = transformed(x.double() @ weight.double().T, None, 1.0, 1.0, softcap)
+    z, slope = Transform.of(1.0, 1.0, softcap).z(x.double() @ weight.double().T)
     own = torch.arange(90) == targets[:, None]
     e = (z - anchors.repeat_interleave(16, 0)[:90].T).exp().masked_fill(own, 0.0)
     # The interpreter cuts a float32 off where a GPU rounds it; where the cap is reached, little is left of the slope.
     bound = (2.0**-7 if INTERPRETED else 2.0**-8) * e * slope + 1e-5 * e + torch.finfo(torch.float32).tiny
     assert ((kept.cpu().double() - e * slope).abs() <= bound).all()
     torch.testing.assert_close(masses.T.double(), torch.stack([p.sum(1) for p in e.split(16, 1)], 1), rtol=1e-4, atol=0)
-    torch.testing.assert_close(state[7], z[own], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(RowSums.of(state).label, z[own], rtol=1e-5, atol=1e-5)
     assert (store.as_strided((3, 100), (stride, 1))[:, 90:] == 7.0).all(), "something was written beyond the columns"
 
 
@@ -373,12 +376,13 @@ def test_labels_of_other_shards(unpoisoned: None, dead: bool) -> None:
         x = x.abs()
     state, anchors, masses = call(x, weight, targets, None, torch.empty(4, 90))
     z = x.double() @ weight.double().T
-    assert (state[7] == 0).all()
+    sums = RowSums.of(state)
+    assert (sums.label == 0).all()
     if dead:
-        assert (state[0] == -torch.inf).all()
-        assert (state[1] == 0).all()
+        assert (sums.anchor == -torch.inf).all()
+        assert (sums.rest == 0).all()
     else:
-        torch.testing.assert_close(state[0] + state[1].log(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums.anchor + sums.rest.log(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
         of_piece = (masses.double().log() + anchors).T
         wanted = torch.stack([part.logsumexp(1) for part in z.split(16, 1)], 1)
         torch.testing.assert_close(of_piece, wanted, rtol=1e-5, atol=1e-5)
@@ -396,4 +400,4 @@ def test_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [("A", torch.bfloat16, 999, 128), ("H", torch.float16, 999, 128), ("H", torch.bfloat16, 999, 129)]
     assert [launches.product_launch(*other, 49999) for other in others] == [None] * 3
     arguments = (torch.zeros(2, 8), torch.zeros(40, 8), None, torch.zeros(2).long(), 1.0, 1.0, None, 0)
-    assert product.product_fold(*arguments, torch.zeros(8, 2), None) is None
+    assert product.product_fold(*arguments, torch.zeros(9, 2), None) is None

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from fastpref_kernels.linear import rows as definition
+from fastpref_kernels.eager import linear as definition
 from fastpref_kernels.triton import rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpref import reference
-from fastpref_kernels.triton import launches, rlhf
-from tests.fastpref.test_rlhf import gae_oracle, holey, ragged
+from fastpref_kernels.triton import gae, launches
+from tests.helpers.masks import holey, ragged
+from tests.oracles.rlhf import gae as gae_oracle
 from tests.tolerance import DTYPES, assert_accurate
 from tests.triton.launched.conftest import travelling
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
-kernel: Kernel = travelling(rlhf.gae)
+kernel: Kernel = travelling(gae.gae)
 BLOCK = launches.SMALL["gae"].block
 
 

@@ -1,6 +1,6 @@
-"""Reward-model losses: one launch gives the loss and its partial derivatives.
+"""Losses of reward models: one launch gives the loss and its partial derivatives.
 
-Each restates a formula of `fastpref.reference.losses.reward` with its derivative.
+Each kernel restates a formula of `fastpref.reference.losses.reward`, with its derivative.
 """
 
 from __future__ import annotations
@@ -11,17 +11,29 @@ from torch import Tensor
 
 from fastpref_kernels.triton import launches
 from fastpref_kernels.triton.common import dense, exp, join, split
-from fastpref_kernels.triton.loss import finish, launch_loss, log_sigmoid, outputs, sigmoid
+from fastpref_kernels.triton.losses.common import finish, launch_loss, log_sigmoid, outputs, sigmoid
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["chosen", "rejected", "margin"])
 def pairwise_reward_kernel(
-    chosen, rejected, margin,  # (N,)
-    loss, partials, scratch, ticket,  # () or (N,), (2, N)
-    N, constant_high, constant_low, center_high, center_low,
-    SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Bradley-Terry loss of pairs of rewards, with margin and centring."""
+    chosen,  # (N,)
+    rejected,  # (N,)
+    margin,  # (N,) or None
+    loss,  # () or (N,)
+    partials,  # (2, N)
+    scratch,
+    ticket,
+    N,
+    constant_high,
+    constant_low,
+    center_high,
+    center_low,
+    SUMMED: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute the Bradley-Terry loss of pairs of rewards, with margin and centring."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
     center = join(center_high, center_low, ACC)
@@ -46,11 +58,21 @@ def pairwise_reward_kernel(
 
 @triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["rewards", "best"])
 def best_of_k_kernel(
-    rewards, best,  # (N, K), (N,)
-    loss, partials, scratch, ticket,  # () or (N,), (N, K)
-    N, K, SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, PROMPTS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Cross-entropy of the best answer."""
+    rewards,  # (N, K)
+    best,  # (N,)
+    loss,  # () or (N,)
+    partials,  # (N, K)
+    scratch,
+    ticket,
+    N,
+    K,
+    SUMMED: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
+    PROMPTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute the cross-entropy of the best answer."""
     i = tl.program_id(0) * PROMPTS + tl.arange(0, PROMPTS)
     k = tl.arange(0, BLOCK_K)
     inside = i < N
@@ -77,7 +99,7 @@ def best_of_k_kernel(
 
 @triton.jit
 def _all_pairs(r, rank, counted, ACC: tl.constexpr):
-    """Every pair of a ranking (P, K): losses (P,) and partial derivatives."""
+    """Return the losses (P,) of all pairs of rankings (P, K), and their partial derivatives."""
     better = (rank[:, :, None] < rank[:, None, :]) & counted[:, :, None] & counted[:, None, :]
     difference = r[:, :, None] - r[:, None, :]
     pairs = tl.maximum(tl.sum(tl.sum(better.to(tl.int32), axis=2), axis=1), 1).to(ACC)
@@ -88,7 +110,10 @@ def _all_pairs(r, rank, counted, ACC: tl.constexpr):
 
 @triton.jit
 def _one_by_one(r, rank, counted, ACC: tl.constexpr):
-    """Every answer's choice among those not ranked above it, which sorts nothing: losses and partial derivatives."""
+    """Return the losses (P,) of choosing each answer among those not ranked above it, and their partial derivatives.
+
+    Nothing is sorted.
+    """
     # [prompt, chooser, choice]
     among = (rank[:, None, :] >= rank[:, :, None]) & counted[:, :, None] & counted[:, None, :]
     top = tl.max(tl.where(among, r[:, None, :], -float("inf")), axis=2)
@@ -101,12 +126,23 @@ def _one_by_one(r, rank, counted, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["rewards", "ranks", "mask"])
 def ranking_kernel(
-    rewards, ranks, mask,  # (N, K)
-    loss, partials, scratch, ticket,  # () or (N,), (N, K)
-    N, K, ALL_PAIRS: tl.constexpr, SUMMED: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, PROMPTS: tl.constexpr,
+    rewards,  # (N, K)
+    ranks,  # (N, K)
+    mask,  # (N, K) or None
+    loss,  # () or (N,)
+    partials,  # (N, K)
+    scratch,
+    ticket,
+    N,
+    K,
+    ALL_PAIRS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
+    PROMPTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A ranking's pairs, or the ranking as a whole; the K x K of a prompt are in registers, never in memory."""
+):
+    """Compute the loss of a ranking's pairs, or of the ranking as a whole. A prompt's K x K pairs stay in registers."""
     i = tl.program_id(0) * PROMPTS + tl.arange(0, PROMPTS)
     k = tl.arange(0, BLOCK_K)
     inside = i < N
@@ -127,54 +163,56 @@ def ranking_kernel(
 
 
 def pairwise_reward_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None, constant_margin: float, center_weight: float,
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    constant_margin: float,
+    center_weight: float,
     reduction: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`fastpref::pairwise_reward_loss`."""
+) -> tuple[Tensor, Tensor]:
+    """Run `fastpref::pairwise_reward_loss`."""
+    N = chosen.shape[0]
     loss, partials = outputs(reduction, chosen, rejected)
     block, warps, _ = launches.SMALL["pairwise_reward"]
-    launch_loss(
-        pairwise_reward_kernel, chosen.shape[0], block, loss, reduction,
-        [*dense(chosen, rejected, margin), loss, partials],
-        (chosen.shape[0], *split(constant_margin, center_weight)), warps, BLOCK=block,
-    )  # fmt: skip
+    tensors = (*dense(chosen, rejected, margin), loss, partials)
+    scalars = (N, *split(constant_margin, center_weight))
+    launch_loss(pairwise_reward_kernel, N, block, loss, reduction, tensors, scalars, warps=warps, BLOCK=block)
     return loss, partials
 
 
 def best_of_k_loss(rewards: Tensor, best: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """`fastpref::best_of_k_loss`."""
+    """Run `fastpref::best_of_k_loss`."""
     N, K = rewards.shape
     loss, partials = outputs(reduction, rewards)
     block, warps, _ = launches.SMALL["best_of_k"]
     answers = 1 << (K - 1).bit_length()
     prompts = max(1, block // answers)
-    launch_loss(
-        best_of_k_kernel, N, prompts, loss, reduction, [*dense(rewards, best), loss, partials], (N, K), warps,
-        PROMPTS=prompts, BLOCK_K=answers,
-    )  # fmt: skip
+    tensors = (*dense(rewards, best), loss, partials)
+    constants = {"PROMPTS": prompts, "BLOCK_K": answers}
+    launch_loss(best_of_k_kernel, N, prompts, loss, reduction, tensors, (N, K), warps=warps, **constants)
     return loss, partials
 
 
-def _of_ranking(
+def _rank(
     all_pairs: bool, rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
+    """Launch `ranking_kernel`."""
     N, K = rewards.shape
     loss, partials = outputs(reduction, rewards)
     answers = 1 << (K - 1).bit_length()
     block, warps, _ = launches.SMALL["ranking_wide" if answers > 32 else "ranking"]
     prompts = max(1, block // answers**2)
-    launch_loss(
-        ranking_kernel, N, prompts, loss, reduction, [*dense(rewards, ranks, mask), loss, partials], (N, K), warps,
-        ALL_PAIRS=all_pairs, PROMPTS=prompts, BLOCK_K=answers,
-    )  # fmt: skip
+    tensors = (*dense(rewards, ranks, mask), loss, partials)
+    constants = {"ALL_PAIRS": all_pairs, "PROMPTS": prompts, "BLOCK_K": answers}
+    launch_loss(ranking_kernel, N, prompts, loss, reduction, tensors, (N, K), warps=warps, **constants)
     return loss, partials
 
 
 def ranking_loss(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-    """`fastpref::ranking_loss`."""
-    return _of_ranking(True, rewards, ranks, mask, reduction)
+    """Run `fastpref::ranking_loss`."""
+    return _rank(True, rewards, ranks, mask, reduction)
 
 
 def plackett_luce_loss(rewards: Tensor, ranks: Tensor, mask: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-    """`fastpref::plackett_luce_loss`."""
-    return _of_ranking(False, rewards, ranks, mask, reduction)
+    """Run `fastpref::plackett_luce_loss`."""
+    return _rank(False, rewards, ranks, mask, reduction)

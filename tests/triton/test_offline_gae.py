@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import sass
-from fastpref_kernels.triton import rlhf
+from fastpref_kernels.triton import gae
 from tests.triton.linkers import skip_without_linker
 
 TARGETS = tuple(sass.TARGETS)
@@ -18,7 +18,7 @@ def compiled(target: str, T: int, dtype: torch.dtype = torch.float32) -> list[An
     skip_without_linker(target)
     rewards = torch.zeros(4, T, dtype=dtype)
     with sass.compiling(target) as kernels:
-        rlhf.gae(rewards, torch.zeros_like(rewards), rewards == 0, 1.0, 0.95)
+        gae.gae(rewards, torch.zeros_like(rewards), rewards == 0, 1.0, 0.95)
     return kernels
 
 

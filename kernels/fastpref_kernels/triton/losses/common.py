@@ -1,11 +1,12 @@
-"""Functions that every loss's kernel or its launcher uses: log σ and σ, the sum over programs, and the launch.
+"""Functions that kernels of losses and their launchers share: log σ and σ, the sum over programs, and the launch.
 
-A program takes a tile of elements; the losses are summed by whichever program finishes last, in the order of the
-programs, so two runs agree bit for bit.
+A program takes a tile of elements. The program that finishes last sums the losses, in the order of the programs, so two
+runs agree bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,12 +80,33 @@ def outputs(reduction: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def launch_loss(
-    kernel: Any, elements: int, per_program: int, loss: Tensor, reduction: str, tensors: list[Any],
-    scalars: tuple[Any, ...], warps: int, ticket: Tensor | None = None, **constants: Any,
-) -> None:  # fmt: skip
+    kernel: Any,
+    elements: int,
+    per_program: int,
+    loss: Tensor,
+    reduction: str,
+    tensors: Sequence[Any],
+    scalars: Sequence[Any],
+    *,
+    warps: int,
+    ticket: Tensor | None = None,
+    **constants: Any,
+) -> None:
     """Launch as many programs as the elements need.
 
     If there are several, they share their sums through scratch memory and a ticket that starts at 0.
+
+    Args:
+        kernel: takes `tensors`, the scratch memory, the ticket and `scalars`.
+        elements: number of elements.
+        per_program: elements of a program.
+        loss: the loss to write, () or (N,).
+        reduction: "mean", "sum" or "none".
+        tensors: tensors of the kernel, or None.
+        scalars: numbers of the kernel.
+        warps: warps of a program.
+        ticket: (1,), a ticket that is 0 before the launch; None for a fresh one.
+        constants: more constants of the kernel.
     """
     if elements == 0:
         return
@@ -94,13 +116,20 @@ def launch_loss(
         scratch = loss.new_empty(programs)
         ticket = loss.new_zeros(1, dtype=torch.int32) if ticket is None else ticket
     launch(
-        kernel, programs, *tensors, scratch, ticket, *scalars, SUMMED=reduction != "none", MEAN=reduction == "mean",
-        ACC=accumulator(loss.dtype), **constants, num_warps=warps, enable_fp_fusion=True,
-    )  # fmt: skip
+        kernel,
+        programs,
+        *(*tensors, scratch, ticket, *scalars),
+        SUMMED=reduction != "none",
+        MEAN=reduction == "mean",
+        ACC=accumulator(loss.dtype),
+        **constants,
+        num_warps=warps,
+        enable_fp_fusion=True,
+    )
 
 
 def widest(tensors: list[Tensor]) -> torch.dtype:
-    """Return the dtype in which a loss of these is computed: their common dtype, float32 at the least."""
+    """Return the dtype that a loss of these is computed in: their common dtype, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         if tensor.dtype != dtype:
