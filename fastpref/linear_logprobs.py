@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastpref import distributed
-from fastpref._checks import (
-    REDUCTIONS,
-    autocasts,
-    check_choice,
-    check_ld,
-    check_linear,
-    check_mode,
-    check_scoring,
-    check_transform,
-)
-from fastpref._function import apply, enter, has_values, once_differentiable, wants_gradient
-from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
-from fastpref._rows import ScoredRows, count_columns, resolve_rows
-from fastpref._sharding import Shard, resolve_head
-from fastpref.reference.logprobs import ld_weights, scored_targets, sequence_index, sequence_lengths, weigh
+from fastpref._core.autograd import apply, has_values, once_differentiable, wants_gradient
+from fastpref._core.options import TOKENS, LinearOptions, Reduction
+from fastpref._core.resolve import LinearBatch, Operands, count_rows, named_result, resolve_linear, statistic_bits
+from fastpref._core.sequences import reduce_sequences
+from fastpref.distributed import linear as distributed
 from fastpref_kernels import ops
+from fastpref_kernels.contract import Scoring, constant_statistics, statistic_gradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastpref._core.keywords import LinearKeywords, LinearSequenceKeywords
+    from fastpref._core.results import Logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -34,66 +30,90 @@ SAVE_BUDGET = 1 << 30
 """Bytes of kept exponentials, positions × V × itemsize, up to which `mode="auto"` is "save"."""
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What hidden states, weight and bias are multiplied in: autocast's dtype where it is on, else their own."""
-    if autocasts(hidden.device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype
-
-
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The operands in the dtype they are multiplied in."""
+    """Return tensors in a dtype, and None for None."""
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory that lives until a backward; in a compiled graph the compiler's to plan."""
-    # Of a subclass that is several tensors, each has memory of its own.
+    """Return uninitialized memory that lives until a backward; the compiler plans it in a compiled graph."""
+    # If `like` is a subclass that wraps several tensors, each of them gets memory of its own.
     ours = has_values(like) and not is_traceable_wrapper_subclass(like)
     return ops.empty(like, shape, dtype) if ours else like.new_empty(shape, dtype=dtype)
 
 
 def exponentials(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised room for the exponentials of `rows`, (rows, V), every row on a cache line of its own."""
+    """Return uninitialized memory (rows, V) for the exponentials of rows. Each row starts at a cache line."""
     columns = (vocabulary + 31) // 32 * 32
     store = empty(like, (rows, columns), dtype)
     return store if columns == vocabulary else store[:, :vocabulary]
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    """`fastpref::linear_logprobs` and its backward.
+class Call(NamedTuple):
+    """The options of one call of the operator and its backward.
 
-    `capacity` is the number of rows whose exponentials are kept, 0 to make the logits again; `dtype` is what the
-    operands are multiplied in. With a group, the weight is its shard at `bounds`, and labels are the shard's.
+    Attributes:
+        scoring: which labels are scored, on which transform of the logits.
+        dtype: the dtype in which the operands are multiplied.
+        stats: the bits of the statistics that are asked for.
+        chunk_rows: the most rows of a tile of logits, or None.
+        filter_eps: the softmax mass below which columns are left out of the gradient, or None.
+    """
+
+    scoring: Scoring
+    dtype: torch.dtype
+    stats: int
+    chunk_rows: int | None
+    filter_eps: float | None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Run `fastpref::linear_logprobs` and its backward.
+
+    `capacity` is the number of rows whose exponentials are kept; with 0, the backward computes the logits again. `told`
+    is the number of rows that is passed to the operators. With a group, the weight is its shard at `bounds`, and the
+    labels are columns of this shard.
     """
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None,
-        group: Any, bounds: Tensor | None, capacity: int, dtype: torch.dtype, scoring: tuple[Any, ...], stats: int,
-        *chunking: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        operands = cast(dtype, hidden, weight, bias)
-        store = exponentials(hidden, capacity, weight.shape[0], dtype)
-        arguments = (labels, cu_seqlens, store if capacity else None, *scoring, stats, *chunking)
-        logps, norm, shares, *statistics = distributed.linear_logprobs(group, bounds, *operands, *arguments)
-        return logps, norm, shares, store, *statistics
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        bounds: Tensor | None,
+        group: Any,
+        capacity: int,
+        told: int | None,
+        call: Call,
+    ) -> tuple[Tensor, ...]:
+        store = exponentials(hidden, capacity, weight.shape[0], call.dtype)
+        part = distributed.Part(group, bounds, labels, call.scoring)
+        result = distributed.linear_logprobs(
+            part,
+            cast(call.dtype, hidden, weight, bias),
+            cu_seqlens,
+            store if capacity else None,
+            call.stats,
+            (told, call.chunk_rows, call.filter_eps),
+        )
+        return result.logps, result.norm, result.shares, store, *result.statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, bias, labels, cu_seqlens, ctx.group, _, *options = inputs
-        ctx.capacity, ctx.dtype, ctx.scoring, stats, *ctx.chunking = options
-        _, norm, shares, store, lse, entropy, *others = output
-        ctx.with_entropy = bool(stats & 2)
-        constant = [norm, shares, store, lse, *others]
-        ctx.mark_non_differentiable(*(constant if ctx.with_entropy else [*constant, entropy]))
+        hidden, weight, bias, labels, cu_seqlens, _, ctx.group, ctx.capacity, ctx.told, ctx.call = inputs
+        _, norm, shares, store, *statistics = output
+        ctx.mark_non_differentiable(norm, shares, store, *constant_statistics(statistics, ctx.call.stats))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, norm, store, shares)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad, grad_entropy = grads[0], grads[5] if ctx.with_entropy else None
+        grad, _, _, _, *of_statistics = grads
+        call = ctx.call
+        grad_entropy = statistic_gradient(of_statistics, call.stats)
         none = (None,) * (len(ctx.needs_input_grad) - 3)
         if grad is None and grad_entropy is None:
             return (None, None, None, *none)
@@ -101,98 +121,79 @@ class _LinearLogprobs(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         dtypes = [(hidden if tensor is None else tensor).dtype for tensor in (hidden, weight, bias)]
         if ctx.group is not None:
-            dtypes[0] = torch.promote_types(ctx.dtype, torch.float32)  # rounded after the sum over ranks
+            dtypes[0] = torch.promote_types(call.dtype, torch.float32)  # rounded after the sum over ranks
+        operands = cast(call.dtype, hidden, weight, bias)
+        kept = (norm, store if ctx.capacity else None, shares)
+        chunking = (ctx.told, call.chunk_rows, call.filter_eps)
         gradients = torch.ops.fastpref.linear_logprobs_backward(
-            grad, grad_entropy, *cast(ctx.dtype, hidden, weight, bias), labels, cu_seqlens, norm,
-            store if ctx.capacity else None, shares, needed, *dtypes, *ctx.scoring, *ctx.chunking,
-        )  # fmt: skip
+            grad, grad_entropy, *operands, labels, cu_seqlens, *kept, needed, *dtypes, *call.scoring, *chunking
+        )
         if ctx.group is not None and needed[0]:
-            d_hidden = distributed.reduce_hidden(
-                ctx.group, gradients[0], labels, cu_seqlens, ctx.scoring[1], ctx.chunking[0]
-            )
+            shift = call.scoring.shift
+            d_hidden = distributed.reduce_hidden(ctx.group, gradients[0], labels, cu_seqlens, shift, ctx.told)
             gradients = (d_hidden.to(hidden.dtype), *gradients[1:])
         return *(gradient if want else None for gradient, want in zip(gradients, needed, strict=True)), *none
 
 
-def choose_mode(mode: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
-    """ "save" or "recompute", for "auto" from shapes and dtype alone, so that every run chooses the same.
+def choose_mode(batch: LinearBatch) -> str:
+    """Return "save" or "recompute"; for "auto", choose by shapes and dtype only, so that every run chooses the same.
 
-    Ranks whose parts of a vocabulary differ may choose differently: what travels between them is the same.
+    Ranks whose parts of the vocabulary differ may choose differently, because they exchange the same values in both
+    modes.
     """
+    mode, dtype = batch.options.mode, batch.dtype
     if mode == "save" and dtype == torch.float16:
-        raise ValueError('mode="save" keeps exponentials, and fp16 has not their range; use "recompute" or "auto"')
+        raise ValueError(
+            "mode='save' does not support float16: stored exponentials overflow. Use mode='recompute' or mode='auto'"
+        )
     if mode != "auto":
         return mode
-    size = hidden.numel() // hidden.shape[-1] * weight.shape[0] * dtype.itemsize
+    size = batch.hidden.numel() // batch.hidden.shape[-1] * batch.weight.shape[0] * dtype.itemsize
     chosen = "save" if size <= SAVE_BUDGET and dtype != torch.float16 else "recompute"
     if not torch.compiler.is_compiling():
         logger.debug('mode="auto" is "%s": exponentials of %d bytes, budget %d, %s', chosen, size, SAVE_BUDGET, dtype)
     return chosen
 
 
-def reduce_sequences(
-    logps: Tensor, scored: Tensor, cu_seqlens: Tensor | None, reduction: str, ld_alpha: float | None,
-    shared_lengths: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Token log-probs (B, T') to sequence log-probs (S,)."""
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    weighted = logps
-    if ld_alpha is not None:
-        weighted = weigh(logps, ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, logps.dtype))
-    if cu_seqlens is None:
-        total = weighted.sum(-1, dtype=torch.float64)
-    else:
-        index = sequence_index(scored, cu_seqlens).reshape(-1)
-        total = logps.new_zeros(sequences, dtype=torch.float64).index_add(0, index, weighted.reshape(-1).double())
-    if reduction == "mean":
-        total = total / sequence_lengths(scored, cu_seqlens, sequences).clamp(min=1)
-    return total.to(logps.dtype)
+def score(batch: LinearBatch, reduction: Reduction) -> tuple[Tensor, list[Tensor]]:
+    """Return the log-probs, (B, T') or (S,), and the operator's statistics."""
+    hidden, weight, bias, labels, cu_seqlens = batch[:5]
+    saves = choose_mode(batch) == "save" and wants_gradient(hidden, weight, bias)
+    scored = batch.scored()
+    capacity = batch.rows.room(scored) if saves else 0
+    told = batch.rows.told
+    part = distributed.part_of(batch.shard, labels, cu_seqlens, weight.shape[0], batch.scoring, told is None)
+    options = batch.options
+    call = Call(part.scoring, batch.dtype, statistic_bits(batch.stats), options.chunk_rows, options.filter_eps)
+    tensors = (hidden, weight, bias, part.labels, cu_seqlens, part.bounds)
+    logps, _, _, _, *statistics = apply(_LinearLogprobs, *tensors, part.group, capacity, told, call)
+    if reduction.name != "none":
+        return reduce_sequences(logps, scored, cu_seqlens, reduction), statistics
+    return logps.view(-1) if batch.flat else logps, statistics
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shard: Shard | None, mode: str,
-    chunk_rows: int | None, filter_eps: float | None, scored_rows: Any, reduction: str, cu_seqlens: Tensor | None,
-    ld_alpha: float | None, shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float,
-    logit_scale: float, softcap: float | None, stats: tuple[str, ...], known: ScoredRows | None = None,
-) -> Any:  # fmt: skip
-    """Compute what both public functions give, from plain tensors that are checked; "none" is for the first.
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stats: tuple[()] = ...,
+    **keywords: Unpack[LinearKeywords],
+) -> Tensor: ...
 
-    `known` stands in for `scored_rows` where a caller has resolved it.
-    """
-    hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
-    chunk_rows, filter_eps = check_mode(mode, chunk_rows, filter_eps)
-    ignore_index = check_scoring(ignore_index, shift)
-    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
-    names = check_stats(stats, LINEAR_STATISTICS)
-    if known is None:
-        known = resolve_rows(scored_rows, labels, cu_seqlens, count_columns(weight, shard), ignore_index, shift)
-    rows_shape = labels.shape[:-1]
-    hidden = hidden[None] if hidden.dim() == 2 else hidden
-    labels = labels[None] if labels.dim() == 1 else labels
-    dtype = compute_dtype(hidden)
-    saves = choose_mode(mode, hidden, weight, dtype) == "save" and wants_gradient(hidden, weight, bias)
-    _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    capacity = known.room(scored) if saves else 0
-    group, bounds, labels, ignore_index = distributed.of_shard(
-        shard, labels, cu_seqlens, weight.shape[0], ignore_index, shift, checks=known.told is None
-    )
-    scoring = (ignore_index, shift, logit_scale, temperature, softcap)
-    bits = sum(1 << LINEAR_STATISTICS.index(name) for name in names)
-    logps, _, _, _, *statistics = apply(
-        _LinearLogprobs, hidden, weight, bias, labels, cu_seqlens, group, bounds, capacity, dtype, scoring, bits,
-        known.told, chunk_rows, filter_eps,
-    )  # fmt: skip
 
-    def rows(values: Tensor) -> Tensor:
-        return values if rows_shape else values.view(-1)
-
-    if reduction == "none":
-        result = rows(logps)
-    else:
-        result = reduce_sequences(logps, scored, cu_seqlens, reduction, ld_alpha, shared_lengths)
-    if not names:
-        return result
-    return result_type(names)(result, *(rows(statistics[LINEAR_STATISTICS.index(name)]) for name in names))
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stats: tuple[str, ...],
+    **keywords: Unpack[LinearKeywords],
+) -> Logprobs: ...
 
 
 def linear_token_logprobs(
@@ -213,62 +214,85 @@ def linear_token_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
 ) -> Any:
-    """Log-prob of every label under the logits hidden @ weightᵀ + bias, which never exist whole.
+    """Return the log-prob of each label under the logits hidden @ weightᵀ + bias, which never exist whole.
 
-    logp = z_y − log Σ_j exp z_j, with z the transformed logits, as `token_logprobs` defines them. Only scored rows are
-    multiplied. Logits are float32 sums, never rounded before the log-sum; gradients are summed in float32, and made
-    only for the arguments that require them. Under autocast the operands are cast to its dtype, and the results stay
-    float32.
+    logp = z_y − log Σ_j exp z_j, with z the transformed logits, as `token_logprobs` defines them. The function
+    multiplies only scored rows. Logits are float32 sums that are not rounded before the log-sum. Gradients are summed
+    in float32, and computed only for the arguments that require them. Under autocast the operands are cast to its
+    dtype, and the results stay float32.
 
     Args:
         hidden: (B, T, H), or (T, H) for one sequence; fp16, bf16, fp32 or fp64.
-        weight: (V, H), hidden's dtype.
+        weight: (V, H), in hidden's dtype.
         labels: (B, T) or (T,), int64 or int32.
-        bias: None, or (V,), hidden's dtype.
-        mode: how a backward gets its probabilities. "save" keeps the forward's exponentials, scored × V numbers in
-            hidden's dtype, and takes 6·N·V·H flop for N scored rows in all; "recompute" multiplies again,
-            8·N·V·H, and its memory does not grow with N·V; "auto" is "save" where positions × V numbers are within
-            `SAVE_BUDGET`, 1 GiB, and the dtype has the range (fp16 has not), and says which at debug level. An
-            entropy's gradient always recomputes. A multiply-add is two flop.
+        bias: None, or (V,), in hidden's dtype.
+        mode: how the backward gets the probabilities. "save" keeps the exponentials of the forward, N × V numbers in
+            hidden's dtype for N scored rows, and takes 6·N·V·H flops in all. "recompute" multiplies again: it takes
+            8·N·V·H flops, and its memory does not grow with N·V. "auto" is "save" where positions × V numbers fit in
+            `SAVE_BUDGET`, 1 GiB, and the dtype is not float16, whose range is too short for them; the choice is logged
+            at debug level. The gradient of an entropy always recomputes.
         chunk_rows: the rows of a tile of logits. None: 1024 on a CPU, 4096 on a GPU. A tile holds 4096 columns.
-        filter_eps: None: exact. Otherwise a row's gradient leaves out every 4096 columns whose softmax mass is below
-            it, unless they hold the label: their products are not made. The statistic "dropped_mass" says what it cost.
-            A backward through the statistic "entropy" is exact: it leaves nothing out, of the log-probs' part either.
-        scored_rows: how many labels are scored, or a number that is no smaller: an int for the batch, or a sequence of
-            ints, one for each sequence. A GPU then works without the host ever waiting for it, and a CUDA graph can
-            hold the call; None: the host reads the number once. On a GPU nothing checks what is given: where more are
-            scored, or a label is outside of the vocabulary, log-probs are NaN. A graph of `torch.compile` on a CPU
-            does without the number.
-        process_group: the ranks that hold the vocabulary's parts in their order, each with some rows of the weight
-            (and of the bias) as `weight`, as many as it likes; or a one-dimensional device mesh. All give the same
-            hidden states and labels, and get the same results, and the same gradient of the hidden states. None: the
-            weight is whole, or a DTensor whose placements are `Shard(0)` on one dimension of its mesh. `filter_eps`
-            then goes by columns of each part.
+        filter_eps: None for exact gradients. With a number, the gradient of a row skips the products of every block of
+            4096 columns whose softmax mass is below it, unless the block holds the label. The statistic "dropped_mass"
+            reports the skipped mass. A backward through the statistic "entropy" skips nothing.
+        scored_rows: the number of scored labels, or an upper bound: an int for the batch, or a sequence of one int for
+            each sequence. With it the host never waits for a GPU, and a CUDA graph can hold the call. None: the host
+            reads the number once. A GPU does not check it: if more labels are scored, or one is outside of the
+            vocabulary, the log-probs are NaN. A graph of `torch.compile` on a CPU does not need it.
+        process_group: the ranks among which the vocabulary is split, in order, or a one-dimensional device mesh. Each
+            rank passes its own rows of the weight (and of the bias), of any number. All ranks pass the same hidden
+            states and labels, and get the same results and the same gradient of the hidden states. None: the weight is
+            whole, or a DTensor that is `Shard(0)` on one dimension of its mesh. `filter_eps` applies to the columns of
+            each rank.
         ignore_index: as in `token_logprobs`, like every argument after it.
-        shift: `labels` are aligned with `input_ids`: hidden[:, t] scores labels[:, t+1].
+        shift: whether `labels` are aligned with `input_ids`: hidden[:, t] then scores labels[:, t+1].
         temperature: divides the logits.
         logit_scale: multiplies the logits.
         softcap: caps the logits.
-        stats: names of `token_logprobs`' statistics; or "dropped_mass", the softmax mass that a gradient of the
-            log-probs alone leaves out of each token's, 0 without `filter_eps`. It is told in the forward, so also where
-            the backward then goes through the entropy as well, and leaves nothing out.
+        stats: names of the statistics of `token_logprobs`, and "dropped_mass", the softmax mass that `filter_eps`
+            leaves out of each token's gradient (0 without it).
 
     Returns:
-        (B, T−1), or (B, T) without `shift`; float32 (float64 for float64). With `stats`, a named tuple: `logprobs`,
-        then the statistics, in the order asked for.
+        A tensor (B, T−1), or (B, T) without `shift`; float32 (float64 for float64). With `stats`, a named tuple:
+        `logprobs`, then the statistics, in the order of `stats`.
 
     Raises:
-        TypeError: a wrong dtype, or an option of a wrong type.
-        ValueError: a wrong shape, device or option; `mode="save"` with fp16; a DTensor that is split in another way, or
-            ranks that give different hidden states.
-        IndexError: a scored label outside [0, V); on a GPU only where `scored_rows` is None.
+        TypeError: a dtype or the type of an option is wrong.
+        ValueError: a shape, a device or an option is wrong; `mode="save"` with float16; a DTensor is split in another
+            way, or the ranks pass different hidden states.
+        IndexError: a scored label is outside [0, V). A GPU checks this only where `scored_rows` is None.
     """
-    hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
-    check_linear(hidden, weight, labels, bias, None, sharded=shard is not None)
-    return linear_logprobs(
-        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, scored_rows, "none", None, None, None,
-        ignore_index, shift, temperature, logit_scale, softcap, stats,
-    )  # fmt: skip
+    scoring = Scoring(ignore_index, shift, logit_scale, temperature, softcap)
+    options = LinearOptions(mode, chunk_rows, filter_eps)
+    operands = Operands(hidden, weight, bias)
+    batch = resolve_linear(operands, labels, None, scoring, options, stats=stats, process_group=process_group)
+    batch = count_rows(batch, scored_rows)
+    logps, statistics = score(batch, TOKENS)
+    return named_result(batch, logps, statistics)
+
+
+@overload
+def linear_sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stats: tuple[()] = ...,
+    **keywords: Unpack[LinearSequenceKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stats: tuple[str, ...],
+    **keywords: Unpack[LinearSequenceKeywords],
+) -> Logprobs: ...
 
 
 def linear_sequence_logprobs(
@@ -293,7 +317,7 @@ def linear_sequence_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
 ) -> Any:
-    """Log-prob of every sequence: the sum, or mean, of `linear_token_logprobs` over its scored tokens.
+    """Return the log-prob of each sequence: the sum, or the mean, of `linear_token_logprobs` over its scored tokens.
 
     Args:
         hidden: (B, T, H); or packed, (N, H) or (1, N, H), with `cu_seqlens`.
@@ -307,29 +331,29 @@ def linear_sequence_logprobs(
         mode: as in `linear_token_logprobs`, like every argument after it.
         chunk_rows: the rows of a tile of logits.
         filter_eps: the softmax mass below which columns are left out of the gradient.
-        scored_rows: how many labels are scored, if the caller knows it.
-        process_group: the ranks that hold the vocabulary's parts.
+        scored_rows: the number of scored labels, if the caller knows it.
+        process_group: the ranks among which the vocabulary is split.
         ignore_index: the label that is not scored.
-        shift: labels are aligned with `input_ids`.
+        shift: whether labels are aligned with `input_ids`.
         temperature: divides the logits.
         logit_scale: multiplies the logits.
         softcap: caps the logits.
-        stats: names of statistics, still per token.
+        stats: names of statistics, which are per token here too.
 
     Returns:
-        (B,), or (S,) packed; float32 (float64 for float64). With `stats`, a named tuple whose first field, `logprobs`,
-        is that.
+        A tensor (B,), or (S,) if packed; float32 (float64 for float64). With `stats`, a named tuple whose first field,
+        `logprobs`, is this tensor.
 
     Raises:
-        TypeError: a wrong dtype, or an option of a wrong type.
-        ValueError: a wrong shape, device or option.
-        IndexError: a scored label outside [0, V); on a GPU only where `scored_rows` is None.
+        TypeError: a dtype or the type of an option is wrong.
+        ValueError: a shape, a device or an option is wrong.
+        IndexError: a scored label is outside [0, V). A GPU checks this only where `scored_rows` is None.
     """
-    check_choice("reduction", reduction, REDUCTIONS[1:])
-    ld_alpha = check_ld(ld_alpha, shared_lengths)
-    hidden, weight, bias, labels, shard = resolve_head(hidden, weight, bias, labels, process_group)
-    check_linear(hidden, weight, labels, bias, cu_seqlens, sharded=shard is not None)
-    return linear_logprobs(
-        hidden, weight, labels, bias, shard, mode, chunk_rows, filter_eps, scored_rows, reduction, cu_seqlens, ld_alpha,
-        shared_lengths, ignore_index, shift, temperature, logit_scale, softcap, stats,
-    )  # fmt: skip
+    over = Reduction.checked(reduction, ld_alpha, shared_lengths)
+    scoring = Scoring(ignore_index, shift, logit_scale, temperature, softcap)
+    options = LinearOptions(mode, chunk_rows, filter_eps)
+    operands = Operands(hidden, weight, bias)
+    batch = resolve_linear(operands, labels, cu_seqlens, scoring, options, stats=stats, process_group=process_group)
+    batch = count_rows(batch, scored_rows)
+    logps, statistics = score(batch, over)
+    return named_result(batch, logps, statistics)

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from fastpref._checks import (
-    REDUCTIONS,
-    check_bool,
-    check_choice,
-    check_ld,
-    check_logits,
-    check_scoring,
-    check_transform,
-)
-from fastpref._function import apply, enter, once_differentiable
-from fastpref._results import STATISTICS, check_stats, result_type
-from fastpref._sharding import resolve_logits
-from fastpref.distributed import sharded_logprobs
-from fastpref.linear_logprobs import reduce_sequences
-from fastpref.reference.logprobs import ld_weights, scored_targets
+from fastpref._core.autograd import apply, once_differentiable
+from fastpref._core.options import TOKENS, Reduction
+from fastpref._core.resolve import LogitsBatch, named_result, resolve_logits, statistic_bits
+from fastpref._core.sequences import ld_weights, reduce_sequences
+from fastpref.distributed.logits import sharded_logprobs
 from fastpref_kernels import ops
+from fastpref_kernels.contract import LogprobsResult, Scoring, constant_statistics, statistic_gradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastpref._core.keywords import LogitsKeywords, SequenceKeywords
+    from fastpref._core.results import Logprobs
 
 assert ops  # importing it registers the operators
 
 
 class _Logprobs(torch.autograd.Function):
-    """`fastpref::logprobs` and its backward. Arguments as the operator's, then `inplace_backward`."""
+    """Run `fastpref::logprobs` and its backward. The arguments are those of the operator, then `inplace`."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -36,111 +33,66 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, labels, cu_seqlens, weights, *scoring, stats, inplace = inputs
-        logps, sequences, norm, counts, lse, entropy, mean_logits, is_top1, log_sum_sq_probs = output
-        reduced = scoring[-1] != "none"
-        constant = [norm, counts, lse, mean_logits, is_top1, log_sum_sq_probs, logps if reduced else sequences]
-        ctx.with_entropy = bool(stats >> STATISTICS.index("entropy") & 1)
-        if not ctx.with_entropy:
-            constant.append(entropy)
-        ctx.mark_non_differentiable(*constant)
+        logits, labels, cu_seqlens, weights, *scoring, reduction, stats, inplace = inputs
+        result = LogprobsResult.of(output)
+        reduced = reduction != "none"
+        unused = result.logps if reduced else result.sequences
+        constant = constant_statistics(result.statistics, stats)
+        ctx.mark_non_differentiable(result.norm, result.counts, unused, *constant)
         ctx.set_materialize_grads(False)
-        # What the backward needs of the outputs has a copy in `norm`: users may write to theirs.
-        ctx.save_for_backward(logits, labels, cu_seqlens, weights, norm, counts)
-        ctx.scoring, ctx.reduced, ctx.inplace = scoring, reduced, inplace
+        # The backward uses the copies of outputs in `norm`, because users may write to the outputs themselves.
+        ctx.save_for_backward(logits, labels, cu_seqlens, weights, result.norm, result.counts)
+        ctx.scoring, ctx.reduced, ctx.stats, ctx.inplace = (*scoring, reduction), reduced, stats, inplace
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # A compiled graph hands a zero gradient even to an output that was never asked for.
-        grad, grad_entropy = grads[1] if ctx.reduced else grads[0], grads[5] if ctx.with_entropy else None
-        none = (None,) * 11
+        of_tokens, of_sequences, _, _, *of_statistics = grads
+        grad = of_sequences if ctx.reduced else of_tokens
+        grad_entropy = statistic_gradient(of_statistics, ctx.stats)
+        none = (None,) * (len(ctx.needs_input_grad) - 1)
         if grad is None and grad_entropy is None:
             return (None, *none)
         arguments = (grad, grad_entropy, *ctx.saved_tensors, *ctx.scoring)
         if not ctx.inplace:
             return (torch.ops.fastpref.logprobs_backward(*arguments), *none)
-        logits = arguments[2]
-        assert logits is not None
+        logits = ctx.saved_tensors[0]
         torch.ops.fastpref.logprobs_backward_(*arguments)
-        # A kernel's writes do not show in the version counter, and every later use of these logits must raise.
+        # A kernel's writes do not advance the version counter. It is advanced here, so that every later use of the
+        # logits raises.
         torch.autograd.graph.increment_version(logits)
         return (logits.detach(), *none)
 
 
-def _overlaps(logits: Tensor) -> bool:
-    """Whether two elements of a strided tensor may share memory: a stride steps inside what smaller ones span."""
-    axes = [(stride, size, axis) for axis, (stride, size) in enumerate(zip(logits.stride(), logits.shape, strict=True))]
-    for stride, size, axis in axes:
-        # Compared one by one and not sorted: in a compiled graph of dynamic shapes these are symbols.
-        smaller = [(s, n) for s, n, other in axes if s < stride or (s == stride and other < axis)]
-        if size > 1 and stride < 1 + sum(s * (n - 1) for s, n in smaller):
-            return True
-    return False
-
-
-def _check_inplace(logits: Tensor) -> None:
-    base = logits if logits._base is None else logits._base
-    if base.requires_grad and base.is_leaf:
-        raise ValueError(
-            "inplace_backward=True writes the gradient over the logits, and these are a leaf that requires grad, or a "
-            "view of one: pass a model's output, or inplace_backward=False"
-        )
-    if _overlaps(logits):
-        raise ValueError(
-            "inplace_backward=True needs logits whose elements do not share memory; got strides "
-            f"{logits.stride()} for shape {tuple(logits.shape)}"
-        )
-
-
-def _logprobs(
-    logits: Tensor, labels: Tensor, reduction: str, cu_seqlens: Tensor | None, ld_alpha: float | None,
-    shared_lengths: Tensor | None, ignore_index: int, shift: bool, temperature: float, logit_scale: float,
-    softcap: float | None, stats: tuple[str, ...], inplace_backward: bool, process_group: Any,
-) -> Any:  # fmt: skip
-    check_bool("inplace_backward", inplace_backward)
-    logits, labels, shard = resolve_logits(logits, labels, process_group, inplace_backward)
-    check_logits(logits, labels, cu_seqlens, sharded=shard is not None)
-    logits, labels = enter(logits, labels)
-    ignore_index = check_scoring(ignore_index, shift)
-    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
-    names = check_stats(stats)
-    if inplace_backward:
-        _check_inplace(logits)
-    rows_shape = labels.shape[:-1]
-    if logits.dim() == 2:
-        logits = logits[None]
-    if labels.dim() == 1:
-        labels = labels[None]
-    bits = sum(1 << STATISTICS.index(name) for name in names)
-    transform = (logit_scale, temperature, softcap)
+def _score(batch: LogitsBatch, reduction: Reduction) -> Any:
+    """Return the log-probs of tokens or sequences, with the statistics that the batch asks for."""
+    logits, labels, cu_seqlens, shard, scoring, names, inplace, flat = batch
+    bits = statistic_bits(names)
     if shard is not None:
-        _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-        logps, *statistics = sharded_logprobs(
-            shard, logits, labels, cu_seqlens, (ignore_index, shift, *transform), bits, inplace_backward
-        )
-        sequences = logps
-        if reduction != "none":
-            sequences = reduce_sequences(logps, scored, cu_seqlens, reduction, ld_alpha, shared_lengths)
+        logps, statistics = sharded_logprobs(shard, logits, labels, cu_seqlens, scoring, bits, inplace)
+        sequences = None if reduction.name == "none" else reduce_sequences(logps, batch.scored(), cu_seqlens, reduction)
     else:
         weights = None
-        if ld_alpha is not None:
-            _, scored = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
-            sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if reduction.ld_alpha is not None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            weights = ld_weights(scored, cu_seqlens, sequences, ld_alpha, shared_lengths, dtype)
-        logps, sequences, _, _, *statistics = apply(
-            _Logprobs, logits, labels, cu_seqlens, weights, ignore_index, shift, *transform, reduction, bits,
-            inplace_backward,
-        )  # fmt: skip
+            weights = ld_weights(batch.scored(), cu_seqlens, batch.sequences(), reduction, dtype)
+        outputs = apply(_Logprobs, logits, labels, cu_seqlens, weights, *scoring, reduction.name, bits, inplace)
+        logps, sequences, _, _, statistics = LogprobsResult.of(outputs)
+    if sequences is None or reduction.name == "none":
+        sequences = logps.view(-1) if flat else logps
+    return named_result(batch, sequences, statistics)
 
-    def rows(values: Tensor) -> Tensor:
-        return values.view(*rows_shape, values.shape[-1])
 
-    result = rows(logps) if reduction == "none" else sequences
-    if not names:
-        return result
-    return result_type(names)(result, *(rows(statistics[STATISTICS.index(name)]) for name in names))
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, stats: tuple[()] = ..., **keywords: Unpack[LogitsKeywords]
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, stats: tuple[str, ...], **keywords: Unpack[LogitsKeywords]
+) -> Logprobs: ...
 
 
 def token_logprobs(
@@ -156,10 +108,10 @@ def token_logprobs(
     inplace_backward: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """Log-prob of every label under its logits: logp = z_y − log Σ_j exp z_j, in nats.
+    """Return the log-prob of each label under its logits: logp = z_y − log Σ_j exp z_j, in nats.
 
-    The logits are read once, where they are scored, and never copied, padded or widened; the gradient
-    ∂logp/∂z_j = 1[j = y] − softmax(z)_j is written once, in logits' dtype and full shape, zeros where not scored.
+    The function reads the scored logits once and never copies, pads or widens them. It writes the gradient,
+    ∂logp/∂z_j = 1[j = y] − softmax(z)_j, once, in the logits' dtype and full shape, with zeros where nothing is scored.
 
     z = softcap·tanh(logits·logit_scale/softcap)/temperature, each part optional (Gemma 2's soft cap, arXiv 2408.00118;
     Cohere's logit scale).
@@ -167,35 +119,50 @@ def token_logprobs(
     Args:
         logits: (B, T, V), or (T, V) for one sequence; fp16, bf16, fp32 or fp64, any strides.
         labels: (B, T) or (T,), int64 or int32.
-        ignore_index: a label that is not scored: log-prob 0, gradient 0, its logits never read.
-        shift: True: `labels` are aligned with `input_ids`, and logits[:, t] score labels[:, t+1]; False: already
-            aligned, logits[:, t] score labels[:, t].
+        ignore_index: the label of positions that are not scored. Their log-prob and gradient are 0, and their logits
+            are not read.
+        shift: True if `labels` are aligned with `input_ids`: logits[:, t] score labels[:, t+1]. False if they are
+            already shifted: logits[:, t] score labels[:, t].
         temperature: divides the logits, last; above 0.
         logit_scale: multiplies the logits, first; above 0.
         softcap: None, or the cap of the logits' magnitude, above 0.
-        stats: names of per-token statistics made in the same pass, 0 (or False) where not scored: "lse" (log Σ exp z),
-            "entropy" (−Σ p log p, differentiable), "mean_logits" (the mean of z over the vocabulary), "is_top1" (the
-            label is the first argmax), "log_sum_sq_probs" (log Σ p²).
-        inplace_backward: write the gradient over the logits, which saves its memory. Any later use of them in a
-            backward then raises; a read after it reads the gradient.
-        process_group: the ranks that hold the vocabulary's parts in their order, each with the logits of its own
-            columns, as many as it likes; or a one-dimensional device mesh. All give the same labels, and get the same
+        stats: names of per-token statistics to compute in the same pass, 0 (or False) where not scored: "lse" (log Σ
+            exp z), "entropy" (−Σ p log p, differentiable), "mean_logits" (the mean of z over the vocabulary), "is_top1"
+            (whether the label is the first argmax), "log_sum_sq_probs" (log Σ p²), "top2_margin" (the largest z minus
+            the second largest: 0 on a tie, +inf where V is 1).
+        inplace_backward: write the gradient over the logits, which saves the memory of the gradient. A later use of the
+            logits in a backward then raises an error, and a read of them returns the gradient.
+        process_group: the ranks among which the vocabulary is split, in order, or a one-dimensional device mesh. Each
+            rank passes the logits of its own columns, of any number. All ranks pass the same labels and get the same
             results. None: the logits are whole, or a DTensor that is `Shard(-1)` on one dimension of its mesh.
 
     Returns:
-        (B, T−1), or (B, T) without `shift`; float32 (float64 for float64 logits), never above 0. With `stats`, a named
-        tuple: `logprobs`, then the statistics, of the same shape, in the order asked for.
+        A tensor (B, T−1), or (B, T) without `shift`; float32 (float64 for float64 logits), never above 0. With `stats`,
+        a named tuple: `logprobs`, then the statistics, of the same shape, in the order of `stats`.
 
     Raises:
-        TypeError: a wrong dtype, or an option of a wrong type.
-        ValueError: a wrong shape, device or option; overlapping or leaf logits with `inplace_backward`.
-        IndexError: a scored label outside [0, V), on a CPU. A GPU asserts it where `TRITON_DEBUG=1` is set, and gives
-            NaN otherwise.
+        TypeError: a dtype or the type of an option is wrong.
+        ValueError: a shape, a device or an option is wrong; with `inplace_backward`, the logits overlap or are a leaf.
+        IndexError: a scored label is outside [0, V), on a CPU. A GPU returns NaN for it, and with `TRITON_DEBUG=1`
+            fails an assertion.
     """
-    return _logprobs(
-        logits, labels, "none", None, None, None, ignore_index, shift, temperature, logit_scale, softcap, stats,
-        inplace_backward, process_group,
-    )  # fmt: skip
+    scoring = Scoring(ignore_index, shift, logit_scale, temperature, softcap)
+    batch = resolve_logits(
+        logits, labels, None, scoring, stats=stats, inplace=inplace_backward, process_group=process_group
+    )
+    return _score(batch, TOKENS)
+
+
+@overload
+def sequence_logprobs(
+    logits: Tensor, labels: Tensor, *, stats: tuple[()] = ..., **keywords: Unpack[SequenceKeywords]
+) -> Tensor: ...
+
+
+@overload
+def sequence_logprobs(
+    logits: Tensor, labels: Tensor, *, stats: tuple[str, ...], **keywords: Unpack[SequenceKeywords]
+) -> Logprobs: ...
 
 
 def sequence_logprobs(
@@ -215,7 +182,7 @@ def sequence_logprobs(
     inplace_backward: bool = False,
     process_group: Any = None,
 ) -> Any:
-    """Log-prob of every sequence: the sum, or mean, of its scored tokens' log-probs, made in the same pass.
+    """Return the log-prob of each sequence: the sum, or the mean, of its scored tokens' log-probs.
 
     Args:
         logits: (B, T, V); or packed, (N, V) or (1, N, V), with `cu_seqlens`. See `token_logprobs`.
@@ -223,31 +190,31 @@ def sequence_logprobs(
         reduction: "sum", or "mean": divided by the sequence's number of scored tokens (0 where there is none).
         cu_seqlens: (S+1,) int32 or int64, rising from 0 to N: sequence s is tokens cu_seqlens[s] to cu_seqlens[s+1].
             The shift never crosses a boundary.
-        ld_alpha: α of LD-DPO (arXiv 2409.06411): the weight of the scored tokens past `shared_lengths`, which 0
-            leaves out.
-        shared_lengths: (S,) ints, with `ld_alpha`: how many scored tokens of each sequence weigh 1. None: the
-            sequences are [chosen; rejected], and a pair shares the shorter one's number.
+        ld_alpha: α of LD-DPO (arXiv 2409.06411), the weight of the scored tokens past `shared_lengths`. At 0 they are
+            left out.
+        shared_lengths: (S,) ints, with `ld_alpha`: the number of scored tokens of each sequence that weigh 1. None: the
+            sequences are [chosen; rejected], and each pair shares the shorter one's number.
         ignore_index: as in `token_logprobs`, like every argument after it.
-        shift: labels are aligned with `input_ids`.
+        shift: whether labels are aligned with `input_ids`.
         temperature: divides the logits.
         logit_scale: multiplies the logits.
         softcap: caps the logits.
-        stats: names of statistics; they are still per token, of the shape `token_logprobs` gives.
+        stats: names of statistics, which are per token here too.
         inplace_backward: write the gradient over the logits.
-        process_group: the ranks that hold the vocabulary's parts.
+        process_group: the ranks among which the vocabulary is split.
 
     Returns:
-        (B,), or (S,) packed; float32 (float64 for float64 logits). With `stats`, a named tuple whose first field,
-        `logprobs`, is that. The bits of a sequence's log-prob do not depend on the rest of the batch.
+        A tensor (B,), or (S,) if packed; float32 (float64 for float64 logits). With `stats`, a named tuple whose first
+        field, `logprobs`, is this tensor. The bits of a sequence's log-prob do not depend on the rest of the batch.
 
     Raises:
-        TypeError: a wrong dtype, or an option of a wrong type.
-        ValueError: a wrong shape, device or option; boundaries that do not rise from 0 to N (seen on a CPU).
-        IndexError: a scored label outside [0, V), as in `token_logprobs`.
+        TypeError: a dtype or the type of an option is wrong.
+        ValueError: a shape, a device or an option is wrong; on a CPU, boundaries do not rise from 0 to N.
+        IndexError: a scored label is outside [0, V), as in `token_logprobs`.
     """
-    check_choice("reduction", reduction, REDUCTIONS[1:])
-    ld_alpha = check_ld(ld_alpha, shared_lengths)
-    return _logprobs(
-        logits, labels, reduction, cu_seqlens, ld_alpha, shared_lengths, ignore_index, shift, temperature, logit_scale,
-        softcap, stats, inplace_backward, process_group,
-    )  # fmt: skip
+    over = Reduction.checked(reduction, ld_alpha, shared_lengths)
+    scoring = Scoring(ignore_index, shift, logit_scale, temperature, softcap)
+    batch = resolve_logits(
+        logits, labels, cu_seqlens, scoring, stats=stats, inplace=inplace_backward, process_group=process_group
+    )
+    return _score(batch, over)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from fastpref._checks import check_int
+from fastpref._core.checks import check_int
 from fastpref_kernels import ops
 
 
 def release_memory(*, keep: int | None = None) -> None:
-    """Give back the memory that calls on a CPU have kept for their next.
+    """Release the memory that fastpref keeps on a CPU for later calls.
 
-    Gradients and kept exponentials of 4 MiB and more are made in memory that earlier ones have freed, so that a step
-    of training does not wait for the operating system to hand out zeroed pages. At most `keep` bytes lie ready so, in
-    all threads; a thread that works on hidden states also keeps its tiles, some tens of MiB, which are given back if it
-    is the one that calls. Tensors in use are left alone. A GPU's memory is PyTorch's to keep.
+    Gradients and kept exponentials of 4 MiB and more reuse the memory of earlier ones that were freed, so that a
+    training step does not wait for the operating system to provide zeroed pages. At most `keep` bytes are held for
+    reuse, over all threads. A thread that computes from hidden states also keeps its tiles, some tens of MiB; this
+    function releases those of the calling thread. Tensors in use are not affected. PyTorch manages the memory of a GPU.
 
     Args:
-        keep: from now on hold at most so many bytes; None: as many as before, at first 1 GiB.
+        keep: the most bytes to hold from now on. None leaves the limit as it is; at first it is 1 GiB.
 
     Returns:
         None.

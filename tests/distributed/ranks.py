@@ -1,4 +1,4 @@
-"""What the checks of two ranks share: their registry, and how torchrun runs them.
+"""The registry of the checks of two ranks, and the program that torchrun runs.
 
 A check is a function of no rank in particular: it makes the whole problem from a seed, as one process would, and
 asserts what this rank is to hold of the answer.
@@ -26,7 +26,7 @@ CHECKS: dict[str, Callable[[], None]] = {}
 
 
 def over(**axes: list[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A check for every combination of values; of none, one."""
+    """Register a check for every combination of values, or one check without values."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         for values in itertools.product(*axes.values()):
@@ -41,14 +41,16 @@ def over(**axes: list[Any]) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def parts(whole: Tensor, dim: int = 0) -> list[Tensor]:
-    """As torch.chunk and DTensor cut: the last ranks' may be smaller, or empty."""
+    """Return the parts of every rank, cut as torch.chunk and DTensor cut: the last may be smaller, or empty."""
     size = -(-whole.shape[dim] // dist.get_world_size())
-    return [whole.narrow(dim, min(r * size, whole.shape[dim]), max(0, min(size, whole.shape[dim] - r * size)))
-            for r in range(dist.get_world_size())]  # fmt: skip
+    return [
+        whole.narrow(dim, min(r * size, whole.shape[dim]), max(0, min(size, whole.shape[dim] - r * size)))
+        for r in range(dist.get_world_size())
+    ]
 
 
 def own(whole: Tensor, dim: int = 0) -> Tensor:
-    """This rank's part of a gradient or a parameter."""
+    """Return this rank's part of a gradient or a parameter."""
     return parts(whole, dim)[dist.get_rank()].clone()
 
 
@@ -58,8 +60,11 @@ def mesh() -> DeviceMesh:
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Relative to the largest, as gradients are judged; and NaN nowhere."""
+    """Check the largest error relative to the largest value, with the same infinities and NaN nowhere."""
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    infinite = wanted.isinf()
+    assert torch.equal(found[infinite], wanted[infinite])
+    found, wanted = found[~infinite], wanted[~infinite]
     if not wanted.numel():
         return
     scale = wanted.double().abs().amax().clamp(min=1e-9)
@@ -68,7 +73,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def main() -> None:
-    """Run every check there is, and write what went wrong to a file of this rank's."""
+    """Run every check, and write the errors to this rank's file."""
     out = sys.argv[1]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))

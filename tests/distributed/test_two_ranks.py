@@ -1,4 +1,4 @@
-"""Two ranks of gloo on this machine, held against one process: a launch of torchrun a file, a test for each check."""
+"""Two gloo ranks on this machine against one process: one torchrun launch for each file, one test for each check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANKS = 2
 
 
 def check_names() -> list[tuple[str, str]]:
-    """The file and the name of every check."""
+    """Return the file and the name of every check."""
     sys.path.insert(0, str(FOLDER))
     try:
         ranks = importlib.import_module("ranks")
@@ -39,16 +39,20 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, str]]]:
-    """Of a file's checks, what went wrong in each on each rank: "" where nothing did."""
+    """Return a function of a file: the error of each of its checks on each rank, "" where there is none."""
 
     @functools.cache
     def launch(file: str) -> list[dict[str, str]]:
         out = tmp_path_factory.mktemp("ranks") / "results.json"
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         done = subprocess.run(
-            [*run, FOLDER / f"{file}.py", out], capture_output=True, text=True, timeout=600, check=False,
+            [*run, FOLDER / f"{file}.py", out],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
         files = [out.with_name(f"{out.name}.{rank}") for rank in range(RANKS)]
         assert all(file.exists() for file in files), done.stdout + done.stderr
         assert done.returncode == 0, done.stdout + done.stderr
@@ -59,8 +63,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "name"), check_names())
-def test_two_ranks_agree_with_one_process(
-    file: str, name: str, results: Callable[[str], list[dict[str, str]]]
-) -> None:  # fmt: skip
+def test_two_ranks_agree_with_one_process(file: str, name: str, results: Callable[[str], list[dict[str, str]]]) -> None:
     for rank, of_rank in enumerate(results(file)):
         assert of_rank.get(name) == "", f"rank {rank}: {of_rank.get(name, 'it never came so far')}"

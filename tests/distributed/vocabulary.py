@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -36,7 +37,7 @@ class Head:
         self.upstream = torch.randn(4, 8, generator=generator, dtype=torch.float64)
 
     def leaves(self, place: Callable[[Tensor, int], Tensor]) -> list[Any]:
-        """Hidden, weight and bias as leaves, the last two as `place` puts them."""
+        """Return hidden, weight and bias as leaves, the last two as `place` puts them."""
         tensors = [self.hidden.clone(), place(self.weight.clone(), 0)]
         if self.bias is not None:
             tensors.append(place(self.bias.clone(), 0))
@@ -63,7 +64,7 @@ def local(gradient: Any) -> Tensor:
 
 
 def compare(problem: Head, way: str, run: Callable[..., Any], tolerance: float) -> None:
-    """Hold `run(hidden, weight, bias, **options)`, a tuple whose first is differentiated, against one process's."""
+    """Hold `run(hidden, weight, bias, **options)`, whose first result is differentiated, against one process."""
     found_leaves, wanted_leaves = problem.leaves(WAYS[way]), problem.leaves(lambda whole, dim: whole)
     found = run(*found_leaves, *[None] * (3 - len(found_leaves)), **options_of(way))
     wanted = run(*wanted_leaves, *[None] * (3 - len(wanted_leaves)))
@@ -77,16 +78,17 @@ def compare(problem: Head, way: str, run: Callable[..., Any], tolerance: float) 
         close(local(a.grad), own(b.grad), tolerance)
 
 
+STATS = ("lse", "mean_logits", "log_sum_sq_probs", "top2_margin")
+
+
 # Two ranks divide none of these; of 1 the second holds nothing; 9001 are several tiles of columns.
 @over(way=list(WAYS), dtype=list(TOLERANCE), vocabulary=[1, 5, 77, 9001], mode=["save", "recompute"])
 def linear_token_logprobs(way: str, dtype: torch.dtype, vocabulary: int, mode: str) -> None:
     problem = Head(vocabulary, dtype)
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor, **group: Any) -> Any:
-        made = fastpref.linear_token_logprobs(
-            hidden, weight, problem.labels, bias, mode=mode, stats=("lse", "mean_logits", "log_sum_sq_probs"), **group
-        )
-        return made.logprobs, made.lse, made.mean_logits, made.log_sum_sq_probs
+        made = fastpref.linear_token_logprobs(hidden, weight, problem.labels, bias, mode=mode, stats=STATS, **group)
+        return made.logprobs, made.lse, made.mean_logits, made.log_sum_sq_probs, made.top2_margin
 
     compare(problem, way, run, TOLERANCE[dtype])
 
@@ -125,7 +127,7 @@ def linear_sequence_logprobs(way: str, reduction: str, packed: bool) -> None:
 
 @over(way=list(WAYS), side=["here", "there"])
 def far_labels_and_sure_ones(way: str, side: str) -> None:
-    """Each rank's columns 130 above or below the other's, in both modes, and a log-prob near 0."""
+    """The columns of one rank lie 130 above those of the other, in both modes, and one log-prob is near 0."""
     problem = Head(64, torch.float32, spread=0.1)
     problem.bias = torch.zeros(64)
     problem.bias[slice(0, 32) if side == "here" else slice(32, 64)] = 130.0
@@ -141,9 +143,7 @@ def far_labels_and_sure_ones(way: str, side: str) -> None:
             return made.logprobs, made.lse, made.entropy + 1  # near 0, its digits are not those of one process
 
         compare(problem, way, run, 1e-6)
-        logps, _, entropy = run(
-            problem.hidden, own(problem.weight), own(problem.bias), process_group=dist.group.WORLD
-        )  # fmt: skip
+        logps, _, entropy = run(problem.hidden, own(problem.weight), own(problem.bias), process_group=dist.group.WORLD)
         exact = reference.linear_token_logprobs(
             problem.hidden.double(), problem.weight.double(), problem.labels, problem.bias.double(), stats=("entropy",)
         )
@@ -164,10 +164,18 @@ def linear_dpo_loss(way: str, mode: str, loss_type: str) -> None:
         if len(weight) < len(reference) or hasattr(weight, "to_local"):
             reference = WAYS[way](reference, 0)
         out = fastpref.linear_dpo_loss(
-            hidden, weight, problem.labels, bias=bias, ref_hidden=problem.hidden.flip(0) / 2,
-            ref_weight=reference, loss_type=loss_type, mode=mode, chunk_rows=chunk_rows,
-            stats=("mean_logits",), **group,
-        )  # fmt: skip
+            hidden,
+            weight,
+            problem.labels,
+            bias=bias,
+            ref_hidden=problem.hidden.flip(0) / 2,
+            ref_weight=reference,
+            loss_type=loss_type,
+            mode=mode,
+            chunk_rows=chunk_rows,
+            stats=("mean_logits",),
+            **group,
+        )
         return tuple(out)
 
     compare(problem, way, run, 2e-6)
@@ -206,7 +214,7 @@ def token_logprobs_in_place(dtype: torch.dtype, vocabulary: int) -> None:
 
 def from_logits(way: str, dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
     problem = Head(vocabulary, dtype)
-    stats = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    stats = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "top2_margin")
     whole = (problem.hidden.float() @ problem.weight.float().T).to(dtype)
     found_leaf, wanted_leaf = (
         place(whole.clone(), 2).detach().requires_grad_() for place in (WAYS[way], lambda whole, dim: whole)
@@ -241,7 +249,7 @@ def sequence_logprobs(way: str, reduction: str) -> None:
 
 @over(way=list(WAYS), form=["logits", "linear", "sequences", "loss"])
 def the_definition_of_a_split_vocabulary(way: str, form: str) -> None:
-    """`reference` takes the same arguments, and gives the same; so do its gradients."""
+    """`reference` takes the same arguments and returns the same values and gradients."""
     problem = Head(77, torch.float64)
     group, ref = options_of(way), torch.zeros(4, dtype=torch.float64).chunk(2)
     results = []
@@ -265,7 +273,7 @@ def the_definition_of_a_split_vocabulary(way: str, form: str) -> None:
 
 @over(form=["logits", "linear", "loss"], scored=["none", "one rank's", "no rows"])
 def few_rows_or_none(form: str, scored: str) -> None:
-    """No label at all, labels of one rank alone, and a batch of no sequences."""
+    """A batch may have no scored label, labels of one rank only, or no sequence."""
     problem = Head(77, torch.float32)
     labels = problem.labels.clone()
     labels[:] = torch.where(labels == -100, -100, 70) if scored == "one rank's" else -100
@@ -292,7 +300,7 @@ def few_rows_or_none(form: str, scored: str) -> None:
 
 @over(trained=["hidden", "weight", "bias", "none"])
 def only_what_is_trained(trained: str) -> None:
-    """A frozen head, or frozen hidden states: no gradient, and no rank waits for one."""
+    """A frozen head and frozen hidden states get no gradient, and no rank waits for one."""
     problem = Head(77, torch.float32)
     for function in (fastpref.linear_sequence_logprobs, functools.partial(fastpref.linear_dpo_loss, chunk_rows=16)):
         results = []
@@ -330,7 +338,7 @@ def an_ignored_label_within_the_vocabulary(ignore_index: int) -> None:
 
 @over(offset=[-1000.0, 0.0, 300.0, 1000.0], form=["logits", "linear"])
 def a_common_offset_costs_no_digits(offset: float, form: str) -> None:
-    """Sure labels and unsure ones, as far from 0 as you like: of a float32 logit all digits count."""
+    """A common offset of the logits costs sure and unsure labels no digits."""
     problem = Head(78, torch.float32, spread=0.2)
     problem.bias = torch.full((78,), offset)
     problem.bias[[5, 60]] += 14.0
@@ -363,7 +371,7 @@ def a_common_offset_costs_no_digits(offset: float, form: str) -> None:
 
 @over(first=[0.8, 0.2], form=["linear", "loss"])
 def parts_of_any_number_of_columns(first: float, form: str) -> None:
-    """Four fifths here and one fifth there; chunks are planned alike, by the larger part's bytes."""
+    """One rank holds four fifths of the columns. Both plan the same chunks, by the bytes of the larger part."""
     problem = Head(1000, torch.float32)
     assert problem.bias is not None
     cut = int(1000 * first)
@@ -387,7 +395,7 @@ def parts_of_any_number_of_columns(first: float, form: str) -> None:
 
 @over(mode=["save", "recompute"])
 def columns_that_are_left_out(mode: str) -> None:
-    """What filter_eps drops is told, of all parts, and is what the gradient lacks."""
+    """The statistic tells the mass that filter_eps drops in all parts, which the gradient lacks."""
     problem = Head(20000, torch.float32, bias=False, spread=3.0)
     eps, halves = 1e-3, (slice(0, 10000), slice(10000, 20000))
     z = (problem.hidden.double() @ problem.weight.double().T)[:, :-1]
@@ -415,7 +423,7 @@ def columns_that_are_left_out(mode: str) -> None:
 
 @over()
 def the_first_of_equal_logits_is_the_top() -> None:
-    """Ties within a part and across: a label is the top if no earlier column, on whichever rank, equals it."""
+    """A label is the top if no earlier column equals it, on its own rank or another."""
     logits = torch.zeros(1, 6, 8)
     for row, columns in enumerate(([2, 6], [6, 7], [], [2, 6], [6, 7], [1, 6])):
         logits[0, row, columns] = 1.0
@@ -427,9 +435,35 @@ def the_first_of_equal_logits_is_the_top() -> None:
         assert found.is_top1.tolist() == [[True, True, True, False, False, False]]
 
 
+@over(form=["logits", "hidden"])
+def the_two_largest_logits_lie_on_either_rank(form: str) -> None:
+    """The margin of rows whose two largest logits are on one rank, on both, equal, or next to -inf and NaN alone."""
+    rows = torch.full((1, 7, 8), -1.0)
+    for row, values in enumerate(
+        ({1: 5.0, 2: 3.0}, {6: 5.0, 7: 4.5}, {0: 5.0, 7: 2.0}, {3: 5.0, 4: 5.0}, {2: 5.0, 3: 5.0})
+    ):
+        for column, value in values.items():
+            rows[0, row, column] = value
+    rows[0, 5, 1:] = -torch.inf
+    rows[0, 6, 5] = torch.nan
+    labels = torch.tensor([[1, 0, 7, 3, 3, 0, 2]])
+    options = {"shift": False, "stats": ("top2_margin",), **options_of("group")}
+    if form == "logits":
+        found = fastpref.token_logprobs(own(rows, 2), labels, **options)
+    else:  # the identity's products are the head's columns
+        found = fastpref.linear_token_logprobs(
+            torch.eye(7)[None], own(rows[0].nan_to_num(-9.0).T.contiguous()), labels, **options
+        )
+    margins = found.top2_margin[0].tolist()
+    assert margins[:5] == [2.0, 0.5, 3.0, 0.0, 0.0]
+    if form == "logits":
+        assert margins[5] == math.inf
+        assert math.isnan(margins[6])
+
+
 @over(form=["hidden", "permuted", "labels", "lengths", "logits"])
 def ranks_that_differ_are_told(form: str) -> None:
-    """Before their sums are mixed: other hidden states, the same in another order, other labels, and fewer."""
+    """Ranks whose hidden states or labels differ in value, order or number are told so before their sums are mixed."""
     group, rank = dist.new_group(), dist.get_rank()  # of its own: each group is looked at once
     generator = torch.Generator().manual_seed(rank if form == "hidden" else 0)
     hidden = torch.randn(8, 256, 64, generator=generator)
@@ -449,7 +483,7 @@ def ranks_that_differ_are_told(form: str) -> None:
 
 @over(value=[-torch.inf, torch.inf, torch.nan], where=["here", "there", "everywhere"])
 def logits_that_are_no_numbers(value: float, where: str) -> None:
-    """As in one process: a shard of nothing but -inf is no shard, and what is NaN is NaN on every rank."""
+    """A shard of only −inf changes nothing, and a NaN is a NaN on every rank, as in one process."""
     problem = Head(78, torch.float32)
     problem.labels[:, 3:] = 5
     whole = problem.hidden @ problem.weight.T
@@ -469,7 +503,7 @@ def logits_that_are_no_numbers(value: float, where: str) -> None:
 
 
 def payload(run: Callable[[], Any]) -> int:
-    """Bytes that a call gives to all-reduces."""
+    """Return the bytes that a call gives to all-reduces."""
     found, reduce = 0, dist.all_reduce
 
     def all_reduce(values: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -495,7 +529,9 @@ def what_travels_is_what_the_documentation_says(form: str, statistics: bool) -> 
     scored, features = problem.labels[:, 1:] != -100, problem.hidden.shape[-1]
     rows = scored.numel() if form == "logits" else int(scored.sum())
     top1 = 24 if form == "logits" else 16
-    stats = {"entropy": 8, "mean_logits": 8, "log_sum_sq_probs": 8, "is_top1": top1} if statistics else {}
+    margin = 24 if form == "logits" else 16
+    costs = {"entropy": 8, "mean_logits": 8, "log_sum_sq_probs": 8, "is_top1": top1, "top2_margin": margin}
+    stats = costs if statistics else {}
     leaves = problem.leaves(by_group)
     logits = (problem.hidden @ own(problem.weight).T).requires_grad_()
     group, ref = {"process_group": dist.group.WORLD}, torch.zeros(4).chunk(2)

@@ -1,4 +1,4 @@
-"""Training steps under DDP, FSDP2 and context parallelism, and with a sharded head, against one process's."""
+"""Training steps under DDP, FSDP2 and context parallelism, and with a sharded head, against one process."""
 
 from __future__ import annotations
 
@@ -28,9 +28,15 @@ VOCABULARY, PAIRS, LENGTH = 131, 4, 10  # two ranks do not divide the vocabulary
 def model(tied: bool = False, heads: int = 1) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=heads, max_position_embeddings=64, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
     made = LlamaForCausalLM(config)
     for parameter in made.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -38,7 +44,7 @@ def model(tied: bool = False, heads: int = 1) -> Any:
 
 
 def pairs() -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids and labels (2B, T) of [chosen; rejected], and the reference's log-probs (2B,)."""
+    """Return input ids and labels (2B, T) of [chosen; rejected], and the reference's log-probs (2B,)."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY, (2 * PAIRS, LENGTH), generator=generator)
     labels = ids.clone()
@@ -48,7 +54,7 @@ def pairs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def of_rank(rows: Tensor) -> Tensor:
-    """This rank's pairs of [chosen; rejected]."""
+    """Return this rank's pairs of [chosen; rejected]."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     return torch.cat([half.chunk(ranks)[rank] for half in rows.chunk(2)])
 
@@ -115,7 +121,7 @@ def fsdp2(step: str, tied: bool, head: str) -> None:
 
 @over(step=list(STEPS))
 def fsdp2_accumulates(step: str) -> None:
-    """Two half batches, gradients reduced at the second alone, weigh as one."""
+    """Two half batches whose gradients are reduced at the second give the gradients of the whole batch."""
     sharded = model()
     fully_shard(sharded, mesh=mesh())
     ids, labels, ref = map(of_rank, pairs())
@@ -206,7 +212,7 @@ def tensor_parallel_model(step: str, head: str, wrapper: str) -> None:
 
 @over(form=["logits", "hidden"])
 def context_parallel(form: str) -> None:
-    """Each rank holds half of every sequence's positions, and labels that were shifted before they were cut."""
+    """Each rank holds half of the positions of every sequence, with labels that were shifted before the cut."""
     _, labels, ref = pairs()
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     torch.manual_seed(5)
@@ -238,7 +244,7 @@ def refused(error: type[Exception], word: str, call: Callable[[], Any]) -> None:
 
 @over()
 def a_head_outside_of_its_wrapper_is_refused() -> None:
-    """FSDP2's weights are DTensors that look like a split vocabulary; but each rank has a batch of its own."""
+    """FSDP2's weights are DTensors that look like a split vocabulary, but each rank has its own batch."""
     sharded = model()
     group = dist.new_group()  # of its own: what is alike on the ranks of a group is looked at once
     fully_shard(sharded, mesh=DeviceMesh.from_group(group, "cpu"))
@@ -268,7 +274,7 @@ def placements_that_are_no_split_of_the_vocabulary_are_refused() -> None:
     refused(TypeError, "ProcessGroup", lambda: score(weight, process_group="tp"))
     other = distribute_tensor(hidden, grid["tp"], [Replicate()])
     whole = distribute_tensor(weight, mesh(), [Replicate()])
-    refused(ValueError, "whether its ranks share", lambda: score(whole))
+    refused(ValueError, "whether the ranks share", lambda: score(whole))
     replicated = distribute_tensor(hidden, mesh(), [Replicate()])
     close(score(whole, hidden=replicated), score(weight), 1e-7)
     plain = functools.partial(score, split, bias=torch.zeros(VOCABULARY))
@@ -285,14 +291,14 @@ def placements_that_are_no_split_of_the_vocabulary_are_refused() -> None:
     over = distribute_tensor(torch.randn(2 * PAIRS, LENGTH, 8), wide, [Replicate(), Shard(2)])
     refused(ValueError, "on one dimension", lambda: fastpref.token_logprobs(over, labels % 8))
     batches = distribute_tensor(hidden, wide, [Shard(0), Replicate()])
-    refused(ValueError, "shares out the batch", lambda: score(both, hidden=batches))
+    refused(ValueError, "splits the batch", lambda: score(both, hidden=batches))
     partial = torch.distributed.tensor.DTensor.from_local(weight, mesh(), [Partial()])
     refused(ValueError, "Shard(0)", lambda: score(partial))
 
 
 @over()
 def hidden_states_split_over_the_vocabularys_ranks_are_gathered() -> None:
-    """Sequence parallelism around a sharded head: Shard(1) in, and the gradient of the same part out."""
+    """With sequence parallelism around a sharded head, Shard(1) hidden states get the gradient of their own part."""
     _, labels, ref = pairs()
     torch.manual_seed(6)
     hidden, weight = torch.randn(2 * PAIRS, LENGTH, 16), torch.randn(VOCABULARY, 16)
@@ -309,7 +315,7 @@ def hidden_states_split_over_the_vocabularys_ranks_are_gathered() -> None:
 
 @over(form=["linear", "logits"])
 def compiled(form: str) -> None:
-    """A graph that is whole, collectives and all."""
+    """A step with its collectives compiles to one graph."""
     _, labels, ref = pairs()
     torch.manual_seed(7)
     hidden, weight = torch.randn(2 * PAIRS, LENGTH, 16), own(torch.randn(VOCABULARY, 16))

@@ -8,7 +8,6 @@ would synchronise a GPU and break `torch.compile`'s graph.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import numbers
 import sys
@@ -55,14 +54,14 @@ def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) ->
 def shape_error(name: str, value: Tensor, wanted: str, dims: int = 1) -> ValueError:
     """Return a ValueError that says which shape, of `dims` dimensions, is wanted.
 
-    For a tensor with a 1 too many at the end it suggests `squeeze(-1)`.
+    If the tensor has an extra dimension of size 1 at the end, the error suggests `squeeze(-1)`.
     """
     remedy = f": pass {name}.squeeze(-1)" if value.dim() == dims + 1 and value.shape[-1] == 1 else ""
     return ValueError(f"{name} must be {wanted}; got {describe(value)}{remedy}")
 
 
 def is_like(value: object, checked: Tensor) -> bool:
-    """Return whether `value` is a tensor with all that is checked of one that has passed: it then passes too."""
+    """Return whether `value` matches `checked` in every property that is checked, so that it passes too."""
     return (
         isinstance(value, Tensor)
         and value.dtype == checked.dtype
@@ -74,7 +73,7 @@ def is_like(value: object, checked: Tensor) -> bool:
 
 
 def are_like_vectors(first: object, *others: object) -> bool:
-    """Return whether `first` is a floating-point tensor (B,), and every other one None or like it."""
+    """Return whether `first` is a floating-point tensor (B,), and each of `others` is None or like it."""
     if not isinstance(first, Tensor) or first.is_nested or first.layout is not torch.strided:
         return False
     if first.dtype not in FLOATING or first.dim() != 1:
@@ -111,10 +110,11 @@ def check_vector(
 
 
 def remembered(check: _Check) -> _Check:
-    """Cache the result of a check that reads only options: a training loop repeats them.
+    """Cache the result of a check that reads only options, because a training loop repeats the same options.
 
-    Only numbers, strings and None are looked up, because the cache tells 1 from True, but not in a tuple. Options of
-    other types are checked at every call, and so are those of a call that Dynamo traces, which warns of a cache.
+    Only numbers, strings and None are looked up: the cache distinguishes 1 from True, but not inside a tuple. Options
+    of other types are checked at every call. So are all options of a call that Dynamo traces, because Dynamo warns
+    about the cache.
     """
     answers = functools.lru_cache(maxsize=256, typed=True)(check)
 
@@ -128,7 +128,7 @@ def remembered(check: _Check) -> _Check:
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
-    """Return whether `value` is a sequence, and neither text nor bytes."""
+    """Return whether `value` is a sequence other than str and bytes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
@@ -141,7 +141,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def as_float(value: object) -> float | None:
-    """Return a real number as a float, infinite if it is beyond a float's range, and None for anything else."""
+    """Return a real number as a float (infinite if it exceeds the range of a float), and None for anything else."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
     try:
@@ -163,7 +163,7 @@ def check_finite(
         exclusive: whether the bounds themselves are refused.
 
     Raises:
-        TypeError: `value` is no number.
+        TypeError: `value` is not a number.
         ValueError: `value` is NaN, infinite or out of bounds.
     """
     number = value if type(value) is float else as_float(value)
@@ -185,10 +185,10 @@ def check_positive(name: str, value: object) -> float:
 
 
 def check_int(name: str, value: object, *, least: int | None = None) -> int:
-    """Return `value` as an int, or raise unless it is an integer, not a bool, of 64 bits and at least `least`.
+    """Return `value` as an int, or raise unless it is a 64-bit integer of at least `least` and not a bool.
 
     Raises:
-        TypeError: `value` is no integer.
+        TypeError: `value` is not an integer.
         ValueError: `value` is below `least`, or does not fit in 64 bits.
     """
     is_int = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
@@ -210,8 +210,8 @@ def _check_positions(
     """Check `values`, (B, T, axis) or (N, axis), and the labels and boundaries of its positions."""
     if isinstance(values, Tensor) and values.is_nested:
         raise ValueError(
-            f"{name} must be no nested tensor: pass its values, (N, {axis}), and its offsets as cu_seqlens of "
-            f"the functions of sequences; got {describe(values)}"
+            f"{name} must not be a nested tensor: pass its values, (N, {axis}), and its offsets as cu_seqlens, to "
+            f"a function that takes sequences; got {describe(values)}"
         )
     check_tensor(name, values, FLOATING, f"a fp16, bf16, fp32 or fp64 tensor (B, T, {axis}) or (N, {axis})")
     check_tensor("labels", labels, INTEGER, f"an int64 or int32 tensor of {name}'s shape without {axis}")
@@ -223,7 +223,7 @@ def _check_positions(
     if labels.shape != (values.shape[1:2] if packed and values.shape[0] == 1 else values.shape[:-1]):
         raise ValueError(
             f"labels must have {name}'s shape without {axis}, {tuple(values.shape[:-1])} "
-            f"(aligned with input_ids: the shift is made inside); got {describe(labels)}"
+            f"(aligned with input_ids: the function shifts the labels itself); got {describe(labels)}"
         )
     check_same_device("labels", labels, name, values)
     if cu_seqlens is not None:
@@ -235,7 +235,8 @@ def _check_positions(
                 f"with cu_seqlens, {name} must be packed, (N, {axis}) or (1, N, {axis}); got {describe(values)}"
             )
         check_same_device("cu_seqlens", cu_seqlens, name, values)
-        # Of the values' checks the one that needs none: no position is of a sequence there.
+        # A single boundary leaves no sequence for the positions. This is the only check of the boundaries that
+        # does not read their values.
         if cu_seqlens.shape[0] == 1 and labels.shape[-1] > 0:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the number of tokens, {labels.shape[-1]}; got {describe(cu_seqlens)}"
@@ -243,13 +244,13 @@ def _check_positions(
 
 
 def check_logits(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *, sharded: bool = False) -> None:
-    """Check what `token_logprobs` and `sequence_logprobs` are given.
+    """Check the arguments of `token_logprobs` and `sequence_logprobs`.
 
     Args:
         logits: (B, T, V) or (N, V), any strides, fp16, bf16, fp32 or fp64.
         labels: int64 or int32, of logits' shape without V. Packed logits (1, N, V) also take labels (N,).
         cu_seqlens: None, or (S+1,) int32 or int64.
-        sharded: the logits are a rank's part of the vocabulary, which may be none of it.
+        sharded: whether the logits are a rank's part of the vocabulary, which may be empty.
 
     Raises:
         TypeError: a wrong dtype.
@@ -268,7 +269,7 @@ def check_transform(temperature: object, logit_scale: object, softcap: object) -
 
 
 def check_scoring(ignore_index: object, shift: object) -> int:
-    """Check how labels are read, and return `ignore_index` as an int."""
+    """Check `ignore_index` and `shift`, and return `ignore_index` as an int."""
     check_bool("shift", shift)
     return check_int("ignore_index", ignore_index)
 
@@ -278,34 +279,16 @@ def check_ld(ld_alpha: float | None, shared_lengths: Tensor | None) -> float | N
     ld_alpha = None if ld_alpha is None else check_finite("ld_alpha", ld_alpha)
     if shared_lengths is None:
         return ld_alpha
-    check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length a sequence")
+    check_tensor("shared_lengths", shared_lengths, INTEGER, "an int64 or int32 tensor, one length per sequence")
     if ld_alpha is None:
-        raise ValueError(f"shared_lengths is LD-DPO's and needs ld_alpha; got {describe(shared_lengths)} and no alpha")
+        raise ValueError(f"shared_lengths needs ld_alpha (LD-DPO); got {describe(shared_lengths)} and ld_alpha=None")
     return ld_alpha
 
 
-def check_labels(targets: Tensor, scored: Tensor, vocabulary: int) -> None:
-    """Raise `IndexError`, naming the first position, where a scored target is not in [0, vocabulary). Reads values."""
-    bad = scored & ((targets < 0) | (targets >= vocabulary))
-    if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"label {int(targets[position])} at scored position {list(position)} is outside "
-            f"[0, {vocabulary}) and is not ignore_index"
-        )
-
-
-def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise `ValueError` unless `cu_seqlens` rises from 0 to `tokens`. Reads values."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {bounds}")
-
-
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for tensors of `device`."""
-    # Not torch.amp.is_autocast_available, which Dynamo cannot trace before torch 2.12. Of the devices where fastpref
-    # runs, meta alone has no autocast.
+    """Return whether autocast is on for tensors of `device`."""
+    # Dynamo cannot trace torch.amp.is_autocast_available before torch 2.12. Of the devices that fastpref runs on, only
+    # meta has no autocast.
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -313,7 +296,7 @@ def check_linear(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, *,
     prefix: str = "", sharded: bool = False,
 ) -> None:  # fmt: skip
-    """Check what `linear_token_logprobs` and `linear_sequence_logprobs` are given.
+    """Check the arguments of `linear_token_logprobs` and `linear_sequence_logprobs`.
 
     Args:
         hidden: (B, T, H) or (N, H), any strides, fp16, bf16, fp32 or fp64.
@@ -321,8 +304,8 @@ def check_linear(
         labels: int64 or int32, of hidden's shape without H. Packed hidden states (1, N, H) also take labels (N,).
         bias: None, or (V,), of hidden's dtype.
         cu_seqlens: None, or (S+1,) int32 or int64.
-        prefix: what the caller's names of hidden, weight and bias begin with.
-        sharded: the weight is a rank's part of the vocabulary, which may be none of it.
+        prefix: the prefix of the caller's names of hidden, weight and bias.
+        sharded: whether the weight is a rank's part of the vocabulary, which may be empty.
 
     Raises:
         TypeError: a wrong dtype.
@@ -344,7 +327,7 @@ def check_linear(
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, FLOATING, f"a floating-point tensor (V,) of {of}'s dtype")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{prefix}bias must be (V,), one a row of weight, {weight.shape[0]}; got {describe(bias)}")
+            raise ValueError(f"{prefix}bias must be (V,), V = {weight.shape[0]} as in weight; got {describe(bias)}")
         parameters[f"{prefix}bias"] = bias
     dtypes = {hidden.dtype, *(value.dtype for value in parameters.values())}
     cast = autocasts(hidden.device) and torch.float64 not in dtypes
@@ -355,7 +338,7 @@ def check_linear(
 
 
 def check_scored_rows(scored_rows: object, sequences: int) -> tuple[int | None, list[int] | None]:
-    """Check `scored_rows`. Return the number of rows, and that of each sequence, None where they are not given."""
+    """Check `scored_rows`. Return the number of rows of the batch and of each sequence; each is None if not given."""
     if scored_rows is None:
         return None, None
     if is_sequence(scored_rows):
@@ -374,7 +357,7 @@ def check_scored_rows(scored_rows: object, sequences: int) -> tuple[int | None, 
 
 
 def check_mode(mode: object, chunk_rows: object, filter_eps: object) -> tuple[int | None, float | None]:
-    """Check `mode`, `chunk_rows` and `filter_eps`. Return the last two, as an int and a float unless None."""
+    """Check `mode`, `chunk_rows` and `filter_eps`. Return the last two as an int and a float, or None."""
     check_choice("mode", mode, MODES)
     rows = None if chunk_rows is None else check_int("chunk_rows", chunk_rows, least=1)
     if filter_eps is None:

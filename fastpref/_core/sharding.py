@@ -1,4 +1,4 @@
-"""Who holds what of a vocabulary that is split over ranks: a process group and plain tensors, or DTensors."""
+"""Find which part of a vocabulary each rank holds, from a process group and plain tensors, or from DTensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref._checks import describe
-from fastpref._function import has_values
+from fastpref._core.autograd import has_values
+from fastpref._core.checks import describe
 
 SAMPLES = 4096
-# Groups whose ranks were once seen to give the same: whether of logits' labels (True), or of hidden states (False).
+# The groups whose ranks have been checked to pass the same labels of logits (True), or the same hidden states (False).
 _replicated: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
 
 
@@ -24,7 +24,7 @@ class Shard(NamedTuple):
     Attributes:
         group: the ranks that hold the parts, in order.
         bounds: int64 (2,) on the operands' device: the first column here, and the number of all columns.
-        largest: the most columns of a rank; a tensor where only the ranks together know it.
+        largest: the most columns of any rank; a tensor if only the ranks together know it.
     """
 
     group: Any
@@ -33,22 +33,22 @@ class Shard(NamedTuple):
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether it is a DTensor, without importing what DTensors are where nobody else has."""
+    """Return whether a value is a DTensor, without importing the module, because no DTensor exists before that."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def whole(value: Any) -> Any:
-    """All of a DTensor, on every rank; anything else as it is."""
+    """Return the whole tensor of a DTensor, on every rank, and any other value as it is."""
     return value.full_tensor() if is_dtensor(value) else value
 
 
 def resolve_group(process_group: Any) -> Any:
-    """The process group that a group or a one-dimensional device mesh stands for.
+    """Return a process group as it is, or the group of a one-dimensional device mesh.
 
     Raises:
-        TypeError: neither.
-        ValueError: a mesh of more dimensions, or this rank is not of the group.
+        TypeError: `process_group` is neither.
+        ValueError: the mesh has more dimensions, or this rank is not in the group.
     """
     group = process_group
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -63,33 +63,33 @@ def resolve_group(process_group: Any) -> Any:
             )
         group = group.get_group()
     if dist.get_rank(group) < 0:
-        raise ValueError("this rank is not of process_group: only those that hold a part of the vocabulary may call")
+        raise ValueError("this rank is not in process_group: only ranks that hold a part of the vocabulary may call")
     return group
 
 
 def _of_group(columns: int, device: torch.device, process_group: Any) -> Shard:
     group = resolve_group(process_group)
-    own = torch.full((1,), columns, dtype=torch.int64, device=device)  # filled there, not copied: a copy waits
+    own = torch.full((1,), columns, dtype=torch.int64, device=device)  # filled on the device: a copy would wait
     sizes = own.new_empty(dist.get_world_size(group))
-    # Its name from torch 2.13 on, and before.
+    # The first name exists from torch 2.13 on, the second before.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(sizes, own, group=group)
     return Shard(group, torch.stack([sizes[: dist.get_rank(group)].sum(), sizes.sum()]), sizes.max())
 
 
 def _of_dtensor(name: str, value: Any, axis: int, device: torch.device) -> tuple[Shard, int] | tuple[None, None]:
-    """The shard that a DTensor's placements are, and over which dimension of its mesh; None where it is whole."""
+    """Return this rank's shard of a DTensor, and the mesh dimension that splits it; None for each if it is whole."""
     mesh, placements = value.device_mesh, value.placements
     if mesh.get_coordinate() is None:
-        raise ValueError(f"this rank is not of {name}'s mesh, {mesh}: only the ranks of the mesh may call")
+        raise ValueError(f"this rank is not in {name}'s mesh, {mesh}: only the ranks of the mesh may call")
     split = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     if not split:
         return None, None
     module = sys.modules["torch.distributed.tensor"]
     if len(split) > 1 or type(placements[split[0]]) is not module.Shard or placements[split[0]].dim != axis:
         raise ValueError(
-            f"{name} must be split over one dimension of its mesh, by the vocabulary: placements that are "
-            f"Shard({axis}) once and Replicate() else; got {placements} on {mesh}. Redistribute it, or, if a "
+            f"{name} must be split over one dimension of its mesh, by the vocabulary: one placement "
+            f"Shard({axis}) and the others Replicate(); got {placements} on {mesh}. Redistribute it, or, if a "
             "data-parallel wrapper has sharded it, score inside the wrapped module's forward, where it is whole "
             "(fastpref.attach)"
         )
@@ -102,7 +102,7 @@ def _of_dtensor(name: str, value: Any, axis: int, device: torch.device) -> tuple
 
 
 def _gathered(name: str, value: Any, mesh: Any, dim: int | None) -> Any:
-    """What of a DTensor lies here once it is the same on all ranks of a mesh's dimension; other values as they are."""
+    """Return a DTensor's local tensor after replicating it over a mesh dimension, and any other value as it is."""
     if not is_dtensor(value):
         return value
     if value.device_mesh != mesh:
@@ -112,23 +112,23 @@ def _gathered(name: str, value: Any, mesh: Any, dim: int | None) -> Any:
         placements[dim] = sys.modules["torch.distributed.tensor"].Replicate()
     if not all(placement.is_replicate() for placement in placements):
         raise ValueError(
-            f"{name} must be the same over all dimensions of the mesh but the vocabulary's; got {value.placements} on "
-            f"{mesh}: where a dimension shares out the batch, distribute the head over the other one alone"
+            f"{name} must be replicated over all dimensions of the mesh but the vocabulary's; got {value.placements} "
+            f"on {mesh}: if a dimension splits the batch, distribute the head over the other dimension only"
         )
     return value.redistribute(placements=placements).to_local(grad_placements=placements)
 
 
 def _check_shared(name: str, value: Any, mesh: Any, dim: int | None, of: str) -> None:
-    """A plain tensor beside a DTensor on a mesh: the same on all its ranks, as far as the mesh is the vocabulary's."""
+    """Raise `ValueError` for a plain tensor beside a DTensor if its mesh has ranks besides the vocabulary's group."""
     if not is_dtensor(value) and mesh.size() > (1 if dim is None else mesh.size(dim)):
         raise ValueError(
-            f"{name} is a plain tensor, and {of} on {mesh}: whether its ranks share the rows, or have rows of their "
-            f'own, is not said. Have {of} on one dimension, such as mesh["tp"], or make {name} a DTensor'
+            f"{name} is a plain tensor, and {of} on {mesh}: it is unclear whether the ranks share the rows or have "
+            f'rows of their own. Put {of} on one dimension, such as mesh["tp"], or make {name} a DTensor'
         )
 
 
 def _samples(values: Tensor) -> Tensor:
-    """As many values of a tensor as of any other, float64, from all over it."""
+    """Return `SAMPLES` values, evenly spaced over a tensor of any size, in float64."""
     flat = values.detach().flatten()
     if not len(flat):
         return flat.new_zeros(SAMPLES, dtype=torch.float64)
@@ -137,14 +137,14 @@ def _samples(values: Tensor) -> Tensor:
 
 
 def _check_replicated(shard: Shard, hidden: Tensor | None, labels: Tensor) -> None:
-    """Once for each group: every rank must give the same rows, or the sums of different ones are mixed."""
+    """Raise `ValueError` if the ranks of a group pass different rows. Each group is checked once."""
     if not has_values(labels):
         return
     kinds = _replicated.setdefault(shard.group, set())
     if (hidden is None) in kinds:
         return
     states = _samples(labels if hidden is None else hidden)
-    # Labels are compared as a sum that their order enters, and never differ by rounding.
+    # Labels are compared by a sum that depends on their order and has no rounding error.
     order = torch.arange(labels.numel(), device=labels.device) * 40503 + 1
     exact = torch.stack([(labels.flatten() * order).sum() % (1 << 31), order.new_tensor(labels.numel())]).double()
     values = torch.cat([exact, states])
@@ -152,10 +152,10 @@ def _check_replicated(shard: Shard, hidden: Tensor | None, labels: Tensor) -> No
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=shard.group)
     highest, lowest = extremes.chunk(2)
     apart = highest + lowest
-    # Rounding is a share of each value; other rows, or another dropout, differ by a share of all.
+    # Rounding changes each value by a small share; other rows, or another dropout, change all values by a large one.
     if (apart[:2] > 0).any() or apart[2:].mean() > 0.05 * torch.maximum(highest, lowest)[2:].mean():
         raise ValueError(
-            "every rank of the vocabulary's group must give the same rows, and labels, and these differ from rank to "
+            "every rank of the vocabulary's group must pass the same rows and labels, and these differ from rank to "
             "rank. Where each rank has a batch of its own, as under FSDP2, whose weights are DTensors too, score "
             "inside the wrapped module's forward, where the weight is whole (fastpref.attach); where each has a part "
             "of the sequence, gather the sequence first"
@@ -163,15 +163,15 @@ def _check_replicated(shard: Shard, hidden: Tensor | None, labels: Tensor) -> No
     kinds.add(hidden is None)
 
 
-def resolve_head(
+def local_head(
     hidden: Any, weight: Any, bias: Any, labels: Any, process_group: Any
 ) -> tuple[Any, Any, Any, Any, Shard | None]:
-    """Plain tensors for what may be DTensors, and which part of the vocabulary the weight here is, None for all.
+    """Return plain tensors for tensors that may be DTensors, and this rank's shard of the vocabulary, or None.
 
-    A hidden state that is split over the vocabulary's ranks is gathered; its gradient is taken apart again.
+    Hidden states that are split over the vocabulary's ranks are gathered, and their gradient is split again.
 
     Raises:
-        TypeError: `process_group` is none.
+        TypeError: `process_group` is neither a group nor a mesh.
         ValueError: placements that are not a split of the vocabulary; ranks whose hidden states differ.
     """
     if not is_dtensor(weight):
@@ -206,10 +206,8 @@ def resolve_head(
     return hidden, weight, bias, labels, shard
 
 
-def resolve_logits(
-    logits: Any, labels: Any, process_group: Any, inplace: bool = False
-) -> tuple[Any, Any, Shard | None]:
-    """`resolve_head` for logits (..., V) split by their last dimension."""
+def local_logits(logits: Any, labels: Any, process_group: Any, inplace: bool = False) -> tuple[Any, Any, Shard | None]:
+    """Return plain logits (..., V) and labels, and this rank's shard of the vocabulary, as `local_head` does."""
     if not is_dtensor(logits):
         if is_dtensor(labels):
             raise ValueError("labels are a DTensor and logits are not: pass labels.to_local()")
@@ -220,10 +218,10 @@ def resolve_logits(
         if process_group is not None:
             raise ValueError("logits are a DTensor, whose mesh says which ranks share the vocabulary: no process_group")
         if inplace:
-            # A DTensor has a version counter of its own, which nothing that is written to its parts moves.
+            # A DTensor has a version counter of its own, and writing to its local tensor does not advance it.
             raise ValueError(
-                "inplace_backward=True writes over plain logits; got a DTensor, of which a later use would not be "
-                "noticed: pass inplace_backward=False"
+                "inplace_backward=True writes over plain logits; got a DTensor, whose later use would not raise "
+                "an error: pass inplace_backward=False"
             )
         shard, dim = _of_dtensor("logits", logits, logits.dim() - 1, logits.device)
         _check_shared("labels", labels, logits.device_mesh, dim, "the logits")

@@ -1,0 +1,1 @@
+"""Code that the public functions share: argument checks, sequences, results, autograd and vocabulary shards."""
