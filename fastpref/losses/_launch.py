@@ -1,4 +1,4 @@
-"""The one place that asks a device for a fused launch of a loss on (B,) tensors."""
+"""Choose between a fused launch and the reference formula for a loss on (B,) tensors, and run the launch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref._function import apply, enter, once_differentiable
+from fastpref._core.autograd import apply, enter, once_differentiable
 from fastpref_kernels import ops
 
 
-def fused(tensor: Any) -> bool:
-    """Whether a loss of this tensor runs as one launch; if not, the reference formula is what runs."""
-    return isinstance(tensor, Tensor) and ops.fuses_losses(tensor.device)
+def fused(tensor: Tensor) -> bool:
+    """Return whether a loss of this tensor runs as one launch instead of the reference formula."""
+    return ops.fuses_losses(tensor.device)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """An operator that returns its loss and, beside it, the loss's partial derivatives.
+    """Run an operator that returns a loss, its partial derivatives, and other values that it reports.
 
-    Of a loss of (B,) tensors the partial derivatives are (n, B), by the first n tensors; of one of (B, K) tensors they
-    are (B, K), by the first.
+    For a loss of (B,) tensors, the partial derivatives are (n, B), with respect to the first n tensors. For a loss of
+    (B, K) tensors, they are (B, K), with respect to the first tensor.
     """
 
     @staticmethod
@@ -51,6 +51,13 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def launch(operator: str, reduction: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Run `fastpref::operator`; returns (loss, *whatever it reports beside the loss), without the derivatives."""
+    """Run `fastpref::operator`, and return the loss and the other values that the operator reports.
+
+    Args:
+        operator: the operator's name.
+        reduction: "none", "sum" or "mean".
+        tensors: the operator's tensors. The loss is differentiable with respect to the first of them.
+        options: the operator's other arguments, without the reduction.
+    """
     loss, _, *rest = apply(_FusedLoss, operator, (*options, reduction), *enter(*tensors))
     return (loss, *rest)

@@ -1,32 +1,32 @@
-"""Every loss, once: what tests, benchmarks and the documentation enumerate."""
+"""The tables of all losses, which tests, benchmarks and the documentation iterate over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastpref.losses import examples, preference, reward, rlhf
-from fastpref.losses.examples import Example
+from fastpref.losses import preference, reward, rlhf
 from fastpref.reference.losses import preference as reference_preference
 from fastpref.reference.losses import reward as reference_reward
 from fastpref.reference.losses import rlhf as reference_rlhf
 from fastpref.reference.losses.loss_types import LOSS_TYPES, LossType
 
+if TYPE_CHECKING:
+    from fastpref.testing.examples import Example
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One function.
+    """One row of a table: a function, and its description.
 
     Attributes:
-        name: its name, and its `loss_type` where a function has several.
+        name: the name of the function, and its `loss_type` where it has several.
         function: the public function.
         reference: its definition in plain PyTorch.
-        formula: what it computes of one element, as text.
-        paper: where it comes from, an arXiv id.
-        meaning: one line for a reader who knows none of them.
-        example: (generator, B) -> float64 arguments and keyword arguments of one typical call; the floating-point
-            tensors among the positional ones are differentiable, but those that the function takes as constants.
+        formula: the formula of one element, as text.
+        paper: the arXiv id of its paper.
+        meaning: one line for a reader who knows none of the losses.
     """
 
     name: str
@@ -35,7 +35,18 @@ class Entry:
     formula: str
     paper: str
     meaning: str
-    example: Example
+
+    @property
+    def example(self) -> Example:
+        """Return a function that takes a generator and B, and draws the arguments of a typical call.
+
+        It returns positional and keyword arguments in float64. The floating-point tensors among the positional ones are
+        differentiable, except those that the loss takes as constants.
+        """
+        # This is imported here, because `import fastpref` must not load test data.
+        from fastpref.testing.examples import EXAMPLES
+
+        return EXAMPLES[self.name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +56,9 @@ class Loss(Entry):
     Attributes:
         operator: the operator `fastpref::operator` that computes it in one launch on a GPU.
         options: the keyword arguments that select this row.
-        derivative: its partial derivatives, as text.
-        takes: the options that enter the formula, beside those every such function has.
-        mixes: whether an element's loss depends on others of its batch, or on an estimate made of it.
+        derivative: the partial derivatives, as text.
+        takes: the options that enter the formula, besides those that every such function has.
+        mixes: whether an element's loss depends on other elements of its batch, or on an estimate from the batch.
     """
 
     operator: str
@@ -60,7 +71,7 @@ class Loss(Entry):
 def _preference_row(kind: LossType) -> Loss:
     options: dict[str, Any] = {"loss_type": kind.name}
     if kind.name == "exo_pair":
-        options["label_smoothing"] = 0.1  # the one type that is not defined without
+        options["label_smoothing"] = 0.1  # the only type that is not defined at 0
     return Loss(
         name=f"dpo_loss:{kind.name}",
         function=preference.dpo_loss,
@@ -73,7 +84,6 @@ def _preference_row(kind: LossType) -> Loss:
         mixes=kind.mixes_pairs or kind.likelihood,
         paper=kind.paper,
         meaning=kind.meaning,
-        example=examples.pair_logps if kind.reference else examples.policy_logps,
     )
 
 
@@ -89,8 +99,7 @@ TABLE: tuple[Loss, ...] = (
         takes=("kl", "desirable_weight", "undesirable_weight"),
         mixes=True,
         paper="2402.01306",
-        meaning="KTO: answers known to be good or bad, without pairs, as gains and losses from a reference point",
-        example=examples.unpaired_logps,
+        meaning="KTO: unpaired answers labelled good or bad, as gains and losses relative to a reference point",
     ),
     Loss(
         name="pairwise_reward_loss",
@@ -101,8 +110,7 @@ TABLE: tuple[Loss, ...] = (
         derivative="∂chosen = 2c(chosen + rejected) − σ(−u), ∂rejected = 2c(chosen + rejected) + σ(−u)",
         takes=("margin", "center_weight"),
         paper="2009.01325",
-        meaning="reward model from pairs (Bradley–Terry), with a margin and a pull towards 0",
-        example=examples.pair_rewards,
+        meaning="trains a reward model on pairs (Bradley–Terry), with a margin and a penalty that centers rewards at 0",
     ),
     Loss(
         name="best_of_k_loss",
@@ -112,8 +120,7 @@ TABLE: tuple[Loss, ...] = (
         formula="−log softmax(rewards)[best]",
         derivative="∂r_j = softmax(rewards)_j − 1[j = best]",
         paper="1909.08593",
-        meaning="reward model from the best of K answers",
-        example=examples.best_of_four,
+        meaning="trains a reward model to select the best of K answers",
     ),
     Loss(
         name="ranking_loss",
@@ -124,8 +131,7 @@ TABLE: tuple[Loss, ...] = (
         derivative="∂r_k = 1/P·[Σ_i σ(r_k − r_i) − Σ_j σ(r_j − r_k)], over i better and j worse than k",
         takes=("mask",),
         paper="2203.02155",
-        meaning="reward model from a ranking of K answers, all pairs of a prompt together",
-        example=examples.rankings,
+        meaning="trains a reward model on all pairs of a ranking of K answers",
     ),
     Loss(
         name="plackett_luce_loss",
@@ -136,13 +142,12 @@ TABLE: tuple[Loss, ...] = (
         derivative="∂r_k = Σ_{i not below k} exp(r_k)/Σ_{j≥i} exp r_(j) − 1",
         takes=("mask",),
         paper="2305.18290",
-        meaning="reward model from a ranking as a whole: each answer chosen from those left",
-        example=examples.orders,
+        meaning="trains a reward model on a whole ranking: each answer in turn is chosen from the remaining ones",
     ),
 )
 
 
-def _rlhf_row(function: Callable[..., Any], example: Example, formula: str, paper: str, meaning: str) -> Entry:
+def _rlhf_row(function: Callable[..., Any], formula: str, paper: str, meaning: str) -> Entry:
     return Entry(
         name=function.__name__,
         function=function,
@@ -150,58 +155,50 @@ def _rlhf_row(function: Callable[..., Any], example: Example, formula: str, pape
         formula=formula,
         paper=paper,
         meaning=meaning,
-        example=example,
     )
 
 
 RLHF: tuple[Entry, ...] = (
     _rlhf_row(
         rlhf.kl_shaped_rewards,
-        examples.shaped_rewards,
         "r_t = −c·k_t, plus the score at the last token; k_t = d, d²/2 or e^{−d} − 1 + d, d = log π − log π_ref",
         "1909.08593",
-        "the reward model's score, less the price of leaving the reference",
+        "subtracts a KL penalty against the reference from the reward model's score",
     ),
     _rlhf_row(
         rlhf.gae,
-        examples.token_values,
         "A_t = δ_t + γλA_{t+1}, δ_t = r_t + γV_{t+1} − V_t",
         "1506.02438",
-        "what a token was worth beyond what its value said",
+        "generalized advantage estimation: how much better a token was than its value estimate",
     ),
     _rlhf_row(
         rlhf.masked_whiten,
-        examples.whitened,
         "(x − μ)/√(σ² + 1e-8)",
         "1909.08593",
-        "advantages of mean 0 and variance 1",
+        "shifts and scales advantages to mean 0 and variance 1",
     ),
     _rlhf_row(
         rlhf.ppo_policy_loss,
-        examples.policy_step,
         "max(−Aρ, −A·clip(ρ, 1 − low, 1 + high)), with dual_clip=c at most −A·c where A < 0; ρ = π/π_old",
         "1707.06347",
-        "the policy's gradient, until a token has moved far enough",
+        "PPO's policy loss: no gradient once the advantage has moved a token's ratio out of the clip range",
     ),
     _rlhf_row(
         rlhf.ppo_value_loss,
-        examples.value_step,
         "½·max((v − R)², (clip(v, v_old ± ε) − R)²)",
         "1909.08593",
-        "a value head fitted to the returns, ε a step at the most",
+        "fits a value head to the returns, and clips the change of a value at ε",
     ),
     _rlhf_row(
         rlhf.ppo_loss,
-        examples.ppo_step,
         "policy loss + c·value loss",
         "1909.08593",
-        "both, for a trunk that they share",
+        "the sum of both losses, for a policy and a value head that share a trunk",
     ),
     _rlhf_row(
         rlhf.ptx_loss,
-        examples.pretraining,
         "−γ·log π(x_t)",
         "2203.02155",
-        "pretraining's likelihood, so that PPO forgets less (PPO-ptx)",
+        "negative log-likelihood of pretraining data, so that PPO forgets less (PPO-ptx)",
     ),
 )

@@ -1,6 +1,7 @@
-"""Every public function stated in plain PyTorch: same name, same signature, differentiable, exact in float64.
+"""The public functions in plain PyTorch: same names, same signatures, differentiable, exact in float64.
 
-These are the definitions that every kernel is checked against, and what to read to learn what a function computes.
+Every kernel is checked against these definitions. Read them to learn what a function computes. They import nothing else
+from fastpref, and check only what a formula needs.
 """
 
 from fastpref.reference.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs

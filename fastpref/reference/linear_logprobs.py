@@ -1,8 +1,8 @@
 """Log-probs from hidden states and the head's weight: the definition in plain PyTorch.
 
-The logits are a float32 (float64 for float64) product of widened operands, never rounded before the log-sum; what
-follows is `fastpref.reference`'s own log-probs of them. It materialises those logits:
-`fastpref.linear_token_logprobs` computes the same numbers without them.
+The logits are a float32 (float64 for float64) product of widened operands, never rounded before the log-sum. The
+functions of `fastpref.reference` then compute log-probs from these logits. `fastpref.linear_token_logprobs` computes
+the same numbers without whole logits.
 """
 
 from __future__ import annotations
@@ -14,54 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref._checks import (
-    REDUCTIONS,
-    autocasts,
-    check_choice,
-    check_ld,
-    check_linear,
-    check_mode,
-    check_scored_rows,
-    check_scoring,
-    check_transform,
-)
-from fastpref._results import LINEAR_STATISTICS, check_stats, result_type
-from fastpref.reference.distributed import whole_head
-from fastpref.reference.logprobs import (
-    count_sequences,
-    scored_targets,
-    sequence_lengths,
-    sequence_logprobs,
-    token_logprobs,
-)
+from fastpref.reference.gather import gather, whole
+from fastpref.reference.logprobs import STATISTICS, check_names, sequence_logprobs, token_logprobs
+from fastpref.reference.results import result_type
+from fastpref.reference.sequences import number_sequences, score
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in autocast's dtype where it is on, which leaves float64 alone; as they are where it is not."""
-    if not autocasts(hidden.device) or hidden.dtype == torch.float64:
+    """Return the operands in autocast's dtype if it is on; it does not change float64."""
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def check_room(scored_rows: object, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool) -> None:
-    """Raise `ValueError` where more labels are scored than `scored_rows` says, if it is given. Reads values."""
-    sequences = count_sequences(labels, cu_seqlens)
-    total, of_sequences = check_scored_rows(scored_rows, sequences)
-    if total is None:
-        return
-    rows = labels[None] if labels.dim() == 1 else labels
-    _, scored = scored_targets(rows, cu_seqlens, ignore_index=ignore_index, shift=shift)
-    found = sequence_lengths(scored, cu_seqlens, sequences).tolist()
-    if sum(found) > total or any(have > room for have, room in zip(found, of_sequences or (), strict=False)):
-        raise ValueError(
-            f"scored_rows must be no fewer than the labels that are scored, {sum(found)}, by sequence {found}; "
-            f"got {scored_rows}"
-        )
-
-
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scored: Tensor) -> Tensor:
-    """hidden @ weight.T + bias where scored, 0 elsewhere.
+    """Return hidden @ weight.T + bias where scored, and 0 elsewhere.
 
     Args:
         hidden: (..., T, H).
@@ -80,25 +48,30 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scored: T
     return z.new_zeros(*scored.shape, weight.shape[0]).masked_scatter(scored[..., None], z)
 
 
-def _logprobs(
-    function: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, stats: tuple[str, ...],
-    cu_seqlens: Tensor | None, *, ignore_index: int, shift: bool, **options: Any,
-) -> Any:  # fmt: skip
-    """`function`, one of the two of `fastpref.reference.logprobs`, on the logits, with "dropped_mass" added."""
-    names = check_stats(stats, LINEAR_STATISTICS)
-    _, kept = scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)
+def _of_hidden(
+    logprobs: Any,
+    head: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    stats: tuple[str, ...],
+    **labeling: Any,
+) -> Any:
+    """Apply `logprobs`, a function of logits and labels, to the logits of (hidden, weight, bias)."""
+    check_names(stats, (*STATISTICS, "dropped_mass"))
+    numbers, _ = number_sequences(labels, cu_seqlens)
+    _, scored_positions, _ = score(labels, numbers, **labeling)
     scored = torch.zeros_like(labels, dtype=torch.bool)
-    scored[..., : kept.shape[-1]] = kept
-    hidden, weight, bias = autocast_operands(hidden, weight, bias)
+    scored[..., : scored_positions.shape[-1]] = scored_positions
+    hidden, weight, bias = autocast_operands(*head)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = linear_logits(hidden.reshape(*labels.shape, hidden.shape[-1]), weight, bias, scored)
-        wanted = tuple(name for name in names if name != "dropped_mass")
-        result = function(logits, labels, ignore_index=ignore_index, shift=shift, stats=wanted, **options)
-    if not names:
+        of_logits = tuple(name for name in stats if name != "dropped_mass")
+        result = logprobs(logits, labels, stats=of_logits, **labeling)
+    if not stats:
         return result
-    found = result._asdict() if wanted else {"logprobs": result}
-    found["dropped_mass"] = logits.new_zeros(kept.shape)  # the definition leaves nothing out
-    return result_type(names)(*(found[name] for name in ("logprobs", *names)))
+    found = result._asdict() if of_logits else {"logprobs": result}
+    found["dropped_mass"] = logits.new_zeros(scored_positions.shape)  # the definition leaves nothing out
+    return result_type(tuple(stats))(*(found[name] for name in ("logprobs", *stats)))
 
 
 def linear_token_logprobs(
@@ -119,21 +92,18 @@ def linear_token_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
 ) -> Any:
-    """`fastpref.linear_token_logprobs` in plain PyTorch.
+    """Compute `fastpref.linear_token_logprobs` in plain PyTorch.
 
-    `mode`, `chunk_rows`, `filter_eps` and `scored_rows` are checked and change nothing here: every gradient is exact,
-    as elsewhere an entropy's is with any `filter_eps`, and the statistic "dropped_mass" is 0.
+    `mode`, `chunk_rows`, `filter_eps` and `scored_rows` have no effect here: every gradient is exact, and the
+    statistic "dropped_mass" is 0.
+
+    Raises:
+        ValueError: an unknown statistic.
+        IndexError: a scored label outside [0, V).
     """
-    hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
-    check_linear(hidden, weight, labels, bias, None)
-    check_mode(mode, chunk_rows, filter_eps)
-    ignore_index = check_scoring(ignore_index, shift)
-    check_room(scored_rows, labels, None, ignore_index, shift)
-    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
-    return _logprobs(
-        token_logprobs, hidden, weight, labels, bias, stats, None, ignore_index=ignore_index, shift=shift,
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-    )  # fmt: skip
+    head = whole(hidden), gather(weight, 0, process_group), gather(bias, 0, process_group)
+    logprobs = partial(token_logprobs, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    return _of_hidden(logprobs, head, whole(labels), None, stats, ignore_index=ignore_index, shift=shift)
 
 
 def linear_sequence_logprobs(
@@ -158,22 +128,23 @@ def linear_sequence_logprobs(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
 ) -> Any:
-    """`fastpref.linear_sequence_logprobs` in plain PyTorch.
+    """Compute `fastpref.linear_sequence_logprobs` in plain PyTorch.
 
-    `mode`, `chunk_rows`, `filter_eps` and `scored_rows` are checked and change nothing here.
+    `mode`, `chunk_rows`, `filter_eps` and `scored_rows` have no effect here.
+
+    Raises:
+        ValueError: as `fastpref.reference.sequence_logprobs` does.
+        IndexError: a scored label outside [0, V).
     """
-    check_choice("reduction", reduction, REDUCTIONS[1:])
-    ld_alpha = check_ld(ld_alpha, shared_lengths)
-    hidden, weight, bias, labels = whole_head(hidden, weight, bias, labels, process_group)
-    check_linear(hidden, weight, labels, bias, cu_seqlens)
-    check_mode(mode, chunk_rows, filter_eps)
-    ignore_index = check_scoring(ignore_index, shift)
-    check_room(scored_rows, labels, cu_seqlens, ignore_index, shift)
-    temperature, logit_scale, softcap = check_transform(temperature, logit_scale, softcap)
-    function = partial(
-        sequence_logprobs, reduction=reduction, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, shared_lengths=shared_lengths
+    head = whole(hidden), gather(weight, 0, process_group), gather(bias, 0, process_group)
+    logprobs = partial(
+        sequence_logprobs,
+        reduction=reduction,
+        cu_seqlens=cu_seqlens,
+        ld_alpha=ld_alpha,
+        shared_lengths=shared_lengths,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
     )
-    return _logprobs(
-        function, hidden, weight, labels, bias, stats, cu_seqlens, ignore_index=ignore_index, shift=shift,
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-    )  # fmt: skip
+    return _of_hidden(logprobs, head, whole(labels), cu_seqlens, stats, ignore_index=ignore_index, shift=shift)

@@ -1,4 +1,4 @@
-"""Every `loss_type` of `dpo_loss`: its formula, its derivative, what it takes and where it comes from, each once."""
+"""The loss types of `dpo_loss`: formula, derivative, options and paper of each."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
-# Not frozen, which would make every call 3 µs slower.
+# The class is not frozen, because that would make every call 3 µs slower.
 @dataclass
 class Pairs:
-    """B pairs as a formula names them: (B,) tensors in float32 or float64, and scalars.
+    """B pairs in the letters of the formulas: (B,) tensors in float32 or float64, and scalars.
 
     Attributes:
-        w: log π(chosen|x), a sum over its tokens, or the mean where lengths are normalised.
-        l: the same of the rejected completion.
-        rw: log π_ref(chosen|x), likewise; 0 without a reference.
-        rl: the same of the rejected completion.
-        dw: Δw = w − rw, through the f-divergence, and then divided where lengths are normalised.
+        w: log π(chosen|x), summed over its tokens; their mean where lengths are normalised.
+        l: log π(rejected|x), summed or averaged as w is.
+        rw: log π_ref(chosen|x), summed or averaged as w is; 0 without a reference.
+        rl: log π_ref(rejected|x), likewise.
+        dw: Δw = w − rw under the f-divergence, then divided where lengths are normalised.
         dl: Δl = l − rl, likewise.
         h: Δw − Δl.
-        nll: −log π(chosen|x), scaled so that its mean over the pairs is that of `sft_reduction`; None where it is not
-            asked for.
-        margin: m, by which a pair should at least be apart, or None.
+        nll: −log π(chosen|x), scaled so that its mean over the pairs is the one that `sft_reduction` names; None where
+            no loss type needs it.
+        margin: m, the least gap that a pair should have, or None.
         beta: β.
         epsilon: ε, the label smoothing.
         delta: δ of `bco_pair`.
@@ -53,29 +53,29 @@ class Pairs:
 
     @property
     def u(self) -> Tensor:
-        """β·h − margin."""
+        """Return β·h − margin."""
         return self.beyond(self.h)
 
     def beyond(self, gap: Tensor) -> Tensor:
-        """β·gap − margin."""
+        """Return β·gap − margin."""
         return self.beta * gap if self.margin is None else self.beta * gap - self.margin
 
 
-@dataclass(frozen=True, eq=False)  # there is one of a name, and it keys caches
+@dataclass(frozen=True, eq=False)  # one instance per name, which is a key of caches
 class LossType:
     """One `loss_type`.
 
     Attributes:
-        name: what `loss_type` is called.
+        name: its name in `loss_type`.
         losses: pairs -> losses (B,).
         formula: the loss of one pair, as text; ℓ = log σ, u = βh − margin, h = Δw − Δl.
         derivative: its partial derivatives, as text.
-        paper: where it comes from, an arXiv id.
-        meaning: one line for a reader who knows none of them.
-        takes: options beside β that enter the formula; another one given is an error.
-        reference: whether the formula has the reference's log-probs in it.
-        normalized: whether log-probs are divided by their completions' lengths without being asked.
-        likelihood: whether it is the chosen completion's likelihood alone.
+        paper: the arXiv id of its paper.
+        meaning: one line for a reader who knows none of the loss types.
+        takes: the options beside β that enter the formula. `dpo_loss` refuses any other.
+        reference: whether the formula compares with the reference's log-probs.
+        normalized: whether the formula always divides log-probs by the completions' lengths.
+        likelihood: whether the loss is only the likelihood of the chosen completion.
         mixes_pairs: whether a pair's loss depends on other pairs.
     """
 
@@ -95,11 +95,13 @@ class LossType:
 def under_divergence(
     dw: Tensor, dl: Tensor, n_w: Tensor | None, n_l: Tensor | None, kind: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Δw, Δl and their difference under an f-divergence, each log-ratio divided by a length, if any, after it.
+    """Return Δw, Δl and their difference under an f-divergence, then divided by the lengths if they are given.
 
-    What stands in a log-ratio's place is f′(π/π_ref) (arXiv 2309.16240): Δ of `reverse_kl`, 1 − e^{−Δ} of `forward_kl`,
+    f′(π/π_ref) replaces a log-ratio (arXiv 2309.16240): Δ of `reverse_kl`, 1 − e^{−Δ} of `forward_kl`,
     log 2 + ℓ(Δ) of `js`, and (e^{(α−1)Δ} − 1)/(α−1) of `alpha`, which is Δ at α = 1.
     """
+    if kind not in F_DIVERGENCES:
+        raise ValueError(f"f_divergence must be one of {', '.join(map(repr, F_DIVERGENCES))}; got {kind!r}")
     rate = (0.0 if kind == "forward_kl" else alpha) - 1
     if kind == "js":
         dw, dl = (math.log(2) + F.logsigmoid(ratio) for ratio in (dw, dl))
@@ -107,11 +109,11 @@ def under_divergence(
         if n_w is not None and n_l is not None:
             dw, dl = dw / n_w, dl / n_l
         return dw, dl, dw - dl
-    # Held at the dtype's largest number: at an infinite log-ratio a loss may be 0, and a gradient 0 times infinity.
+    # Clamp at the dtype's largest number: at an infinite log-ratio a loss may be 0, and its gradient 0 times infinity.
     largest = math.log(torch.finfo(dw.dtype).max) + min(math.log(abs(rate)), 0.0) - 1e-3
     a, b = rate * dw, rate * dl
     x, y = (torch.expm1(t.clamp(max=largest)) / rate for t in (a, b))
-    # Where both are held, which of them is larger is in their exponents.
+    # Where both are clamped, their exponents tell which one is larger.
     ahead = a - b
     if n_w is not None and n_l is not None:
         x, y, ahead = x / n_w, y / n_l, ahead - torch.log(n_w / n_l)
@@ -121,15 +123,15 @@ def under_divergence(
 
 
 def smoothed(u: Tensor, epsilon: float) -> Tensor:
-    """−(1−ε)ℓ(u) − εℓ(−u)."""
+    """Return −(1−ε)ℓ(u) − εℓ(−u)."""
     losses = -F.logsigmoid(u)
-    # Left out at ε = 0, where ℓ(−u) may be −inf.
+    # The second term is left out at ε = 0, where ℓ(−u) may be −inf.
     return (1 - epsilon) * losses - epsilon * F.logsigmoid(-u) if epsilon else losses
 
 
 def log_odds(x: Tensor) -> Tensor:
-    """log(p/(1−p)) of x = log p ≤ 0; at p = 1 that of the largest p whose complement the dtype can still hold."""
-    # In value alone: the gradient at p = 1 is the limit.
+    """Return log(p/(1−p)) for x = log p ≤ 0. p = 1 is replaced by the largest p whose complement the dtype can hold."""
+    # Only the value is replaced: the gradient at p = 1 is the limit.
     nearest = -torch.finfo(x.dtype).tiny
     x = torch.where(x > nearest, x + (nearest - x).detach(), x)
     near = x > -math.log(2)
@@ -160,7 +162,7 @@ def _nca(p: Pairs) -> Tensor:
 
 
 def _discopop(p: Pairs) -> Tensor:
-    # m·exp(−u) as one exponential: apart, one is 0 where the other is infinite.
+    # m·exp(−u) is computed as one exponential: of two separate factors, one may be 0 where the other is infinite.
     return -torch.sigmoid(-p.u / p.tau) * F.logsigmoid(p.u) + torch.exp(F.logsigmoid(p.u / p.tau) - p.u)
 
 
@@ -183,7 +185,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−(1−ε)ℓ(u) − εℓ(−u)",
             derivative=_BY_U_SMOOTHED,
             paper="2305.18290",
-            meaning="DPO: the chosen completion gains on the rejected one, against a reference; ε doubts the labels",
+            meaning="DPO: the chosen log-ratio should exceed the rejected one; ε smooths the labels",
             takes=_OF_U | _SMOOTHED,
         ),
         LossType(
@@ -192,7 +194,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="[−(1−ε)ℓ(u) + εℓ(−u)]/(1−2ε)",
             derivative="∂u = −[(1−ε)σ(−u) + εσ(u)]/(1−2ε)",
             paper="2403.00409",
-            meaning="DPO whose expectation is right when a share ε < ½ of the labels is flipped",
+            meaning="Robust DPO: an unbiased estimate of DPO if a share ε < ½ of the labels is flipped",
             takes=_OF_U | _SMOOTHED,
         ),
         LossType(
@@ -201,7 +203,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="max(0, 1 − u)",
             derivative="∂u = −1 where u < 1, else 0",
             paper="2305.10425",
-            meaning="SLiC's hinge on DPO's reward gap: pairs that are far enough apart rest",
+            meaning="SLiC: a hinge loss on DPO's reward margin; pairs with u ≥ 1 have no gradient",
             takes=_OF_U,
         ),
         LossType(
@@ -210,7 +212,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="(h − 1/(2β))²",
             derivative="∂h = 2(h − 1/(2β))",
             paper="2310.12036",
-            meaning="IPO: the gap of log-ratios is drawn to 1/(2β) and no further; per token with length_normalize",
+            meaning="IPO: a squared loss that moves h to 1/(2β); per token with length_normalize",
             takes=_OF_RATIOS,
         ),
         LossType(
@@ -219,7 +221,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−ℓ(u), with every log-prob divided by its completion's length",
             derivative="∂u = −σ(−u)",
             paper="2411.15124",
-            meaning="DPO per token: length alone earns nothing",
+            meaning="DPO of mean log-probs, so that length alone is not rewarded",
             takes=_OF_U,
             normalized=True,
         ),
@@ -229,7 +231,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="σ(u)[ℓ(u) − log(1−ε)] + σ(−u)[ℓ(−u) − log ε], 0 < ε < 1",
             derivative="∂u = σ(u)σ(−u)[u − log(1−ε) + log ε]",
             paper="2402.00856",
-            meaning="EXO: the reverse KL from the policy's preference to a smoothed label",
+            meaning="EXO: the reverse KL divergence between the policy's preference and a smoothed label",
             takes=_OF_U | _SMOOTHED,
         ),
         LossType(
@@ -238,7 +240,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−ℓ(βΔw) − ½ℓ(−βΔw) − ½ℓ(−βΔl)",
             derivative="∂Δw = β[½σ(βΔw) − σ(−βΔw)], ∂Δl = ½βσ(βΔl)",
             paper="2402.05369",
-            meaning="NCA: each completion against the reference, so that the chosen one's likelihood does not sink",
+            meaning="NCA: compares each completion with the reference, to keep the chosen one's likelihood up",
             takes=_OF_RATIOS,
         ),
         LossType(
@@ -247,7 +249,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−ℓ(βΔw − δ) − ℓ(−(βΔl − δ))",
             derivative="∂Δw = −βσ(δ − βΔw), ∂Δl = βσ(βΔl − δ)",
             paper="2404.04656",
-            meaning="BCO: a classifier of chosen from rejected, whose logit is the reward above a threshold δ",
+            meaning="BCO: classifies completions as chosen or rejected, with the reward minus δ as the logit",
             takes=_OF_RATIOS | {"delta"},
         ),
         LossType(
@@ -256,7 +258,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="(Δw − 1/(2β))² + (Δl + 1/(2β))²",
             derivative="∂Δw = 2(Δw − 1/(2β)), ∂Δl = 2(Δl + 1/(2β))",
             paper="2405.00675",
-            meaning="SPPO with hard labels: the two log-ratios are drawn to ±1/(2β)",
+            meaning="SPPO with hard labels: squared losses that move Δw to 1/(2β) and Δl to −1/(2β)",
             takes=_OF_RATIOS,
         ),
         LossType(
@@ -265,7 +267,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="1 − σ(βΔw) + σ(βΔl)",
             derivative="∂Δw = −βσ(βΔw)σ(−βΔw), ∂Δl = βσ(βΔl)σ(−βΔl)",
             paper="2408.06266",
-            meaning="APO-zero: chosen up, rejected down; for answers better than the model's own",
+            meaning="APO-zero: raises Δw and lowers Δl; for answers better than the model's own",
             takes=_OF_RATIOS,
         ),
         LossType(
@@ -274,7 +276,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="σ(βΔw) + 1 − σ(u)",
             derivative="∂Δw = βσ(βΔw)σ(−βΔw) − βσ(u)σ(−u), ∂Δl = βσ(u)σ(−u)",
             paper="2408.06266",
-            meaning="APO-down: both down, the rejected one further; for answers worse than the model's own",
+            meaning="APO-down: lowers Δw and Δl, and Δl more; for answers worse than the model's own",
             takes=_OF_U,
         ),
         LossType(
@@ -283,7 +285,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−(1−m)ℓ(u) + m·exp(−u), m = σ(u/τ)",
             derivative="∂u = m(1−m)ℓ(u)/τ − (1−m)σ(−u) + m·exp(−u)·[(1−m)/τ − 1]",
             paper="2406.08414",
-            meaning="DiscoPOP: a blend of logistic and exponential loss that a language model found",
+            meaning="DiscoPOP: a blend of logistic and exponential loss, discovered by a language model",
             takes=_OF_U | {"discopop_tau"},
         ),
         LossType(
@@ -292,7 +294,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−(1−ε)ℓ(u) − εℓ(−u), u = β[sort(w−l) − sort(rw−rl)] over the batch",
             derivative=_BY_U_SMOOTHED,
             paper="2406.05882",
-            meaning="AOT: the policy's margins dominate the reference's as distributions, not pair by pair",
+            meaning="AOT: compares the sorted margins of the policy and the reference (stochastic dominance)",
             takes=frozenset({"length_normalize"}) | _SMOOTHED,
             mixes_pairs=True,
         ),
@@ -302,7 +304,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−(1−ε)ℓ(u) − εℓ(−u), u = β[sort Δw − sort Δl] over the batch",
             derivative=_BY_U_SMOOTHED,
             paper="2406.05882",
-            meaning="AOT without pairs: chosen log-ratios dominate rejected ones as distributions",
+            meaning="AOT without pairs: compares the sorted chosen and rejected log-ratios",
             takes=frozenset({"length_normalize", "f_divergence"}) | _SMOOTHED,
             mixes_pairs=True,
         ),
@@ -312,7 +314,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−(1−ε)ℓ(u) − εℓ(−u), u = β(w/n_w − l/n_l) − γ",
             derivative=_BY_U_SMOOTHED,
             paper="2405.14734",
-            meaning="SimPO: mean log-probs, a margin γ, and no reference",
+            meaning="SimPO: compares mean log-probs, with a margin γ and without a reference",
             takes=frozenset({"margin", "weights", "length_normalize", "gamma"}) | _SMOOTHED,
             reference=False,
             normalized=True,
@@ -323,7 +325,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−(1−ε)ℓ(u) − εℓ(−u), u = β(w − l)",
             derivative=_BY_U_SMOOTHED,
             paper="2401.08417",
-            meaning="CPO: DPO under a uniform reference; its likelihood term is sft_weight",
+            meaning="CPO: DPO with a uniform reference; sft_weight adds its likelihood term",
             takes=frozenset({"margin", "weights", "length_normalize"}) | _SMOOTHED,
             reference=False,
         ),
@@ -333,7 +335,7 @@ LOSS_TYPES: dict[str, LossType] = {
             formula="−βℓ(o(w/n_w) − o(l/n_l)), o(x) = x − log(1 − eˣ)",
             derivative="∂(w/n_w) = −βσ(o_l − o_w)/(1 − e^{w/n_w}), ∂(l/n_l) = βσ(o_l − o_w)/(1 − e^{l/n_l})",
             paper="2403.07691",
-            meaning="ORPO: odds of the mean token probability, no reference; its likelihood term is sft_weight",
+            meaning="ORPO: compares the odds of the mean token probability; sft_weight adds its likelihood term",
             takes=frozenset({"weights", "length_normalize"}),
             reference=False,
             normalized=True,
@@ -341,10 +343,10 @@ LOSS_TYPES: dict[str, LossType] = {
         LossType(
             "sft",
             _likelihood,
-            formula="−Σ w/Σ n_w over the batch, or −mean(w/n_w), by sft_reduction",
+            formula="−Σ w/Σ n_w over the batch, or −mean(w/n_w), depending on sft_reduction",
             derivative="∂w = −1/Σ n_w, or −1/(B·n_w)",
             paper="2404.19733",
-            meaning="the chosen completions' likelihood alone, to mix with another type (RPO)",
+            meaning="the chosen completions' negative log-likelihood, to add to another type (RPO)",
             reference=False,
             likelihood=True,
         ),
