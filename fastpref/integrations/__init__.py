@@ -1,1 +1,1 @@
-"""fastpref inside the libraries people train with. What imports one of them itself is imported when asked for."""
+"""Use fastpref inside training libraries. A library is imported when a function of its integration needs it."""
