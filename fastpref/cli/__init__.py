@@ -1,19 +1,15 @@
-"""The command line: `fastpref doctor`, `check`, `bench` and `demo`."""
+"""The command line: `fastpref doctor`, `check` and `bench`."""
 
 from __future__ import annotations
 
 import sys
 
-# What the extras install, which the library itself needs none of. `demo` has all of `cli`, `bench` all of both.
-EXTRAS = {
-    "cli": {"typer", "rich", "packaging"},
-    "demo": {"transformers", "tokenizers", "matplotlib"},
-    "bench": {"pytest_benchmark"},
-}
+# The packages that each extra installs, none of which the library itself imports. `bench` also installs those of `cli`.
+EXTRAS = {"cli": {"typer", "rich", "packaging"}, "bench": {"trl", "liger_kernel", "matplotlib"}}
 
 
 def main() -> None:
-    """Run the command line; a package that is not installed is one line, not a traceback."""
+    """Run the command line. If a package of an extra is missing, exit with one line that says how to install it."""
     try:
         _app()()
     except ModuleNotFoundError as error:
@@ -21,8 +17,8 @@ def main() -> None:
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
         if extra is None:
             raise
-        if sys.argv[1:2] and sys.argv[1] in EXTRAS:  # a command that wants more than what was missed first
-            extra = sys.argv[1]
+        if sys.argv[1:2] == ["bench"]:  # it needs more than the package that was missed first
+            extra = "bench"
         sys.exit(f"fastpref: {package} is not installed: pip install 'fastpref[{extra}]'")
 
 
@@ -31,7 +27,7 @@ def _app():
 
     from fastpref.cli.bench.command import bench
     from fastpref.cli.check.command import check
-    from fastpref.cli.demo.command import demo
+    from fastpref.cli.demo import demo
     from fastpref.cli.doctor.command import doctor
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -43,5 +39,6 @@ def _app():
     app.command()(doctor)
     app.command()(check)
     app.command()(bench)
-    app.command()(demo)
+    # `fastpref demo` once took the demo's options: with any of them, it prints the same message.
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(demo)
     return app

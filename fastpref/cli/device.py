@@ -1,4 +1,4 @@
-"""Ask a device whether it still works."""
+"""Test whether a device still works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def works(device: torch.device | str) -> bool:
-    """Return whether a device still runs kernels: some errors of one stay with its process."""
+    """Return whether a device still runs kernels; after some errors it fails for the rest of the process."""
     where = torch.device(device)
     if where.type == "cpu":
         return True

@@ -1,4 +1,4 @@
-"""Keep what libraries print out of the standard output of a command."""
+"""Keep the output of libraries out of the standard output of a command."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 def _flush() -> None:
     sys.stdout.flush()
-    ctypes.CDLL(None).fflush(None)  # what C and C++ libraries have in their buffer of the same file descriptor
+    ctypes.CDLL(None).fflush(None)  # C and C++ libraries have their own buffer of the same file descriptor
 
 
 @contextlib.contextmanager
 def stdout_on_stderr() -> Iterator[None]:
-    """Send to stderr what Python prints to stdout, and what C++ libraries, such as gloo, write to descriptor 1."""
+    """Redirect Python's stdout, and file descriptor 1, which C++ libraries such as gloo write to, to stderr."""
     _flush()
     kept = os.dup(1)
     os.dup2(2, 1)

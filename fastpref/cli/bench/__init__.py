@@ -1,1 +1,1 @@
-"""`fastpref bench`."""
+"""`fastpref bench`: measure fastpref beside the installed peers."""

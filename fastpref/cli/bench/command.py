@@ -1,4 +1,4 @@
-"""The `bench` command: its options, and what it returns to the shell."""
+"""The `bench` command: its options, its errors and its exit status."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ SUBJECTS = ("logprobs", "linear", "losses", "trainers", "scaling")
 def bench(
     subjects: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUBJECT]...", help=f"Of {', '.join(SUBJECTS)}.", show_default="all"),
+        typer.Argument(metavar="[SUBJECT]...", help=f"What to measure: {', '.join(SUBJECTS)}.", show_default="all"),
     ] = None,
     peers: Annotated[
         str | None,
-        typer.Option(
-            help="Parts of the names of those to measure beside ours, comma-separated, or none.", show_default="all"
-        ),
+        typer.Option(help="Peers to measure, as comma-separated parts of their names, or none.", show_default="all"),
     ] = None,
     peer_file: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="A Python file with more peers: lists LOGPROBS and LINEAR of entries."
+            exists=True, dir_okay=False, help="A Python file with more peers, in the lists LOGPROBS and LINEAR."
         ),
     ] = None,
     shapes: Annotated[
-        str, typer.Option(help="smoke, default or full; or axes, as in 'V=32000,50304 dtype=bf16 masked=0,0.5'.")
+        str, typer.Option(help="smoke, default or full, or axes such as 'V=32000,50304 dtype=bf16 masked=0,0.5'.")
     ] = "default",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="benchmarks/results")] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds over all rows of a shape.", show_default="what takes 4 s, and 5")
+        int | None,
+        typer.Option(min=1, help="Rounds over a shape.", show_default="as many as take 4 s, at least 5"),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what this code has measured here.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Also measure what this code has measured here before.")
+    ] = False,
     listed: Annotated[bool, typer.Option("--list", help="Only list the shapes.")] = False,
     report: Annotated[
         bool,
-        typer.Option("--report", help="Measure nothing: write docs/benchmarks.md, its plots and the README's tables."),
+        typer.Option("--report", help="Measure nothing; write docs/benchmarks.md, its plots and the README's tables."),
     ] = False,
 ) -> None:
-    """Measure ours beside the installed peers, each checked against float64 first, and keep what was measured.
+    """Measure fastpref and the installed peers, after checking each against float64, and save the results.
 
-    Results are one CSV a machine. A shape that this code has been measured at here is not measured again, so a run that
-    was ended goes on where it was: Ctrl-C loses the shape at hand, and no other. Exits with 1 if a row of ours is
-    wrong; a peer that is not installed, fails or is wrong is a row that says so.
+    The results of a machine are one CSV file. A shape that this code has measured on this machine is not measured
+    again, so the same command continues an interrupted run; Ctrl-C loses only the current shape. The exit status is 1
+    if a result of fastpref is wrong. A peer that is not installed, fails or is wrong gets a row that says so.
     """
     try:
         suite = _suite()
@@ -77,12 +78,12 @@ def bench(
 
 
 def _suite() -> Any:
-    """The suite of the checkout that this package is in; no wheel has it."""
+    """Import the suite from the checkout that this package is in; a wheel does not have it."""
     root = Path(fastpref.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "suite.py").exists():
         raise OSError(
-            f"the suite is in a checkout's folder benchmarks, and there is none beside {root / 'fastpref'}: "
-            "clone the repository, and pip install -e '.[bench]' there"
+            f"the suite is the folder benchmarks of the repository, and there is none beside {root / 'fastpref'}: "
+            "clone the repository and run pip install -e '.[bench]' there"
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

@@ -1,4 +1,4 @@
-"""What a run of the suite shows: bars, a table a shape, and in the end what failed."""
+"""Show a run of the suite: a progress bar, a table for every shape, and a summary with the failures."""
 
 from __future__ import annotations
 
@@ -11,27 +11,40 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# Heading, field, how it is written.
+# The heading of a column, the field of a row, and its format.
 COLUMNS = (
-    ("", "name", "{}"), ("pass", "pass", "{}"), ("ranks", "ranks", "{}"), ("ms", "ms", "{:.4g}"),
-    ("quartiles", "ms_q1", "{:.4g}"), ("", "ms_q3", "{:.4g}"), ("× ours", "over_ours", "{:.2f}"),
-    ("of the floor", "of_floor", "{:.0%}"), ("GB/s", "gbytes_per_s", "{:.1f}"), ("GFLOP/s", "gflops_per_s", "{:.0f}"),
-    ("MiB", "peak_mib", "{:.1f}"), ("error", "error", "{:.1e}"), ("of gradients", "error_gradient", "{:.1e}"),
+    ("", "name", "{}"),
+    ("pass", "pass", "{}"),
+    ("ranks", "ranks", "{}"),
+    ("ms", "ms", "{:.4g}"),
+    ("quartiles", "ms_q1", "{:.4g}"),
+    ("", "ms_q3", "{:.4g}"),
+    ("× ours", "over_ours", "{:.2f}"),
+    ("of the floor", "of_floor", "{:.0%}"),
+    ("GB/s", "gbytes_per_s", "{:.1f}"),
+    ("GFLOP/s", "gflops_per_s", "{:.0f}"),
+    ("MiB", "peak_mib", "{:.1f}"),
+    ("error", "error", "{:.1e}"),
+    ("of gradients", "error_gradient", "{:.1e}"),
     ("gate", "gate", "{}"),
-)  # fmt: skip
+)
 
 
 class Screen:
-    """Follows a run, as `benchmarks.suite.Watch`."""
+    """Show a run on the terminal; implements `benchmarks.suite.Watch`."""
 
     def __init__(self, points: int) -> None:
         self.console = Console()
         if not self.console.is_terminal:
             self.console.width = 200
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=self.console,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
         self._task = self._progress.add_task("", total=points)
         self._start = self._begun = time.monotonic()
         self._name, self._kept = "", 0
@@ -45,17 +58,17 @@ class Screen:
         self._progress.stop()
 
     def point(self, point: Any, kept: bool) -> None:
-        """A shape begins, or is there already."""
+        """Show that a shape begins; `kept` tells whether its results are kept from an earlier run."""
         self._name, self._kept, self._begun = str(point), self._kept + kept, time.monotonic()
         self._progress.update(self._task, description=self._name)
 
     def said(self, kind: str, value: Any) -> None:
-        """An entry is being checked or its memory taken, or a round is over."""
+        """Show what is done: an entry is checked, its memory is measured, or a round has ended."""
         doing = f"round {value}" if kind == "round" else value
         self._progress.update(self._task, description=f"{self._name}: {doing}" if doing else self._name)
 
     def rows(self, point: Any, rows: list[dict[str, Any]]) -> None:
-        """A shape is known: its table, and below it what has no figures."""
+        """Print the table of a shape, and below it the entries without figures."""
         self._progress.advance(self._task)
         used = [column for column in COLUMNS if any(column[1] in row for row in rows if "ms" in row)]
         table = Table(title=f"{point}, in {time.monotonic() - self._begun:.0f} s", title_justify="left")
@@ -68,7 +81,7 @@ class Screen:
             self.console.print(table)
         absent = [f"{row['name']} ({row['problem']})" for row in rows if row["gate"] == "absent"]
         if absent:
-            self.console.print(f"[dim]not here: {escape(', '.join(absent))}", highlight=False)
+            self.console.print(f"[dim]not installed: {escape(', '.join(absent))}", highlight=False)
         for row in rows:
             if row["gate"] == "failed":
                 line = escape(f"{row['name']}: {row['problem']}")
@@ -76,18 +89,16 @@ class Screen:
                 self._failed.append((row["package"] == "fastpref", f"{point}: {line}"))
 
     def interrupted(self, path: Path) -> None:
-        """Ctrl-C."""
+        """Print where the results are, after a Ctrl-C."""
         done = int(self._progress.tasks[0].completed)
-        self.console.print(f"Ended; {done} shapes are in {path}. The same command goes on from there.")
+        self.console.print(f"Interrupted; {done} shapes are in {path}. The same command goes on from there.")
 
     def summarise(self, path: Path) -> int:
-        """What failed and where the rows are; returns 1 if a row of ours did."""
+        """Print the failures and the file of the results; return 1 if fastpref failed, else 0."""
         task = self._progress.tasks[0]
         seconds = time.monotonic() - self._start
-        self.console.print(
-            f"{int(task.completed)} shapes in {seconds / 60:.1f} minutes, {self._kept} of them as they were measured "
-            f"before: {path}"
-        )
+        shapes = f"{int(task.completed)} shapes in {seconds / 60:.1f} minutes"
+        self.console.print(f"{shapes}, {self._kept} of them as they were measured before: {path}")
         for ours, line in self._failed:
-            self.console.print(f"[red]{'ours failed' if ours else 'failed'}[/]: {line}", highlight=False)
+            self.console.print(f"[red]{'fastpref failed' if ours else 'failed'}[/]: {line}", highlight=False)
         return int(any(ours for ours, _ in self._failed))

@@ -1,1 +1,1 @@
-"""`fastpref check`: every operator and every loss of this machine against float64."""
+"""`fastpref check`: judge every operator and every loss against float64 on this machine."""

@@ -1,4 +1,4 @@
-"""The `check` command: its options, and what it says and returns to the shell."""
+"""The `check` command: its options, its errors and its exit status."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from fastpref.cli.stdout import stdout_on_stderr
 if TYPE_CHECKING:
     import torch
 
-    from fastpref.cli.check.case import Case
     from fastpref.cli.check.run import Result
+    from fastpref.testing.case import Case
 
 
 def check(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where, such as cpu; may be repeated.", show_default="cpu, and the accelerator if there is one"
+            help="A device, such as cpu; may be repeated.", show_default="cpu, and the accelerator if there is one"
         ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="In what, such as bfloat16; may be repeated.", show_default="every floating dtype"),
+        typer.Option(help="A dtype, such as bfloat16; may be repeated.", show_default="every floating dtype"),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Part of a case's name, or a glob of it, such as 'dpo_loss:*/mean'.")
+        str | None, typer.Option(help="Part of the names of cases, or a glob such as 'dpo_loss:*/mean'.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Every value and gradient, on a line of its own.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print a line for every value and gradient.")] = False,
     jsonl: Annotated[
         Path | None,
         typer.Option(
-            dir_okay=False, writable=True, help="A file that gets a JSON line for each result once it is known."
+            dir_okay=False, writable=True, help="A file to write each result to as a JSON line, as soon as it is known."
         ),
     ] = None,
     processes: Annotated[
@@ -43,15 +43,15 @@ def check(
         typer.Option(
             min=0,
             help="Run the cases in this many processes; a case that crashes its process counts as failed.",
-            show_default="this one",
+            show_default="in the current process",
         ),
     ] = 0,
 ) -> None:
     """Check every operator and every loss against float64, values and gradients, on this machine's devices.
 
-    An error is the largest difference from plain PyTorch in float64 on the same inputs. Twice what plain PyTorch itself
-    loses in the dtype, and 4 units in the last place, are allowed. Every call is made twice, and must give the same
-    bits. The exit status is 1 if anything is beyond that, or raises.
+    An error is the largest difference from plain PyTorch in float64 on the same inputs. The check allows twice the
+    error of plain PyTorch in the same dtype, plus 4 units in the last place. Every call is made twice, and must give
+    the same bits. The exit status is 1 if an error is larger, if two runs differ, or if a call raises.
     """
     from fastpref.cli.check.run import chosen_cases
 
@@ -73,7 +73,7 @@ def check(
 
 
 def _devices(names: list[str] | None) -> list[torch.device]:
-    # Seconds of imports, which --help and a mistyped option do without.
+    # This import takes seconds; --help and a mistyped option do not wait for it.
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -92,8 +92,8 @@ def _devices(names: list[str] | None) -> list[torch.device]:
 
 
 def _dtypes(names: list[str] | None) -> list[torch.dtype]:
-    from fastpref.cli.check.case import DTYPES
     from fastpref.cli.check.run import name_of
+    from fastpref.testing.case import DTYPES
 
     known = {name_of(dtype): dtype for dtype in DTYPES}
     for name in names or ():
@@ -103,9 +103,13 @@ def _dtypes(names: list[str] | None) -> list[torch.dtype]:
 
 
 def _run(
-    jobs: list[tuple[Case, torch.device, torch.dtype]], devices: list[torch.device], as_json: bool, verbose: bool,
-    jsonl: Path | None, processes: int,
-) -> list[Result]:  # fmt: skip
+    jobs: list[tuple[Case, torch.device, torch.dtype]],
+    devices: list[torch.device],
+    as_json: bool,
+    verbose: bool,
+    jsonl: Path | None,
+    processes: int,
+) -> list[Result]:
     import contextlib
     import json
     import time
@@ -120,7 +124,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         if as_json:
             stack.enter_context(stdout_on_stderr())
-        # What is built once says so before the table, not in the middle of it.
+        # The first call may build the C++ operators and print a message, which belongs before the table, not inside it.
         for where in devices:
             report.name_of_device(where)
         shown = not as_json and console.is_terminal

@@ -1,4 +1,4 @@
-"""What the check shows: a table that fills up, what is beyond the allowance, and all of it as JSON."""
+"""Show the results of the check as a table, as lines, and as JSON."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fastpref_kernels import cpu
 
 
 class Rows:
-    """The worst results so far, a row for each function and device."""
+    """The results so far, as a table with the worst of every function and device."""
 
     def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self._results: dict[tuple[str, str], list[Result]] = {row: [] for row in rows}
 
     def add(self, results: Sequence[Result]) -> None:
-        """Take what one call gave in one dtype."""
+        """Add the results of one call in one dtype."""
         for result in results:
             self._results[result.case.row, result.device].append(result)
 
     def table(self) -> Table:
-        """The table as it stands."""
+        """Return the table of the results so far."""
         table = Table(title="Error as a share of what is allowed: the worst of each", title_justify="left")
         table.add_column("function", no_wrap=True)
         for column in ("device", "values", "gradients"):
@@ -47,7 +47,7 @@ class Rows:
 def _worst(results: Sequence[Result]) -> str:
     if not results:
         return ""
-    # What is wrong without a number, such as a shape, is worse than any number.
+    # A fault without a number, such as a wrong shape, is worse than any number.
     worst = max(results, key=lambda x: (x.fault is not None, x.fault is not None and x.error is None, x.share))
     if worst.fault is None:
         return f"{worst.share:.2f} {worst.dtype}"
@@ -59,7 +59,7 @@ def _first_line(result: Result) -> str:
 
 
 def describe(result: Result) -> str:
-    """One result on one line."""
+    """Describe a result in one line."""
     where = f"{result.case.name}, {result.device}, {result.dtype}{result.output and ': '}{result.output}"
     if result.error is None:
         found = "" if result.fault is None else f": {result.fault}"
@@ -70,7 +70,7 @@ def describe(result: Result) -> str:
 
 
 def summarise(results: Sequence[Result], seconds: float, verbose: bool, console: Console) -> None:
-    """Say how it ended, and name all that is wrong; with `verbose`, every tensor."""
+    """Print every wrong result and a summary; with `verbose`, first print every result."""
     if verbose:
         for result in results:
             console.print(escape(describe(result)), highlight=False)
@@ -83,7 +83,7 @@ def summarise(results: Sequence[Result], seconds: float, verbose: bool, console:
 
 
 def as_json(results: Sequence[Result], devices: Sequence[torch.device], seconds: float) -> dict[str, Any]:
-    """Versions, devices and every result."""
+    """Return versions, devices and all results in a form that JSON can hold."""
     return {
         "ok": all(result.fault is None for result in results),
         "versions": versions(),
@@ -94,7 +94,7 @@ def as_json(results: Sequence[Result], devices: Sequence[torch.device], seconds:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """Return one result as JSON has it."""
+    """Return one result in a form that JSON can hold."""
     return {
         "case": result.case.name,
         "device": result.device,
@@ -108,7 +108,7 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """What a result depends on."""
+    """Return the versions that a result depends on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -118,7 +118,7 @@ def versions() -> dict[str, str | None]:
 
 
 def name_of_device(device: torch.device) -> str:
-    """Return what a device is called, and of a CPU what its operators and its bfloat16 products are."""
+    """Return the name of a device, or how a CPU runs the operators and bfloat16 products."""
     if device.type == "cpu":
         operators = "C++" if cpu.native() else "PyTorch"
         return (

@@ -1,4 +1,4 @@
-"""Runs cases: ours and eager on a device in a dtype, the truth on the CPU in float64."""
+"""Run cases: fastpref and eager PyTorch on a device in a dtype, and the truth on the CPU in float64."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 
 import torch
 
-from fastpref.cli.check.allowance import judge
-from fastpref.cli.check.case import Case
-from fastpref.cli.check.evaluate import GRADIENT, SEED, cast, evaluate, move
-from fastpref.cli.check.linear_cases import linear_cases
-from fastpref.cli.check.logprobs_cases import logprobs_cases
-from fastpref.cli.check.loss_cases import loss_cases
-from fastpref.cli.check.product_cases import product_cases
+from fastpref.testing.accuracy import judge
+from fastpref.testing.case import Case
+from fastpref.testing.evaluate import GRADIENT, SEED, cast, evaluate, move
+from fastpref.testing.linear_cases import linear_cases
+from fastpref.testing.logprobs_cases import logprobs_cases
+from fastpref.testing.loss_cases import loss_cases
+from fastpref.testing.product_cases import product_cases
 from fastpref_kernels.precision import full_float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One tensor that a call gave, judged.
+    """The verdict on one tensor that a call returned.
 
     Attributes:
         case: the case.
-        device: where it ran.
-        dtype: of the arguments.
-        output: the tensor's name, a gradient's with ∂ before it; of a call that raised, empty.
-        error: the largest difference from the truth, None where no number was compared.
-        allowance: what it may be.
-        fault: what is wrong, or None.
+        device: the device of the call.
+        dtype: the dtype of the arguments.
+        output: the name of the tensor, with "∂" in front for a gradient; empty if the call raised.
+        error: the largest difference from the truth, or None if no numbers were compared.
+        allowance: the largest error that the rule allows.
+        fault: a message about what is wrong, or None.
     """
 
     case: Case
@@ -44,30 +44,30 @@ class Result:
 
     @property
     def is_gradient(self) -> bool:
-        """Whether it is a gradient, not a value."""
+        """Return whether the tensor is a gradient."""
         return self.output.startswith(GRADIENT)
 
     @property
     def share(self) -> float:
-        """The error as a share of what is allowed."""
+        """Return the error as a share of the allowance."""
         return self.error / self.allowance if self.error is not None and self.allowance else 0.0
 
 
 def chosen_cases(pattern: str | None) -> list[Case]:
-    """All cases, or those whose name has the pattern in it, or matches it as a glob."""
+    """Return all cases, or those whose name contains the pattern or matches it as a glob."""
     every = (*product_cases(), *logprobs_cases(), *linear_cases(), *loss_cases())
     return [case for case in every if pattern is None or pattern in case.name or fnmatch(case.name, pattern)]
 
 
 def run(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
-    """Judge every value and gradient of a case; that it raises is a result too."""
+    """Judge every value and gradient of a case; a call that raises gives one result with the error as its fault."""
 
     def result(output: str, **found: Any) -> Result:
         return Result(case=case, device=str(device), dtype=name_of(dtype), output=output, **found)
 
     try:
         with case.within(device):
-            # The environment may have lowered the precision of eager's products, and so what ours are measured by.
+            # The environment may lower the precision of float32 products, which would raise the allowance.
             with _one_thread(), full_float32():
                 leaves, constants = case.draw(torch.Generator().manual_seed(SEED))
                 leaves, constants = cast(leaves, dtype), cast(constants, dtype)
@@ -86,14 +86,14 @@ def run(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
                 if fault is None and not torch.allclose(value, again[name], rtol=0, atol=0, equal_nan=True):
                     fault = "two runs differ"
                 results.append(result(name, error=verdict.error, allowance=verdict.allowance, fault=fault))
-    except Exception as error:  # whatever a kernel, a compiler or a driver raises is what is asked for
+    except Exception as error:  # any error of a kernel, a compiler or a driver is a result
         return [result("", fault=f"{type(error).__name__}: {error}")]
     return results
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """For what is not judged: on a busy machine, threads that wait for each other take longer than one."""
+    """Use one thread, which on a busy machine is faster than threads that wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -103,5 +103,5 @@ def _one_thread() -> Iterator[None]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Its name without the module's."""
+    """Return the name of a dtype without the module."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Run cases in several processes, so that kernels compile side by side and a case may crash its process."""
+"""Run cases in several processes, so that kernels compile in parallel and a crash ends one case only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from fastpref.cli.check.case import Case
 from fastpref.cli.check.run import Result, chosen_cases, name_of, run
 from fastpref.cli.device import works
+from fastpref.testing.case import Case
 
-PATIENCE = 5.0  # seconds for a process to end that was killed
+PATIENCE = 5.0  # seconds to wait for a killed process to end
 Job = tuple[Case, torch.device, torch.dtype]
 
 
 def in_processes(jobs: Sequence[Job], processes: int) -> Iterator[list[Result]]:
     """Yield the results of each job as it ends.
 
-    A job whose process ends before it has answered gives one result that says so; the others go on in a new process.
+    If a process ends during a job, the job gives one result that says so, and a new process takes the next job.
     """
     left = deque(jobs)
     workers = [_Worker(processes) for _ in range(min(processes, len(left)))]
@@ -43,7 +43,7 @@ def in_processes(jobs: Sequence[Job], processes: int) -> Iterator[list[Result]]:
 
 
 class _Worker:
-    """A process that runs one job after another, and the job at hand."""
+    """A process that runs one job after another, and its current job."""
 
     def __init__(self, processes: int) -> None:
         self._threads = max(1, torch.get_num_threads() // processes)
@@ -63,7 +63,7 @@ class _Worker:
         self.pipe.send((case.name, str(device), dtype))
 
     def results(self) -> list[Result]:
-        """Receive the results of the job at hand, and start another process if this one is of no more use."""
+        """Receive the results of the current job, and start a new process if this one can run no more jobs."""
         case, device, dtype = self._job
         fields: dict[str, Any] = {"case": case, "device": str(device), "dtype": name_of(dtype)}
         try:
@@ -83,11 +83,11 @@ class _Worker:
         """End the process."""
         self.pipe.close()
         self._process.kill()
-        self._process.join(PATIENCE)  # one that a driver holds on to may never end
+        self._process.join(PATIENCE)  # a process that is stuck in a driver may never end
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     torch.set_num_threads(threads)
     cases = {case.name: case for case in chosen_cases(None)}
     while True:
@@ -96,7 +96,7 @@ def _serve(pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         results = run(cases[name], torch.device(device), dtype)
-        # An error that stays with the device would be the result of every later case.
+        # After some errors a device fails every later call in the same process.
         usable = all(result.fault is None for result in results) or works(device)
         fields = ("output", "error", "allowance", "fault")
         pipe.send(([{field: getattr(result, field) for field in fields} for result in results], usable))

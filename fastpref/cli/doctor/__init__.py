@@ -1,1 +1,1 @@
-"""`fastpref doctor`: what will run on this machine, and why."""
+"""`fastpref doctor`: report what runs on this machine, what is missing, and how to fix it."""

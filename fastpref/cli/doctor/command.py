@@ -1,4 +1,4 @@
-"""The `doctor` command: its options, and what it says and returns to the shell."""
+"""The `doctor` command: its options and its exit status."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    build: Annotated[bool, typer.Option(help="Build the C++ operators if they are not; or only look.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
+    build: Annotated[bool, typer.Option(help="Build the C++ operators if they are not built yet.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")] = False,
 ) -> None:
-    """Say what runs on this machine and why, what is missing, what that costs, and the command that mends it.
+    """Report what runs on this machine and why, what is missing, what that costs, and the command that fixes it.
 
-    The exit status is 1 if something is missing that a user would expect: a C++ compiler, or a build of the operators
-    that works; a torch or, beside a GPU, a Triton that is new enough; a GPU that torch can use; a cache that can be
-    written.
+    The exit status is 1 if something is missing that a user would expect: a C++ compiler and operators that build, a
+    new enough torch, a writable cache, and, with a GPU, a new enough Triton and a torch that can use the GPU.
     """
     import contextlib
     import json
@@ -28,7 +27,7 @@ def doctor(
 
     from fastpref.cli.doctor import report
 
-    # What libraries print while they are imported is no part of an object on stdout.
+    # Libraries that print while they are imported must not write to stdout.
     with contextlib.redirect_stdout(sys.stderr):
         sections = _examine(build)
     found = report.as_object(sections)

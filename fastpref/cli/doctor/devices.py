@@ -1,4 +1,4 @@
-"""The devices of this machine, those that torch cannot use among them, and which kernel each operator has on each."""
+"""Examine the devices of this machine, and find the kernel of each operator on each device."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fastpref.cli.doctor.installed import build
 from fastpref.cli.doctor.section import Finding, Section
 from fastpref_kernels import ops
 
-# Files that a driver makes, and whose GPU it is.
+# The file that the driver of each maker's GPUs creates.
 NODES = {"NVIDIA": Path("/dev/nvidia0"), "AMD": Path("/dev/kfd")}
 REINSTALL = {
     "NVIDIA": "pip install --force-reinstall torch   (or the index of https://pytorch.org for your CUDA)",
     "AMD": "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm6.4",
 }
-TARGET = "python -c 'from triton.runtime import driver; print(driver.active.get_current_target())'   (shows it whole)"
+TARGET = "python -c 'from triton.runtime import driver; print(driver.active.get_current_target())'   (shows the error)"
 KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
-# Registered for every device because of the memory that it writes to; what it computes is PyTorch's.
+# These are registered for every device because they write to an argument, but they call PyTorch's operators only.
 PYTORCH = {"linear_finalize", "scaled_gradient"}
 
 
 def gpu_section() -> tuple[Section, list[str], bool]:
-    """The section, the types of the GPUs that torch can use, and whether there is a GPU at all."""
+    """Return the section, the types of GPU that torch can use, and whether the machine has a GPU at all."""
     section, types = Section("GPUs"), []
     told: list[str] = []
     for kind in ("cuda", "xpu"):
@@ -54,16 +54,16 @@ def _unusable(maker: str, told: list[str]) -> Finding:
         what += f": {told[0]}"
     hidden = [name for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if name in os.environ]
     if not build().startswith({"NVIDIA": "CUDA", "AMD": "ROCm"}[maker]):
-        mend = REINSTALL[maker]
+        fix = REINSTALL[maker]
     elif hidden:
-        mend = f"unset {' '.join(hidden)}"
+        fix = f"unset {' '.join(hidden)}"
     else:
-        mend = {"NVIDIA": "nvidia-smi", "AMD": "rocminfo"}[maker] + "   (says what is wrong with the driver)"
-    return Finding(what=what, costs="everything runs on the CPU", mend=mend)
+        fix = {"NVIDIA": "nvidia-smi", "AMD": "rocminfo"}[maker] + "   (says what is wrong with the driver)"
+    return Finding(what=what, costs="everything runs on the CPU", fix=fix)
 
 
 def _add(section: Section, kind: str, index: int) -> None:
-    """One GPU that torch can use, and what Triton compiles for it."""
+    """Add a GPU that torch can use to the facts, with the target that Triton compiles for."""
     module = torch.get_device_module(kind)
     properties: Any = module.get_device_properties(index)
     parts = [properties.name, f"{properties.total_memory / 2**30:.0f} GiB"]
@@ -76,20 +76,20 @@ def _add(section: Section, kind: str, index: int) -> None:
         with module.device(index):
             target: Any = driver.active.get_current_target()
         parts.append(f"Triton target {target.backend} {target.arch}")
-    except ModuleNotFoundError:  # which is a finding of its own
+    except ModuleNotFoundError:  # `triton_section` reports it
         pass
-    except Exception as error:  # whatever a driver that is not whole raises
+    except Exception as error:  # a broken driver may raise anything
         what = f"Triton has no target for {name}: {error}"
-        section.findings.append(Finding(what=what, costs="every operator on it raises", mend=TARGET))
+        section.findings.append(Finding(what=what, costs="every operator on it raises", fix=TARGET))
     section.facts[name] = ", ".join(parts)
 
 
 def operators_section(gpus: list[str], row_pass: str) -> Section:
-    """Every operator that the dispatcher knows, and what runs it on every device.
+    """Return the section with every operator of the dispatcher, and what runs it on each device.
 
     Args:
-        gpus: the types of GPU that are here.
-        row_pass: what runs the row passes on a CPU, "C++" or "PyTorch".
+        gpus: the types of GPU that torch can use.
+        row_pass: what runs the row passes on a CPU: "C++" or "PyTorch".
     """
     section = Section("Operators")
     for name in operators():
@@ -97,12 +97,12 @@ def operators_section(gpus: list[str], row_pass: str) -> Section:
     lacking = [name for name, kernels in section.facts.items() if None in kernels.values()]
     if lacking:
         what = f"no kernel for {', '.join(lacking)}"
-        section.findings.append(Finding(what=what, costs="calling it raises", mend="pip install --force-reinstall ."))
+        section.findings.append(Finding(what=what, costs="calling it raises", fix="pip install --force-reinstall ."))
     return section
 
 
 def operators() -> list[str]:
-    """The names in fastpref's namespace, from the dispatcher."""
+    """Return the names of the dispatcher's operators in fastpref's namespace."""
     prefix = f"{ops.NAMESPACE}::"
     return sorted(
         name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)
@@ -110,7 +110,7 @@ def operators() -> list[str]:
 
 
 def kernel(operator: str, device: str, row_pass: str) -> str | None:
-    """What runs an operator on a device; None where nothing does."""
+    """Return what runs an operator on a device, or None if nothing does."""
 
     def has(key: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.NAMESPACE}::{operator}", key)

@@ -1,4 +1,4 @@
-"""What is installed: Python, torch, Triton, the libraries that fastpref goes into, and the environment's variables."""
+"""Examine Python, torch, Triton, the supported libraries and the environment variables."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from fastpref.cli.doctor.section import Finding, Section
 
 LIBRARIES = ("trl", "verl", "openrlhf", "transformers", "peft", "accelerate", "lightning")
 VARIABLES = {
-    "FASTPREF_NATIVE": "0: no C++ on a CPU",
-    "FASTPREF_CACHE_DIR": "where the built C++ operators lie",
-    "XDG_CACHE_HOME": "holds that folder where FASTPREF_CACHE_DIR is not set",
+    "FASTPREF_NATIVE": "0: no C++ operators on a CPU",
+    "FASTPREF_CACHE_DIR": "the folder of the built C++ operators",
+    "XDG_CACHE_HOME": "the parent of that folder if FASTPREF_CACHE_DIR is not set",
     "CXX": "the C++ compiler",
     "OMP_NUM_THREADS": "threads of the C++ operators",
     "MKL_NUM_THREADS": "threads of MKL's products",
-    "ONEDNN_DEFAULT_FPMATH_MODE": "BF16: oneDNN rounds float32 operands; fastpref then does without its products",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "BF16: oneDNN rounds float32 operands, so fastpref does not use its products",
     "THP_MEM_ALLOC_ENABLE": "1: huge pages under torch's tensors on a CPU",
     "ATEN_CPU_CAPABILITY": "the vector instructions torch uses",
     "CUDA_VISIBLE_DEVICES": "the GPUs torch may see",
     "HIP_VISIBLE_DEVICES": "the GPUs torch may see, on ROCm",
     "TRITON_INTERPRET": "1: Triton kernels run in Python, slowly",
     "TRITON_DEBUG": "1: Triton kernels check labels",
-    "TRITON_CACHE_DIR": "where Triton's compiled kernels lie",
+    "TRITON_CACHE_DIR": "the folder of Triton's compiled kernels",
     "TORCH_COMPILE_DISABLE": "1: torch.compile does nothing",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1: float32 products on a GPU are rounded to TF32",
 }
 
 
 def wanted(package: str) -> SpecifierSet:
-    """The versions of a package that fastpref's own metadata allows."""
+    """Return the versions of a package that the metadata of fastpref allows."""
     try:
         lines = requires("fastpref") or []
-    except PackageNotFoundError:  # used from its folder
+    except PackageNotFoundError:  # fastpref is not installed
         lines = []
     for requirement in map(Requirement, lines):
         if requirement.name == package and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
@@ -50,7 +50,7 @@ def wanted(package: str) -> SpecifierSet:
 
 
 def installed(package: str) -> str | None:
-    """A package's version, or None."""
+    """Return the version of a package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -58,7 +58,7 @@ def installed(package: str) -> str | None:
 
 
 def python_section() -> Section:
-    """The interpreter, and fastpref itself."""
+    """Return the section about the interpreter and fastpref."""
     facts = {
         "version": platform.python_version(),
         "executable": sys.executable,
@@ -69,7 +69,7 @@ def python_section() -> Section:
 
 
 def torch_section() -> Section:
-    """Its version, what it was built for, and the CPU as it sees it."""
+    """Return the section about torch: its version, its build, and its view of the CPU."""
     allowed = wanted("torch")
     section = Section(
         "torch",
@@ -87,14 +87,14 @@ def torch_section() -> Section:
             Finding(
                 what=f"torch {torch.__version__} is not one of {allowed}",
                 costs="operators may fail, or be traced wrongly",
-                mend=f"pip install --upgrade 'torch{allowed}'",
+                fix=f"pip install --upgrade 'torch{allowed}'",
             )
         )
     return section
 
 
 def build() -> str:
-    """What torch was built for."""
+    """Return what torch was built for."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     if torch.version.cuda:
@@ -103,27 +103,27 @@ def build() -> str:
 
 
 def triton_section(has_gpu: bool) -> Section:
-    """Whether the kernels for a GPU can be compiled; what is missing counts on a machine that has one."""
+    """Return the section about Triton; a problem is a finding only on a machine with a GPU."""
     allowed = wanted("triton")
     section = Section("Triton", {"version": None, "wanted": str(allowed) or "any"})
-    # Triton of ROCm's and XPU's builds comes with torch, under other names.
-    mend = f"pip install 'triton{allowed}'" if build().startswith(("CUDA", "CPU")) else "pip install --upgrade torch"
+    # Builds of torch for ROCm and XPU bring a Triton with another package name.
+    fix = f"pip install 'triton{allowed}'" if build().startswith(("CUDA", "CPU")) else "pip install --upgrade torch"
     slow = "the GPU runs chunked PyTorch in place of fused kernels"
     problem = None
     if importlib.util.find_spec("triton") is None:
-        problem = Finding(what="Triton is not installed", costs=slow, mend=mend)
+        problem = Finding(what="Triton is not installed", costs=slow, fix=fix)
     else:
         try:
             found = importlib.import_module("triton").__version__
         except Exception as error:
             problem = Finding(
-                what=f"Triton cannot be imported: {error}", costs="every operator on a GPU raises this", mend=mend
+                what=f"Triton cannot be imported: {error}", costs="every operator on a GPU raises this", fix=fix
             )
         else:
             section.facts["version"] = found
             if not allowed.contains(found, prereleases=True):
                 costs = "kernels may not compile, or be wrong"
-                problem = Finding(what=f"Triton {found} is not one of {allowed}", costs=costs, mend=mend)
+                problem = Finding(what=f"Triton {found} is not one of {allowed}", costs=costs, fix=fix)
     if problem is not None:
         section.facts["state"] = problem.what
         if has_gpu:
@@ -132,7 +132,7 @@ def triton_section(has_gpu: bool) -> Section:
 
 
 def integrations_section() -> Section:
-    """The libraries fastpref goes into: their versions, and whether `patch` would take them."""
+    """Return the section about supported libraries: their versions, and whether `patch` supports these."""
     section = Section("Integrations")
     for library in LIBRARIES:
         found = installed(library)
@@ -143,16 +143,16 @@ def integrations_section() -> Section:
         section.facts[library] = found
         if problem is not None:
             section.facts[library] = f"{found}, which patch() refuses; {supported} is known"
-            costs = f"fastpref.integrations.{library}.patch() raises, so {library} scores tokens as ever"
-            mend = f"pip install '{library}{supported}'"
-            section.findings.append(Finding(what=problem, costs=costs, mend=mend, is_error=False))
+            costs = f"fastpref.integrations.{library}.patch() raises, so {library} scores tokens without fastpref"
+            fix = f"pip install '{library}{supported}'"
+            section.findings.append(Finding(what=problem, costs=costs, fix=fix, is_error=False))
         elif supported is not None:
             section.facts[library] = f"{found}, which patch() takes; {supported} is known"
     return section
 
 
 def _patches(library: str) -> tuple[str | None, str | None]:
-    """The versions that an integration knows, None where it replaces nothing; and what it has against this one."""
+    """Return the versions that an integration supports, or None if it replaces nothing, and an error, or None."""
     if importlib.util.find_spec(f"fastpref.integrations.{library}") is None:
         return None, None
     module = importlib.import_module(f"fastpref.integrations.{library}")
@@ -160,7 +160,7 @@ def _patches(library: str) -> tuple[str | None, str | None]:
     if supported is None:
         return None, None
     try:
-        # As in a training script: it imports the library, and compares what it replaces.
+        # `patch` imports the library and compares the functions that it replaces.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with module.patch():
@@ -171,7 +171,7 @@ def _patches(library: str) -> tuple[str | None, str | None]:
 
 
 def environment_section() -> Section:
-    """The variables that change what runs, of those that are set."""
+    """Return the section with the variables that are set and change what runs."""
     section = Section("Environment")
     for name, meaning in VARIABLES.items():
         if name in os.environ:

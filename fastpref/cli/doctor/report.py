@@ -1,4 +1,4 @@
-"""What the doctor shows: a table for each section, and the findings; or one object of all."""
+"""Show the sections as tables with the findings below, or as one object for JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpref.cli.doctor.section import Finding, Section
 
 
 def show(sections: Sequence[Section], console: Console) -> None:
-    """Print every section that holds something, then what was found."""
+    """Print a table of every section that has facts, then the findings."""
     for section in sections:
         if section.facts:
             console.print(_table(section))
@@ -22,7 +22,7 @@ def show(sections: Sequence[Section], console: Console) -> None:
     for finding in found:
         _print(finding, console)
     errors = sum(finding.is_error for finding in found)
-    console.print(f"{errors} to mend." if errors else "Nothing is missing.")
+    console.print(f"{errors} to fix." if errors else "Nothing is missing.")
 
 
 def _table(section: Section) -> Table:
@@ -41,15 +41,15 @@ def _table(section: Section) -> Table:
 def _print(finding: Finding, console: Console) -> None:
     colour, kind = ("red", "missing") if finding.is_error else ("yellow", "note")
     lines = [f"[{colour}]{kind}[/{colour}]  {escape(finding.what)}", f"  costs  {escape(finding.costs)}"]
-    if finding.mend:
-        lines.append(f"  mend   {escape(finding.mend)}")
+    if finding.fix:
+        lines.append(f"  fix    {escape(finding.fix)}")
     for line in lines:
-        # A command is copied whole, so no line is broken.
+        # Lines are not wrapped, so that a command can be copied.
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def as_object(sections: Sequence[Section]) -> dict[str, Any]:
-    """All of it, for JSON."""
+    """Return all sections and findings in a form that JSON can hold."""
     found = [finding for section in sections for finding in section.findings]
     return {
         "ok": not any(finding.is_error for finding in found),

@@ -1,4 +1,4 @@
-"""What the doctor finds: sections of facts, and findings with what mends them."""
+"""Sections of facts about a machine, and findings with commands that fix them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that a user would expect and is not here, or that may surprise.
+    """Something that is missing, or that may surprise a user.
 
     Attributes:
-        what: what is missing, or is so.
-        costs: what it costs.
-        mend: a command that mends it; empty where nothing need be.
-        is_error: whether a user would expect it.
+        what: the finding.
+        costs: its consequence.
+        fix: a command that fixes it; empty if nothing needs to be fixed.
+        is_error: whether a user would expect what is missing.
     """
 
     what: str
     costs: str
-    mend: str = ""
+    fix: str = ""
     is_error: bool = True
 
 
 @dataclass(frozen=True)
 class Section:
-    """Facts of one kind.
+    """Facts about one subject.
 
     Attributes:
-        title: what they are of.
-        facts: by name: text, a number or None; or these by a further name, such as the device.
-        findings: what is to be said of them.
+        title: the subject.
+        facts: text, a number or None by name, or a dict of these, by device for example.
+        findings: the findings about the subject.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""`fastpref doctor`: what it finds of a machine, and that what is missing comes with what mends it."""
+"""Tests of the findings of `fastpref doctor`, and of the command that fixes each."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from fastpref import cli
 from fastpref.cli.doctor import devices, installed, native
 from fastpref.integrations import trl as fastpref_trl
+from fastpref.integrations.trl import _patch
 from fastpref_kernels import cpu, ops
 from fastpref_kernels.cpu import build
 from fastpref_kernels.cpu.linear import bf16_route
@@ -45,7 +46,7 @@ main()
 
 @pytest.fixture(autouse=True)
 def this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No GPU's file but those a test makes, no library to import, and no variable that changes what is built."""
+    """Hide the files of GPUs, the supported libraries and the variables that change the build."""
     monkeypatch.setattr(devices, "NODES", {"NVIDIA": tmp_path / "nvidia0", "AMD": tmp_path / "kfd"})
     monkeypatch.setattr(installed, "LIBRARIES", ())
     for name in ("CXX", "FASTPREF_NATIVE", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
@@ -54,7 +55,7 @@ def this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, which is not there yet."""
+    """Use a cache of the test's own, a folder that does not exist yet."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("FASTPREF_CACHE_DIR", str(folder))
     return folder
@@ -65,7 +66,7 @@ def doctor(*arguments: str) -> Any:
 
 
 def examine(*arguments: str, status: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The sections and the findings of `--json`."""
+    """Return the sections and the findings of `--json`."""
     result = doctor("--json", *arguments)
     assert result.exit_code == status, result.output
     found = json.loads(result.stdout)
@@ -76,13 +77,13 @@ def examine(*arguments: str, status: int = 0) -> tuple[dict[str, Any], list[dict
 def only(findings: list[dict[str, Any]], *, is_error: bool = True) -> dict[str, Any]:
     (finding,) = findings
     assert finding["is_error"] is is_error
-    assert all(finding[name] for name in ("what", "costs", "mend"))
+    assert all(finding[name] for name in ("what", "costs", "fix"))
     return finding
 
 
 class TestThisMachine:
     def test_is_whole(self) -> None:
-        assert cpu.native() is not None  # built now, if it was not
+        assert cpu.native() is not None  # builds the operators if they are not built yet
         sections, findings = examine()
         assert findings == []
         assert sections["Python"]["version"] == ".".join(map(str, sys.version_info[:3]))
@@ -172,12 +173,12 @@ class TestNative:
         sections, findings = examine(status=1)
         finding = only(findings)
         assert finding["what"].startswith("no C++ compiler (/nonexistent not found)")
-        assert "apt-get install g++" in finding["mend"]
-        assert "slower" not in finding["mend"]
+        assert "apt-get install g++" in finding["fix"]
+        assert "slower" not in finding["fix"]
         assert sections["C++ operators"]["C++ compiler"] == "none"
         assert sections["Operators"]["logprobs"]["cpu"] == "PyTorch, chunked"
         text = doctor().stdout
-        for line in ("missing  no C++ compiler", "costs  ", f"mend   {native.INSTALL}", "1 to mend."):
+        for line in ("missing  no C++ compiler", "costs  ", f"fix    {native.INSTALL}", "1 to fix."):
             assert line in text
 
     def test_a_compiler_that_does_not_run(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +187,7 @@ class TestNative:
         broken.chmod(0o755)
         monkeypatch.setenv("CXX", str(broken))
         _, findings = examine(status=1)
-        assert only(findings)["mend"] == native.INSTALL
+        assert only(findings)["fix"] == native.INSTALL
 
     def test_a_compiler_that_fails(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = tmp_path / "c++"
@@ -201,7 +202,7 @@ class TestNative:
     def test_native_is_not_wanted(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTPREF_NATIVE", "0")
         sections, findings = examine()
-        assert only(findings, is_error=False)["mend"] == "unset FASTPREF_NATIVE"
+        assert only(findings, is_error=False)["fix"] == "unset FASTPREF_NATIVE"
         assert sections["Operators"]["logprobs"]["cpu"] == "PyTorch, chunked"
         assert sections["Environment"]["FASTPREF_NATIVE"].startswith("0 ")
         assert not cache.exists()
@@ -217,7 +218,7 @@ class TestNative:
         with monkeypatch.context() as patched:
             patched.delenv("FASTPREF_CACHE_DIR")
             there = build.library()
-        # A link: of a second copy, the process would register the same operators again.
+        # A link, because loading a second copy would register the same operators again.
         monkeypatch.setattr(build, "_build", lambda target: target.symlink_to(there))
         sections, findings = examine()
         assert findings == []
@@ -231,7 +232,7 @@ class TestNative:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"half of a file")
         sections, findings = examine(status=1)
-        assert only(findings)["mend"] == f"rm -r {path.parent}"
+        assert only(findings)["fix"] == f"rm -r {path.parent}"
         assert sections["Operators"]["logprobs"]["cpu"] == "PyTorch, chunked"
 
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +241,7 @@ class TestNative:
         sections, findings = examine(status=1)
         finding = only(findings)
         assert "Not a directory" in finding["what"]
-        assert finding["mend"].startswith("export FASTPREF_CACHE_DIR=")
+        assert finding["fix"].startswith("export FASTPREF_CACHE_DIR=")
         assert sections["C++ operators"]["state"] == "not built: nowhere to put it"
 
 
@@ -255,11 +256,11 @@ class TestVersions:
     def test_torch_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(installed, "wanted", lambda package: SpecifierSet(">=99" if package == "torch" else ""))
         _, findings = examine("--no-build", status=1)
-        assert only(findings)["mend"] == "pip install --upgrade 'torch>=99'"
+        assert only(findings)["fix"] == "pip install --upgrade 'torch>=99'"
 
 
 def triton(monkeypatch: pytest.MonkeyPatch, number: str | None) -> None:
-    """A Triton of that version, or none."""
+    """Install a module that claims to be this version of Triton, or hide Triton."""
     module = None
     if number is not None:
         module = ModuleType("triton")
@@ -281,7 +282,7 @@ class TestTriton:
         assert finding.is_error
         assert finding.what == words == section.facts["state"]
         if installed.build() == "CPU":
-            assert finding.mend == "pip install 'triton>=3.4'"
+            assert finding.fix == "pip install 'triton>=3.4'"
 
     def test_is_new_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
         triton(monkeypatch, "3.5.0.dev20250801+git1234")
@@ -306,16 +307,16 @@ class TestGPUThatTorchCannotUse:
             _, findings = examine("--no-build", status=1)
             finding = only(findings)
             assert f"there is an {maker} GPU ({node})" in finding["what"]
-            assert finding["mend"] == devices.REINSTALL[maker]
+            assert finding["fix"] == devices.REINSTALL[maker]
             assert finding["costs"] == "everything runs on the CPU"
             node.unlink()
 
     def test_it_is_hidden_or_has_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         devices.NODES["NVIDIA"].touch()
         monkeypatch.setattr(devices, "build", lambda: "CUDA 12.8")
-        assert only(examine("--no-build", status=1)[1])["mend"].startswith("nvidia-smi")
+        assert only(examine("--no-build", status=1)[1])["fix"].startswith("nvidia-smi")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert only(examine("--no-build", status=1)[1])["mend"] == "unset CUDA_VISIBLE_DEVICES"
+        assert only(examine("--no-build", status=1)[1])["fix"] == "unset CUDA_VISIBLE_DEVICES"
 
     def test_what_torch_says_of_it_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def old_driver() -> bool:
@@ -336,12 +337,14 @@ class TestGPUThatTorchCannotUse:
 class TestGPUThatTorchCanUse:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Two GPUs of one make, as torch tells of them."""
+        """Let torch report two GPUs of the same type."""
         properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 << 30, major=9, minor=0)
         here = SimpleNamespace(
-            is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda index: properties,
+            is_available=lambda: True,
+            device_count=lambda: 2,
+            get_device_properties=lambda index: properties,
             device=lambda index: nullcontext(),
-        )  # fmt: skip
+        )
         absent = SimpleNamespace(is_available=lambda: False)
         monkeypatch.setattr(torch, "get_device_module", lambda kind: here if kind == "cuda" else absent)
 
@@ -386,7 +389,7 @@ class TestIntegrations:
         assert sections["Integrations"] == {"trl": f"0.1, which patch() refuses; {fastpref_trl.SUPPORTED} is known"}
         finding = only(findings, is_error=False)
         assert "installed is 0.1, another version" in finding["what"]
-        assert finding["mend"] == f"pip install 'trl{fastpref_trl.SUPPORTED}'"
+        assert finding["fix"] == f"pip install 'trl{fastpref_trl.SUPPORTED}'"
 
     def test_the_installed_trl_is_patched_and_given_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("trl")
@@ -395,7 +398,7 @@ class TestIntegrations:
         assert findings == []
         assert sections["Integrations"]["trl"].startswith(f"{version('trl')}, which patch() takes")
         assert sections["Integrations"]["nothing"] == "not installed"
-        assert not fastpref_trl._patched
+        assert not _patch.replacement
 
     def test_one_that_replaces_nothing_is_its_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(installed, "LIBRARIES", ("transformers", "torch"))
