@@ -1,8 +1,8 @@
-"""Microseconds of host time in what a GPU waits for: a float as an argument, a tile's fold, a loss of (B,) tensors.
+"""Measure the host time of calls that a GPU waits for: packing a float argument, a fold, losses of (B,) tensors.
 
 python benchmarks/bench_host.py [--rounds N] [--device cpu|cuda]
 
-Without a GPU, kernels are compiled for one, and their launches do nothing; what PyTorch does is done on a CPU.
+Without a GPU, kernels are compiled for one and their launches do nothing, and PyTorch runs on the CPU.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from benchmarks import machine, sass
 from benchmarks.stubbed_driver import stubbed_launches
 from benchmarks.triton_on_cpu import launchers_on_cpu
 from fastpref import reference
+from fastpref_kernels.contract import RowSums
 from fastpref_kernels.triton import linear
 from fastpref_kernels.triton.common import split
 
 PAIRS, ANSWERS = 256, 4
-ROWS, COLUMNS = 64, 4096  # of a tile; what the host does depends on neither
+ROWS, COLUMNS = 64, 4096  # of a tile; the host time depends on neither
 # A round is shorter than a scheduler's time slice, so that most rounds are not interrupted.
 ROUND_SECONDS = 3e-4
 
@@ -44,7 +45,7 @@ Case = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of a call: the median and quartiles over rounds."""
+    """The microseconds of a call: median and quartiles over rounds."""
 
     q1: float
     median: float
@@ -55,7 +56,7 @@ class Timing:
 
 
 def timed(cases: dict[str, Case], rounds: int, synchronize: Case) -> dict[str, Timing]:
-    """Time every case in turn, round by round, so that all of them meet the same load."""
+    """Time the cases in turn, round by round, so that the load on the machine affects all alike."""
     calls, seconds = {}, {name: [] for name in cases}
     for name, case in cases.items():
         calls[name] = max(1, int(ROUND_SECONDS / min(_seconds(case, 1) for _ in range(20))))
@@ -65,7 +66,7 @@ def timed(cases: dict[str, Case], rounds: int, synchronize: Case) -> dict[str, T
         for _ in range(rounds):
             for name, case in cases.items():
                 synchronize()  # a full queue of launches would make the host wait
-                case()  # brings back to the caches what the other cases have displaced
+                case()  # refills the caches after the other cases
                 seconds[name].append(_seconds(case, calls[name]))
     finally:
         if collects:
@@ -84,17 +85,17 @@ def _seconds(case: Case, calls: int) -> float:
 
 
 def fold(device: str) -> Case:
-    """Return a fold of one tile, as the loop over tiles calls it."""
+    """Return a call that folds one tile, as the loop over tiles does."""
     z = torch.zeros(ROWS, COLUMNS, device=device)
     targets = torch.zeros(ROWS, dtype=torch.int64, device=device)
-    state = torch.zeros(8, ROWS, dtype=torch.float64, device=device)
+    state = RowSums.start((ROWS,), torch.device(device))
     anchors, masses = torch.zeros(2, ROWS, dtype=torch.float64, device=device)
     store = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=device)
     return lambda: linear.fold(z, None, targets, 0, 1.0, 1.0, None, 0, state, anchors, masses, store)
 
 
 def losses(device: str) -> dict[str, tuple[list[Tensor], dict[str, Any]]]:
-    """Return the arguments and options of every loss, by its name."""
+    """Return the arguments and options of each loss by name."""
     chosen, rejected = (torch.randn(PAIRS, device=device, requires_grad=True) for _ in range(2))
     ref_chosen, ref_rejected = torch.randn(2, PAIRS, device=device)
     rewards = torch.randn(PAIRS, ANSWERS, device=device, requires_grad=True)
@@ -111,7 +112,7 @@ def losses(device: str) -> dict[str, tuple[list[Tensor], dict[str, Any]]]:
 
 
 def step(function: Callable[..., Any], tensors: list[Tensor], options: dict[str, Any]) -> Case:
-    """Return a loss's forward and backward."""
+    """Return a call of the forward and backward of a loss."""
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
 
     def call() -> None:
@@ -132,7 +133,7 @@ def launching(device: str) -> Iterator[None]:
 
 
 def measured(device: str, rounds: int) -> dict[str, Timing]:
-    """Return the time of every case, and of each loss's reference under "reference." and its name."""
+    """Return the times of all cases; that of the reference of a loss has the prefix "reference."."""
     cases: dict[str, Case] = {
         "a float, packed before": lambda: split(0.3),
         "a float, packed for the first time": lambda: split.__wrapped__(0.3),
@@ -146,10 +147,10 @@ def measured(device: str, rounds: int) -> dict[str, Timing]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Times that each case is timed")] = 300,
-    device: Annotated[str, typer.Option(help="cpu or cuda; by default what there is")] = "",
+    rounds: Annotated[int, typer.Option(help="How often each case is timed")] = 300,
+    device: Annotated[str, typer.Option(help="cpu or cuda; the default is the GPU if there is one")] = "",
 ) -> None:
-    """Print the host's microseconds: medians, and quartiles in brackets."""
+    """Print the microseconds on the host: the median, and the quartiles in brackets."""
     torch.set_num_threads(1)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = measured(device, rounds)

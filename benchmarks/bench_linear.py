@@ -1,6 +1,6 @@
-"""Log-probs and DPO from hidden states, forward and backward: ours, the peers, and the bare products.
+"""Measure log-probs and DPO from hidden states, forward and backward: fastpref, its peers, and the bare products.
 
-`fastpref bench linear` measures it; the same rows for pytest-benchmark are in `bench_suite.py`.
+`fastpref bench linear` runs this subject.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmarks.store import Row, Rows
 from fastpref_kernels import ops
 
 BETA = 0.1
-TILE = 4096  # columns of a product of the floor
-CHUNK_ROWS = 1024  # our default on a CPU: up to so many positions a gradient is rounded a tile at a time
-# A log-prob of ours may be off by this, where the labels are far from the top by as much as here.
+TILE = 4096  # columns that the floor multiplies at a time
+CHUNK_ROWS = 1024  # the default on a CPU; up to this many positions, a gradient is rounded a tile at a time
+# The largest error allowed in a log-prob of fastpref, for labels as improbable as those here.
 GATE = {"fp32": 1e-5, "bf16": 1e-4}
 SIX, EIGHT = "bare products, 6NVH", "bare products, 8NVH"
 
@@ -39,9 +39,8 @@ def _ours(mode: str) -> Callable[..., Tensor]:
 
 
 def _dpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fastpref.linear_dpo_loss(
-        hidden, weight, labels, beta=BETA, shift=False, reference_free=True
-    ).loss  # fmt: skip
+    found = fastpref.linear_dpo_loss(hidden, weight, labels, beta=BETA, shift=False, reference_free=True)
+    return found.loss
 
 
 SAVE = Entry("fastpref, save", lambda: _ours("save"), "fastpref")
@@ -51,9 +50,9 @@ OURS = (SAVE, RECOMPUTE, DPO)
 
 
 class Leaves:
-    """Hidden states, head and labels, of which each sequence's first are ignored as far as `masked` says.
+    """Hidden states, weight and labels; the first share `masked` of the labels of each sequence is ignored.
 
-    "flat" logits spread by about 3, around no label; of "peaked" ones the label's stands out.
+    "flat" logits have a standard deviation of about 3 and do not favour the label; "peaked" logits do.
     """
 
     def __init__(self, axes: dict[str, Any], device: str, seed: int = 0) -> None:
@@ -69,31 +68,31 @@ class Leaves:
         self.weight = weight.to(dtype).requires_grad_()
 
     def step(self, function: Callable[..., Tensor], upstream: Tensor) -> Tensor:
-        """Log-probs of the scored rows, their sum or a loss, and the gradients of hidden and weight."""
+        """Run a forward and backward, which leaves gradients of hidden and weight, and return the value."""
         self.clear()
         out = function(self.hidden, self.weight, self.labels)
         out.backward(upstream.to(out.dtype) if out.dim() else None)
         return out.detach()
 
     def clear(self) -> None:
-        """Drop the gradients."""
+        """Release the gradients."""
         self.hidden.grad = self.weight.grad = None
 
 
 def dpo_of(logps: Tensor, sequences: int) -> Tensor:
-    """The DPO loss of the scored rows' log-probs, as its formula."""
+    """Return the DPO loss of the log-probs of the scored rows, by its formula."""
     chosen, rejected = logps.view(sequences, -1).sum(-1).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 def relative(found: Tensor | None, truth: Tensor) -> float:
-    """The largest error, relative to the largest value."""
+    """Return the largest error relative to the largest value."""
     assert found is not None
     return furthest(found, truth) / truth.abs().max().item()
 
 
 class Problem:
-    """One shape: inputs, the float64 answers, and how far from them a row may be."""
+    """A shape: its inputs, the float64 answers, and the errors that are allowed."""
 
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         self.axes, self.device = axes, device
@@ -107,7 +106,7 @@ class Problem:
         self.answer, self.limit = cache(self._answer), cache(self._limit)
 
     def _pass(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, and the gradients of hidden and weight; few rows at a time: float64 is wide."""
+        """Return log-probs and the gradients of hidden and weight in float64, computed a few rows at a time."""
         hidden = self.leaves.hidden.detach()[self.scored].double()
         labels, weight = self.leaves.labels[self.scored], self.leaves.weight.detach().double()
         d_weight = torch.zeros_like(weight)
@@ -125,7 +124,7 @@ class Problem:
         return torch.cat(logps), whole, d_weight
 
     def _answer(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The float64 value of log-probs, their sum or the loss, and the gradients of hidden and weight."""
+        """Return the float64 log-probs, their sum or the loss, and the gradients of hidden and weight."""
         if kind == "logps":
             return self._pass(self.upstream.double())
         leaf = self.answer("logps")[0].clone().requires_grad_()
@@ -133,12 +132,12 @@ class Problem:
         return value.detach(), *self._pass(torch.autograd.grad(value, leaf)[0])[1:]
 
     def _limit(self, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What is allowed to a peer and to us: of the value, and of the two gradients.
+        """Return the errors allowed to a peer and to fastpref: of the value and of the two gradients.
 
-        A log-prob of a peer's may lose twice what eager's does, and 4 ulp, one of ours `GATE`; their sum and the loss
-        what that can move them, because a single number may be right by luck, and eager's would then be the measure.
-        Gradients may lose twice what eager's do, and 4 ulp of the largest; a loss's, what rounding two sequences'
-        log-probs to float32 does to its argument, too.
+        A log-prob of a peer may be off by twice the error of eager PyTorch plus 4 ulp, one of fastpref by `GATE`. The
+        sum and the loss may be off by what such an error does to them: eager PyTorch may be right by luck in a single
+        number, which would then allow nothing. Gradients may be off by twice the error of eager PyTorch plus 4 ulp of
+        the largest; those of the loss also by the effect of rounding the log-probs of two sequences to float32.
         """
         reduce = {"logps": lambda x: x, "sum": Tensor.sum, "loss": lambda x: dpo_of(x, self.axes["B"])}[kind]
         _, d_hidden, d_weight = self._errors(lambda *given: reduce(peers.linear_eager(*given)), kind)
@@ -167,7 +166,7 @@ class Problem:
         row = {"error": errors[0] / (self.count if entry.answers == "sum" else 1), "error_gradient": max(errors[1:])}
         return row, list(zip(errors, limits, strict=True))
 
-    def settle(self) -> None:
+    def release(self) -> None:
         self.answer, self.limit = cache(self._answer), cache(self._limit)
         self.clear()
 
@@ -180,10 +179,10 @@ class Problem:
         return {BOTH: Case(lambda: next(leaves).step(function, self.upstream))}
 
     def floors(self) -> dict[str, Floor]:
-        """The library's products on the scored rows and nothing else: once or twice the logits', and both gradients'.
+        """Return the matrix products of the scored rows alone: the logits once or twice, and both gradients.
 
-        A tile of columns at a time into kept memory, in the operands' dtype: bfloat16 products round their results,
-        which is less than ours do.
+        They run a tile of columns at a time, into memory that is kept, in the dtype of the operands. Products of
+        bfloat16 round their results, so they do less than fastpref does.
         """
         x, w = self.leaves.hidden.detach()[self.scored], self.leaves.weight.detach()
         tile = torch.rand(len(x), TILE, device=self.device).to(x.dtype)
@@ -205,7 +204,7 @@ class Problem:
         }
 
     def work(self, name: str, which: str) -> tuple[float, float, str]:
-        """Operands read once and gradients written once; the logits, and two gradients, of the scored rows."""
+        """Count one read of the operands, one write of the gradients, and three products of the scored rows."""
         operands = self.leaves.weight.nbytes + self.leaves.hidden.nbytes
         return 2 * operands / 1e9, 6 * self.count * self.leaves.weight.numel() / 1e9, SIX
 
@@ -213,12 +212,12 @@ class Problem:
         return (self.leaves.weight.nbytes + self.leaves.hidden.nbytes) / MIB
 
     def buffer(self, entry: Entry) -> float:
-        """MiB of the float32 sums of the weight's gradient, where ours keep them whole beside it."""
+        """Return the MiB of the float32 sums of the weight's gradient, where fastpref keeps them beside it."""
         weight, positions = self.leaves.weight, self.leaves.labels.numel()
         if not entry.ours:
             return 0.0
-        # A float32 gradient is its own buffer, and rows of one chunk need none. A loss of several chunks, if its pairs
-        # fit in them, keeps one for its backward.
+        # A float32 gradient needs no other buffer, nor do rows of a single chunk. A loss with several chunks that hold
+        # whole pairs keeps a buffer for its backward.
         limit = ops.loss_chunk_rows(weight, weight.shape[0], weight.dtype)
         in_forward = entry == DPO and self.count // (self.axes["B"] // 2) <= limit < self.count
         buffered = in_forward or (weight.dtype != torch.float32 and positions > CHUNK_ROWS)
@@ -226,15 +225,12 @@ class Problem:
 
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
-    """Ours and the peers, of one shape."""
+    """Return the entries of fastpref and the peers."""
     return [*OURS, *peers.joined(options.peer_file)["linear"]]
 
 
-problem = Problem
-
-
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
-    """The rows of one shape."""
+    """Measure one shape and return its rows."""
     made, given = Problem(axes, device), entries(options, axes)
     rows = harness.measured(made, given, device, options, say)
     buffers = {entry.name: made.buffer(entry) for entry in given}
@@ -251,15 +247,21 @@ WIDE = {"H": 1024}
 
 
 def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Allocator, axes) of a preset."""
+    """Yield the (allocator, axes) of a preset."""
     if preset == "smoke":
         yield "default", {**BASE, "T": 16, "V": 1031, "H": 32}
         return
     if device == "cuda":
         large = {**BASE, "dtype": "bf16", "B": 8, "T": 1024, "V": 128256, "H": 4096, "masked": 0.0}
-        yield from (("default", {**large, **more}) for more in (
-            {}, {"masked": 0.5}, {"logits": "peaked"}, {"V": 262144, "H": 1152},
-        ))  # fmt: skip
+        yield from (
+            ("default", {**large, **more})
+            for more in (
+                {},
+                {"masked": 0.5},
+                {"logits": "peaked"},
+                {"V": 262144, "H": 1152},
+            )
+        )
         if preset == "default":
             return
     for dtype in DTYPES:

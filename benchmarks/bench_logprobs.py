@@ -1,6 +1,6 @@
-"""Log-probs from logits, forward and backward: ours, the peers, and the copy of the logits that is the floor.
+"""Measure log-probs from logits, forward and backward: fastpref, its peers, and a copy of the logits as the floor.
 
-`fastpref bench logprobs` measures it; the same rows for pytest-benchmark are in `bench_suite.py`.
+`fastpref bench logprobs` runs this subject.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from benchmarks.store import Row, Rows
 
 BOTH, FORWARD = "forward + backward", "forward"
 READ_COPY, READ, COPY = "read + copy into kept memory", "read", "copy into kept memory"
-# Bytes of float64 gradients that are kept for all checks of a shape; more are computed anew for each.
+# Float64 gradients of up to this many bytes are kept for all checks of a shape; larger ones are computed again.
 KEPT = 2 * 2**30
-# Exponential, subtraction and sum of a logit; and those of its gradient, with a product.
+# Per logit: exponential, subtraction and sum, and in the backward exponential, subtraction and product.
 FLOPS = {FORWARD: 3, BOTH: 6}
 
 
@@ -38,7 +38,7 @@ OURS = (
 
 
 class _Model(torch.autograd.Function):
-    """Logits as a model gives them: no leaf, and their gradient goes to `received`, or is dropped."""
+    """Return logits that are no leaf, as from a model; their gradient goes to `received` or is dropped."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, logits: Tensor, received: list[Tensor] | None) -> Tensor:
@@ -53,10 +53,10 @@ class _Model(torch.autograd.Function):
 
 
 def inputs(axes: dict[str, Any], device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) and labels (B, T), the first of every sequence ignored as far as `masked` says.
+    """Return logits (B, T, V) and labels (B, T); the first share `masked` of the labels of each sequence is ignored.
 
-    "flat" logits spread as wide as a trained model's, around no label; of "peaked" ones the label, or in a fifth of the
-    rows another token, has nearly all of the mass.
+    "flat" logits spread as wide as those of a trained model and do not favour the label. In "peaked" logits the label
+    has nearly all of the mass, or in a fifth of the rows another token.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (axes["B"], axes["T"], axes["V"])
@@ -72,7 +72,7 @@ def inputs(axes: dict[str, Any], device: str, seed: int = 0) -> tuple[Tensor, Te
 
 
 class Problem:
-    """One shape: inputs, the float64 answer, and how far from it a row may be."""
+    """A shape: its inputs, the float64 answer, and the error that is allowed."""
 
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         self.axes, self.device = axes, device
@@ -85,7 +85,7 @@ class Problem:
         found = [(logps, ulps(gradient, self.logits.dtype)) for logps, gradient in self.truth()]
         self.logps, self._spacing = torch.cat([logps for logps, _ in found]), max(spacing for _, spacing in found)
         widened = lambda z, y: fastpref.reference.token_logprobs(z, y, shift=False)  # noqa: E731
-        # What eager loses in the dtype is a peer's measure; what float32 statistics lose is ours.
+        # A peer is allowed twice the error of eager PyTorch in the dtype, fastpref twice that of float32 statistics.
         self.limits, self.own_limits = (self._limits(eager) for eager in (peers.eager, widened))
 
     @property
@@ -101,7 +101,7 @@ class Problem:
             yield values.detach() * (y != IGNORED), gradient
 
     def truth(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield log-probs and their gradient in float64 of a few rows after another, which together may not fit."""
+        """Yield log-probs and their gradient in float64, a few rows at a time, because all rows may not fit."""
         return self._truth() if self._kept is None else iter(self._kept)
 
     def _limits(self, eager: Callable[..., Tensor]) -> tuple[float, ...]:
@@ -111,7 +111,7 @@ class Problem:
         return tuple(2 * off + spacing for off, spacing in zip(found, spacings, strict=True))
 
     def _errors(self, entry: Entry, function: Callable[..., Tensor]) -> tuple[float, float]:
-        """The largest errors of log-probs, per token where only their sum is given, and of their gradient."""
+        """Return the largest errors of the log-probs (of a sum, its error per token) and of their gradient."""
         received: list[Tensor] = []
         logps = self._step(function, self.logits.clone() if entry.in_place else self.logits, self.labels, received)
         if entry.answers == "sum":
@@ -125,7 +125,7 @@ class Problem:
     def _step(
         self, function: Callable[..., Tensor], logits: Tensor, labels: Tensor, received: list[Tensor] | None = None
     ) -> Tensor:
-        """Log-probs, and the gradient of the sum of those that count."""
+        """Run the forward, and the backward from the sum of the scored log-probs; return the log-probs."""
         parameter = torch.zeros((), device=logits.device, requires_grad=True)
         logps = function(_Model.apply(parameter, logits, received), labels)
         logps.backward((labels != IGNORED).to(logps.dtype) if logps.dim() else None)
@@ -137,9 +137,9 @@ class Problem:
         return {"error": errors[0], "error_gradient": errors[1]}, list(zip(errors, limits, strict=True))
 
     def clear(self) -> None:
-        """None is kept."""
+        """Do nothing: no gradient is kept."""
 
-    def settle(self) -> None:
+    def release(self) -> None:
         self._kept = None
 
     def cases(self, entry: Entry, function: Callable[..., Tensor]) -> dict[str, Case]:
@@ -161,10 +161,10 @@ class Problem:
         return cases
 
     def floors(self) -> dict[str, Floor]:
-        """One read of the scored logits, then one read of them and one write of all; and the parts of it."""
+        """Return a read of the scored logits, then one read of these and one write of all logits, and its parts."""
         logits = self.logits
         kept, first = torch.empty_like(logits), int(self.axes["masked"] * self.axes["T"])
-        # As float32, which is summed fastest, where a row is a whole number of them; what is summed does not matter.
+        # Read as float32 where possible, which sums fastest; the sum itself does not matter.
         words = logits.view(torch.float32) if logits.shape[-1] * logits.itemsize % 4 == 0 else logits
 
         def copy() -> None:
@@ -182,7 +182,7 @@ class Problem:
         return found
 
     def work(self, name: str, which: str) -> tuple[float, float, str]:
-        """Scored logits are read once a pass, and their whole gradient is written once."""
+        """Count one read of the scored logits per pass and one write of the whole gradient."""
         row = self.logits.shape[-1]
         written = self.labels.numel() if which == BOTH else 0
         reads = {FORWARD: 1, BOTH: 2}[which] * self.count
@@ -194,15 +194,12 @@ class Problem:
 
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
-    """Ours and the peers, of one shape."""
+    """Return the entries of fastpref and the peers."""
     return [*OURS, *peers.joined(options.peer_file)["logprobs"]]
 
 
-problem = Problem
-
-
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
-    """The rows of one shape."""
+    """Measure one shape and return its rows."""
     made = Problem(axes, device)
     rows = harness.measured(made, entries(options, axes), device, options, say)
     return [{**row, "scored": made.count} for row in rows]
@@ -214,15 +211,23 @@ VOCABULARIES = (32000, 50304, 128256, 151936, 262144)
 
 
 def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Allocator, axes) of a preset."""
+    """Yield the (allocator, axes) of a preset."""
     if preset == "smoke":
         yield "default", {**BASE, "B": 2, "T": 8, "V": 1031}
         return
     if device == "cuda":
         large = {**BASE, "dtype": "bf16", "T": 1024, "V": 128256}
-        yield from (("default", {**large, **more}) for more in (
-            {}, {"masked": 0.5}, {"logits": "peaked"}, {"V": 262144}, {"B": 1, "T": 64}, {"dtype": "fp32", "T": 256},
-        ))  # fmt: skip
+        yield from (
+            ("default", {**large, **more})
+            for more in (
+                {},
+                {"masked": 0.5},
+                {"logits": "peaked"},
+                {"V": 262144},
+                {"B": 1, "T": 64},
+                {"dtype": "fp32", "T": 256},
+            )
+        )
         if preset == "default":
             return
     dtypes = ("bf16",) if device == "cuda" else tuple(DTYPES)

@@ -1,7 +1,7 @@
-"""Losses and what they are made of: ours, the formula in plain PyTorch, and that compiled.
+"""Measure losses and advantages: fastpref, the formula in plain PyTorch, and the compiled formula.
 
-`fastpref bench losses` measures it; the same rows for pytest-benchmark are in `bench_suite.py`. On a CPU a loss of ours
-is the formula, and what is measured is the price of its checks; on a GPU it is one launch.
+`fastpref bench losses` runs this subject. On a CPU fastpref's loss is the formula, so the difference is the cost of its
+argument checks. On a GPU it is one launch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from benchmarks import harness, peers
 from benchmarks.harness import MIB, Case, Floor, Options, furthest, ulps
 from benchmarks.peers import Entry
 from benchmarks.store import Row, Rows
-from fastpref.cli.check.allowance import ulp
-from fastpref.cli.check.evaluate import cast, move
 from fastpref.losses import TABLE, Loss
+from fastpref.testing.accuracy import ulp
+from fastpref.testing.evaluate import cast, move
 
 STEP, FORWARD = "forward + backward", "forward"
 GAMMA, LAM, BETA = 1.0, 0.95, 0.1
@@ -38,7 +38,7 @@ def _value(result: Any) -> Tensor:
 
 
 class LossProblem:
-    """A loss of `fastpref.losses.TABLE` on B elements, with K answers each where it takes answers."""
+    """A loss of `fastpref.losses.TABLE` on B elements, with K answers each if it takes answers."""
 
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         self.loss = next(loss for loss in TABLE if loss.name == axes["loss"])
@@ -62,12 +62,12 @@ class LossProblem:
         ]
 
     def _step(self, function: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
-        """The loss, and the gradient of every floating-point argument."""
+        """Return the loss and the gradient of every floating-point argument."""
         for leaf in leaves:
             leaf.grad = None
         loss = _value(function(*leaves, **self.options))
         loss.backward()
-        # What a formula leaves out has no gradient in eager PyTorch, and one of zeros in a kernel.
+        # An argument that a formula does not use has no gradient in eager PyTorch, and zeros from a kernel.
         return [loss.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.requires_grad)]
 
     def check(self, entry: Entry, function: Callable[..., Any]) -> tuple[Row, list[tuple[float, float]]]:
@@ -80,7 +80,7 @@ class LossProblem:
         for leaf in self.leaves:
             leaf.grad = None
 
-    def settle(self) -> None:
+    def release(self) -> None:
         self.truth = []
 
     def cases(self, entry: Entry, function: Callable[..., Any]) -> dict[str, Case]:
@@ -90,7 +90,7 @@ class LossProblem:
         return {}
 
     def work(self, name: str, which: str) -> tuple[float, float, str]:
-        """Every input read and every gradient written."""
+        """Count a read of every input and a write of every gradient."""
         return sum(2 * leaf.nbytes for leaf in self.leaves if leaf.requires_grad) / 1e9, 0.0, ""
 
     def made(self, entry: Entry) -> float:
@@ -98,7 +98,7 @@ class LossProblem:
 
 
 class GAEProblem:
-    """Generalised advantage estimation on rewards and values (B, T), float32, of answers of T/4 to T tokens."""
+    """Generalised advantage estimation on float32 rewards and values (B, T), of answers of T/4 to T tokens."""
 
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         B, T = axes["B"], axes["T"]
@@ -111,9 +111,8 @@ class GAEProblem:
         wide = (rewards.double(), values.double(), mask)
         self.truth = [tensor.to(device) for tensor in fastpref.reference.gae(*wide, gamma=GAMMA, lam=LAM)]
         eager = self._errors(lambda *given: fastpref.reference.gae(*given, gamma=GAMMA, lam=LAM))
-        self.limits = [
-            2 * off + ulps(truth, torch.float32) for off, truth in zip(eager, self.truth, strict=True)
-        ]  # fmt: skip
+        pairs = zip(eager, self.truth, strict=True)
+        self.limits = [2 * off + ulps(truth, torch.float32) for off, truth in pairs]
 
     def _errors(self, function: Callable[..., Any]) -> list[float]:
         mask = self.given[2]
@@ -125,21 +124,21 @@ class GAEProblem:
         return {"error": max(errors)}, list(zip(errors, self.limits, strict=True))
 
     def clear(self) -> None:
-        """None is made."""
+        """Do nothing: no gradient is made."""
 
-    def settle(self) -> None:
+    def release(self) -> None:
         self.truth = []
 
     def cases(self, entry: Entry, function: Callable[..., Any]) -> dict[str, Case]:
         return {FORWARD: Case(lambda: function(*self.given))}
 
     def floors(self) -> dict[str, Floor]:
-        """Two passes that read what must be read, but for the mask, and write what must be written."""
+        """Return two element-wise passes that read rewards and values and write as much as the results."""
         rewards, values, _ = self.given
         return {BYTES: Floor(Case(lambda: (rewards + values, rewards - values)), self.work("", FORWARD)[0])}
 
     def work(self, name: str, which: str) -> tuple[float, float, str]:
-        """Rewards, values and mask read, advantages and returns written; a product and two sums each."""
+        """Count a read of rewards, values and mask, a write of advantages and returns, and five operations a token."""
         rewards = self.given[0]
         return rewards.numel() * (4 * 4 + 1) / 1e9, 5 * rewards.numel() / 1e9, BYTES
 
@@ -148,12 +147,12 @@ class GAEProblem:
 
 
 def first_against_rest(logps: Tensor) -> Tensor:
-    """(G, K) log-probs -> (G,): the first answer of each group is to beat the mean of the others."""
+    """Return a loss (G,) of log-probs (G, K) that prefers the first answer of a group to the mean of the others."""
     return -F.logsigmoid(BETA * (logps[:, 0] - logps[:, 1:].mean(-1)))
 
 
 class GroupsProblem(LossProblem):
-    """`linear_preference_loss` on B groups of K answers of T tokens, from hidden states: the products are N·V·H."""
+    """`linear_preference_loss` from hidden states on B groups of K answers of T tokens."""
 
     def __init__(self, axes: dict[str, Any], device: str) -> None:
         B, T, V, H, K = (axes[name] for name in "BTVHK")
@@ -164,7 +163,7 @@ class GroupsProblem(LossProblem):
         self.options = {"loss_fn": first_against_rest, "group_size": K, "shift": False}
         self.leaves = _leaves([hidden.to(device), weight.to(device)])
         self._answer(fastpref.reference.linear_preference_loss)
-        # Eager's sums of one example may be lucky: what rounding a sequence's to float32 does to the loss is allowed.
+        # Eager PyTorch may be right by luck in a single loss, so allow the effect of rounding a sum to float32 as well.
         inputs = (self.leaves[0], self.leaves[1], self.labels)
         sums = fastpref.reference.linear_sequence_logprobs(*inputs, shift=False).abs().max().item()
         self.limits = [limit + 2 * BETA * ulp(torch.float32, sums) for limit in self.limits]
@@ -173,7 +172,7 @@ class GroupsProblem(LossProblem):
         return super()._step(lambda hidden, weight, **options: function(hidden, weight, self.labels, **options), leaves)
 
     def work(self, name: str, which: str) -> tuple[float, float, str]:
-        """Operands read, gradients written; the logits and two gradients."""
+        """Count a read of the operands, a write of the gradients, and three products."""
         hidden, weight = self.leaves
         return 2 * (hidden.nbytes + weight.nbytes) / 1e9, 6 * self.labels.numel() * weight.numel() / 1e9, ""
 
@@ -203,7 +202,7 @@ def _loss_entries(loss: Loss) -> list[Entry]:
 
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
-    """Ours and the peers, of one loss."""
+    """Return the entries of fastpref and the peers of one loss."""
     if axes["loss"] in MASKS:
         return _gae_entries(MASKS[axes["loss"]] == "ragged ends")
     if axes["loss"] == GROUPS:
@@ -216,24 +215,24 @@ def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
 
 
 def problem(axes: dict[str, Any], device: str) -> LossProblem | GAEProblem:
-    """The inputs of one loss, and its answer."""
+    """Return the inputs of one loss and its float64 answer."""
     kind = GAEProblem if axes["loss"] in MASKS else GroupsProblem if axes["loss"] == GROUPS else LossProblem
     return kind(axes, device)
 
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
-    """The rows of one loss."""
+    """Measure one loss and return its rows."""
     return harness.measured(problem(axes, device), entries(options, axes), device, options, say)
 
 
-# Seconds of compilation each: one of pairs, one of answers.
+# The losses that are also measured compiled, one of pairs and one of rankings: each compilation takes seconds.
 COMPILED = ("dpo_loss:sigmoid", "ranking_loss")
 BASE = {"loss": "dpo_loss:sigmoid", "dtype": "fp32", "B": 512}
-AXES = ("loss", "dtype", "B", "T", "K")  # those that a loss has
+AXES = ("loss", "dtype", "B", "T", "K")
 
 
 def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Allocator, axes) of a preset."""
+    """Yield the (allocator, axes) of a preset."""
     gae = {"loss": "gae", "dtype": "fp32", "B": 512, "T": 2048}
     if preset == "smoke":
         yield "default", {**gae, "B": 4, "T": 32}
@@ -248,7 +247,7 @@ def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for T in (40, 128, 400, 1280, 4096):
         yield "default", {**gae, "B": 1024, "T": T, "sweep": "T"}
     for name in ("ranking_loss", "plackett_luce_loss"):
-        for K in (2, 4, 8, 16, 32, 64):  # the most answers of one prompt
+        for K in (2, 4, 8, 16, 32, 64):  # answers of one prompt
             yield "default", {**BASE, "loss": name, "B": 1024, "K": K, "sweep": "K"}
     for K in (2, 8, 32, 96, 200):
         yield "default", {**BASE, "loss": GROUPS, "B": 2, "T": 8, "V": 4096, "H": 128, "K": K, "sweep": "K"}

@@ -1,7 +1,7 @@
-"""A vocabulary over one rank and over two: time, bytes on the wire and memory a rank, beside what they should be.
+"""Measure a vocabulary on one rank and split over two: time, memory and bytes sent by each rank.
 
-`fastpref bench scaling` measures it. Ranks are processes of one thread on this machine, and the wire is its loopback
-device, whose counter is read: what gloo adds to its payload, and the acknowledgements, are in it.
+`fastpref bench scaling` runs this subject. Ranks are processes of one thread on this machine. Bytes on the wire are
+read from the counter of its loopback device, and include the headers and acknowledgements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from benchmarks.harness import DTYPES, Options
 from benchmarks.peers import Entry
 from benchmarks.store import Row, Rows
 
-BASE = {"dtype": "fp32", "B": 4, "T": 128, "V": 32001, "H": 512, "masked": 0.5}  # no even number of columns
+BASE = {
+    "dtype": "fp32",
+    "B": 4,
+    "T": 128,
+    "V": 32001,
+    "H": 512,
+    "masked": 0.5,
+}  # an odd V, so that the shards differ in size
 AXES = tuple(BASE)
 ROUNDS = 5
 RANKS = (1, 2)
@@ -36,7 +43,7 @@ LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 class Problem:
-    """A step of this rank: its columns of the vocabulary, and what every rank has."""
+    """The inputs of a step on this rank: its columns of the vocabulary, and what all ranks share."""
 
     def __init__(self, form: str, axes: Row) -> None:
         B, T, V, H = (axes[name] for name in "BTVH")
@@ -61,13 +68,12 @@ class Problem:
             self.inputs = [self.hidden, self.weight]
 
     def step(self) -> None:
-        """Forward and backward."""
+        """Run a forward and backward."""
         if self.form == "logits":
             loss = fastpref.token_logprobs(self.leaf, self.labels, **self.group).sum()
         elif self.form == "linear_dpo_loss":
-            loss = fastpref.linear_dpo_loss(
-                self.hidden, self.weight, self.labels, *torch.zeros(len(self.labels)).chunk(2), **self.group
-            ).loss  # fmt: skip
+            references = torch.zeros(len(self.labels)).chunk(2)
+            loss = fastpref.linear_dpo_loss(self.hidden, self.weight, self.labels, *references, **self.group).loss
         else:
             loss = fastpref.linear_token_logprobs(
                 self.hidden, self.weight, self.labels, mode=self.form, **self.group
@@ -77,7 +83,7 @@ class Problem:
             leaf.grad = None
 
     def payload(self) -> int:
-        """Bytes of this rank's contributions to a step's all-reduces, after the formulas of docs/scaling.md."""
+        """Return the bytes that this rank gives to all-reduces in a step, by the formulas of docs/scaling.md."""
         if not self.group:
             return 0
         if self.form == "logits":
@@ -85,12 +91,12 @@ class Problem:
         return 24 * self.scored + 4 * self.scored * self.width
 
     def gradients(self) -> int:
-        """Bytes of the gradients a step makes."""
+        """Return the bytes of the gradients that a step makes."""
         return sum(leaf.nbytes for leaf in self.inputs)
 
 
 def counted(run: Callable[[], object]) -> int:
-    """Bytes that this rank gives to all-reduces in a call."""
+    """Return the bytes that this rank gives to all-reduces in a call."""
     found, own = 0, dist.all_reduce
 
     def all_reduce(values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +113,7 @@ def counted(run: Callable[[], object]) -> int:
 
 
 def work(out: str, given: str, rounds: str) -> None:
-    """What each rank does: every form in turn; the first writes down what was found."""
+    """Measure every form on this rank; rank 0 writes the rows to a file."""
     axes: Row = json.loads(given)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -119,7 +125,7 @@ def work(out: str, given: str, rounds: str) -> None:
 
 
 def _measured(form: str, axes: Row, rounds: int) -> Row:
-    """A form's row, on every rank the same."""
+    """Return the row of a form, the same on every rank."""
     problem = Problem(form, axes)
     problem.step()
     payload = counted(problem.step)
@@ -138,23 +144,26 @@ def _measured(form: str, axes: Row, rounds: int) -> Row:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return {
-        "name": form, "ranks": len(ranks), "scored": problem.scored,
+        "name": form,
+        "ranks": len(ranks),
+        "scored": problem.scored,
         # A step is as slow as its slowest rank.
         **harness.statistics_of([max(times) for times in zip(*(r["seconds"] for r in ranks), strict=True)]),
-        "payload_kib": payload / 2**10, "expected_kib": problem.payload() / 2**10,
-        # A ring of two sends each rank's payload once; what the loopback counts is both ranks'.
+        "payload_kib": payload / 2**10,
+        "expected_kib": problem.payload() / 2**10,
+        # A ring of two sends the payload of each rank once, and the loopback device counts both ranks.
         "wire_kib": wire / rounds / len(ranks) / 2**10,
         "peak_mib": max(r["peak"] for r in ranks) / harness.MIB,
-    }  # fmt: skip
+    }
 
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
-    """Ours, and nobody's beside it."""
+    """Return the entries of fastpref; this subject has no peers."""
     return [peers.process(form, "fastpref") for form in FORMS]
 
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
-    """The rows of one dtype, on one rank and on two. A payload that its formula has not is a failure of ours."""
+    """Measure one dtype on one rank and on two; a payload that differs from its formula fails the row."""
     rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in RANKS:
@@ -169,12 +178,15 @@ def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[.
         row |= {"pass": "forward + backward", "package": "fastpref", "version": machine.package_version("fastpref")}
         row["gate"] = "within"
         if row["payload_kib"] != row["expected_kib"]:
-            row |= {"gate": "failed", "problem": f"gives {row['payload_kib']} KiB, not {row['expected_kib']}"}
+            row |= {
+                "gate": "failed",
+                "problem": f"gives {row['payload_kib']} KiB to all-reduces, expected {row['expected_kib']}",
+            }
     return rows
 
 
 def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Allocator, axes) of a preset."""
+    """Yield the (allocator, axes) of a preset."""
     if device == "cpu":
         for dtype in DTYPES if preset != "smoke" else ("fp32",):
             yield "default", {**BASE, "dtype": dtype, **({"T": 16, "V": 1031, "H": 32} if preset == "smoke" else {})}

@@ -1,9 +1,9 @@
-"""A whole step of TRL's DPOTrainer: as it is, after `patch()`, and as `FastDPOTrainer`.
+"""Measure a whole step of TRL's DPOTrainer: unchanged, after `patch()`, and as `FastDPOTrainer`.
 
-Four layers of Llama, about a thousand tokens a step, half of them completion; a reference model, no gradient
-checkpointing. SGD, because AdamW's first step is the sign of every gradient, rounding's where a gradient is 0, and so
-tells no curve from another. Each trainer has a process of its own and takes a step when it is told to, one after the
-other in an order drawn anew for every step, so that what else the machine does falls on all alike.
+`fastpref bench trainers` runs this subject. The model is a Llama of four layers with a reference model and no gradient
+checkpointing; a step has about a thousand tokens, half of them completion. The optimizer is SGD, because the first step
+of AdamW is the sign of each gradient, which rounding decides where a gradient is 0. Each trainer runs in a process of
+its own. In each step they take turns in a new order, so that other load on the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from benchmarks import machine, peers
 from benchmarks.harness import MIB, Options, reason, statistics_of
 from benchmarks.peers import Entry
 from benchmarks.store import Row, Rows
-from fastpref.cli import memory
+from fastpref.testing import memory
 
-LAYERS, PAIRS, PROMPT, COMPLETION = 4, 4, 61, 60  # an end-of-sequence token is added
+LAYERS, PAIRS, PROMPT, COMPLETION = 4, 4, 61, 60  # an end-of-sequence token is added to each completion
 STEPS_NOT_TIMED, RATE = 2, 0.2
 STEP = "step"
 TRL, PATCHED, LEAN, FAST = "TRL", "TRL after patch()", 'TRL after patch(mode="recompute")', "FastDPOTrainer"
 NAMES = (TRL, PATCHED, LEAN, FAST)
-# A trainer whose first loss is further off TRL's is wrong; TRL's own, in bf16, is off by a tenth of that.
+# A trainer whose first loss differs from TRL's by more is wrong. In bf16, TRL's own error is a tenth of this.
 FIRST_LOSS = 1e-2
 
 
 def tokenizer(vocabulary: int) -> Any:
-    """One word a token."""
+    """Return a tokenizer whose tokens are words."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,7 +47,7 @@ def tokenizer(vocabulary: int) -> Any:
 
 
 def pairs(axes: Row) -> dict[str, list[str]]:
-    """Columns of prompts and their two completions."""
+    """Return the columns prompt, chosen and rejected."""
     draw = random.Random(0)
 
     def text(words: int) -> str:
@@ -60,14 +60,21 @@ def pairs(axes: Row) -> dict[str, list[str]]:
 
 
 def models(axes: Row) -> tuple[Any, Any]:
-    """The policy, and a reference that is another."""
+    """Return the policy and a reference model with other weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=axes["V"], hidden_size=axes["H"], intermediate_size=3 * axes["H"], num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+        vocab_size=axes["V"],
+        hidden_size=axes["H"],
+        intermediate_size=3 * axes["H"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
         eos_token_id=2,
-    )  # fmt: skip
+    )
     made = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -76,13 +83,13 @@ def models(axes: Row) -> tuple[Any, Any]:
 
 
 def trainer_process(name: str, axes: Row, device: str, parent: Connection) -> None:
-    """Train, each step begun when the parent says so, and answered by its seconds, loss and peak."""
-    with open(os.devnull, "w") as nowhere:  # four trainers' bars and logs; what fails is answered
+    """Train; begin each step when the parent says so, and answer with its seconds, loss and peak."""
+    with open(os.devnull, "w") as nowhere:  # hides the progress bars and logs; errors are sent to the parent
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     try:
         _train(name, axes, device, parent)
-    except EOFError:  # the parent went away, and wants no more steps
+    except EOFError:  # the parent has ended
         return
     except Exception as met:
         parent.send(reason(met))
@@ -106,10 +113,18 @@ def _train(name: str, axes: Row, device: str, parent: Connection) -> None:
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = peers.dpo_trainer(
-            name == FAST, *models(axes), tokenizer(axes["V"]), pairs(axes), folder, use_cpu=device == "cpu",
-            per_device_train_batch_size=PAIRS, max_steps=axes["steps"], bf16=axes["dtype"] != "fp32",
-            learning_rate=RATE, optim="sgd",
-        )  # fmt: skip
+            name == FAST,
+            *models(axes),
+            tokenizer(axes["V"]),
+            pairs(axes),
+            folder,
+            use_cpu=device == "cpu",
+            per_device_train_batch_size=PAIRS,
+            max_steps=axes["steps"],
+            bf16=axes["dtype"] != "fp32",
+            learning_rate=RATE,
+            optim="sgd",
+        )
         compute_loss = trainer.compute_loss
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -129,12 +144,12 @@ def _train(name: str, axes: Row, device: str, parent: Connection) -> None:
 
 
 def entries(options: Options, axes: dict[str, Any]) -> list[Entry]:
-    """TRL's trainer, which is always run, and ours."""
+    """Return the entries of TRL's trainer and of fastpref; `options` cannot leave any out."""
     return [peers.process(TRL, "trl"), *(peers.process(name, "fastpref") for name in (PATCHED, LEAN, FAST))]
 
 
 def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]) -> Rows:
-    """All trainers in lockstep, in this environment."""
+    """Run all trainers in lockstep and return their rows."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[Row]] = {}
     problems: dict[str, str] = {}
@@ -167,27 +182,37 @@ def measure(axes: dict[str, Any], device: str, options: Options, say: Callable[.
 
 
 def _row(entry: Entry, found: dict[str, list[Row]], problems: dict[str, str]) -> Row:
-    """A trainer's row; its error is how far its first loss is from TRL's, made of the same weights."""
+    """Return the row of a trainer; its error is the difference of its first loss from TRL's, with the same weights."""
     row: Row = {
-        "name": entry.name, "pass": STEP, "package": entry.package, "version": machine.package_version(entry.package),
+        "name": entry.name,
+        "pass": STEP,
+        "package": entry.package,
+        "version": machine.package_version(entry.package),
         "scored": 2 * PAIRS * (COMPLETION + 1),
-    }  # fmt: skip
+    }
     taken, curve = found[entry.name], [step["loss"] for step in found[TRL]]
     if entry.name in problems or not taken:
         return {**row, "gate": "failed", "problem": problems.get(entry.name, "took no step")}
     error = abs(taken[0]["loss"] - curve[0]) if curve else float("nan")
     if not error <= FIRST_LOSS:
-        return {**row, "gate": "failed", "problem": f"wrong: its first loss is {error:.1e} from TRL's", "error": error}
+        return {
+            **row,
+            "gate": "failed",
+            "problem": f"wrong: its first loss differs from TRL's by {error:.1e}",
+            "error": error,
+        }
     timed = taken[STEPS_NOT_TIMED:]
     row |= statistics_of([step["seconds"] for step in timed])
     row |= {
-        "gate": "within", "error": error,
+        "gate": "within",
+        "error": error,
         "off_curve": max(abs(step["loss"] - loss) for step, loss in zip(taken, curve, strict=True)),
-        "first_loss": taken[0]["loss"], "last_loss": taken[-1]["loss"],
+        "first_loss": taken[0]["loss"],
+        "last_loss": taken[-1]["loss"],
         "gradient_mib": timed[0]["gradients"] / MIB,
-        # A trainer's gradients are part of what a user must have room for.
+        # This includes the gradients, which a user needs memory for as well.
         "peak_mib": max(step["peak"] for step in timed) / MIB,
-    }  # fmt: skip
+    }
     return row
 
 
@@ -196,7 +221,7 @@ AXES = tuple(BASE)
 
 
 def points(preset: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Allocator, axes) of a preset."""
+    """Yield the (allocator, axes) of a preset."""
     if preset == "smoke":
         yield "default", {**BASE, "V": 1024, "H": 64, "steps": 4}
         return

@@ -1,9 +1,9 @@
-"""How many programs of a kernel a multiprocessor holds, and what each keeps outstanding and waits for.
+"""Count the programs that a multiprocessor holds, and model the loads and waits of each.
 
-A program's warps issue the instructions of a loop in order and at an even rate. An instruction that names a register
-waits until what fills that register has answered; a wait for a group of asynchronous copies, or for a counter of AMD's,
-lasts until no more than the stated number of them is outstanding; a barrier and an answer from shared memory or another
-lane take `SHORT` cycles.
+The warps of a program issue the instructions of a loop in order and at an even rate. An instruction that names a
+register waits until the register is filled. A wait for a group of asynchronous copies, or for a counter on AMD, lasts
+until at most the stated number of them is outstanding. A barrier, and an answer from shared memory or another lane,
+take `SHORT` cycles.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from benchmarks.instructions import Instruction
 from benchmarks.sass import TARGETS, Loop, Program
 
-# Cycles of a barrier whose warps all arrive at once, of a read of shared memory, and of a shuffle. Microbenchmarks of
-# NVIDIA's GPUs from sm_70 on give 20 to 33 for each; for AMD this is an assumption.
+# Cycles of a barrier at which all warps arrive together, of a read of shared memory, and of a shuffle. Microbenchmarks
+# of NVIDIA GPUs from sm_70 on give 20 to 33 for each; for AMD this is an assumption.
 SHORT = 30
-# Laps until a loop is in its steady state, and laps over which that is averaged: a multiple of 1 to 6 stages.
+# Laps until a loop is in its steady state, and laps to average over: a multiple of every number of stages from 1 to 6.
 WARM_UP, LAPS = 12, 60
 
 
@@ -27,10 +27,10 @@ class Limits:
     """The resources that the programs on one multiprocessor, or AMD's compute unit, share.
 
     Attributes:
-        warps: the most that are resident.
-        programs: the most that are resident.
-        shared: bytes of shared memory.
-        reserved: bytes of it that every program takes beside its own.
+        warps: the most resident warps.
+        programs: the most resident programs.
+        shared: the bytes of shared memory.
+        reserved: the bytes of shared memory that each program takes in addition to its own.
     """
 
     warps: int
@@ -39,8 +39,8 @@ class Limits:
     reserved: int
 
 
-# From the CUDA programming guide's table of compute capabilities, and the ISA document of CDNA 3. Each of the four
-# schedulers of a multiprocessor holds 512 registers a lane, given out by 8, on either vendor's.
+# From the table of compute capabilities in the CUDA programming guide, and the ISA document of CDNA 3. On the GPUs of
+# both vendors, each of the four schedulers of a multiprocessor holds 512 registers per lane, allocated 8 at a time.
 LIMITS = {
     "sm_80": Limits(warps=64, programs=32, shared=164 << 10, reserved=1 << 10),
     "sm_90": Limits(warps=64, programs=32, shared=228 << 10, reserved=1 << 10),
@@ -51,7 +51,7 @@ SCHEDULERS, _REGISTERS, _REGISTER_UNIT, _SHARED_UNIT = 4, 512, 8, 128
 
 
 def resident_programs(program: Program) -> int:
-    """Return how many programs one multiprocessor holds at a time."""
+    """Return the number of programs that one multiprocessor holds at a time."""
     limits = LIMITS[program.target]
     warps = SCHEDULERS * (_REGISTERS // _rounded_up(program.registers, _REGISTER_UNIT))
     found = min(limits.programs, min(limits.warps, warps) // warps_of(program))
@@ -61,7 +61,7 @@ def resident_programs(program: Program) -> int:
 
 
 def warps_of(program: Program) -> int:
-    """Return the warps of one program."""
+    """Return the number of warps of a program."""
     return program.threads // TARGETS[program.target].warp_size
 
 
@@ -74,9 +74,9 @@ class Walk:
     """A program that runs a loop alone on its multiprocessor.
 
     Attributes:
-        start: cycles until the loop begins.
-        cycles: cycles of an iteration.
-        bytes: the most that a lane has outstanding at a time in the loop.
+        start: the cycles until the loop begins.
+        cycles: the cycles of an iteration.
+        bytes: the most bytes that a lane has outstanding at a time in the loop.
     """
 
     start: float
@@ -88,10 +88,10 @@ def walk(loop: Loop, issue: float, latency: float, before: Sequence[Instruction]
     """Follow a program into the steady state of a loop.
 
     Args:
-        loop: the loop, or a whole program, which is followed as if it began anew.
-        issue: cycles from one instruction to the next where nothing has to be waited for.
-        latency: cycles in which memory answers.
-        before: the program's instructions before the loop; each is taken once.
+        loop: the loop, or a whole program, which is repeated like a loop.
+        issue: the cycles from one instruction to the next without waits.
+        latency: the cycles until memory answers.
+        before: the instructions of the program before the loop, taken once each.
     """
     now = start = 0.0
     ready: dict[str, float] = {}  # when a register is filled
@@ -131,11 +131,11 @@ def bytes_in_flight(program: Program, loop: Loop | None = None) -> int:
 
     Args:
         program: the kernel.
-        loop: one of its loops; the main loop over the logits where None.
+        loop: one of its loops; None takes the main loop over the logits.
     """
     if any(i.bulk_copy for i in program.instructions):
-        # Their size is in a descriptor; the buffers that they fill are what shared memory is for.
+        # The size of a bulk copy is in a descriptor, but shared memory holds only the buffers that they fill.
         return resident_programs(program) * program.shared
-    # Memory that hardly ever answers shows what code asks for before it waits.
+    # With a very long latency, the loads outstanding are all those issued before the code waits.
     alone = walk(loop or program.passes[0], issue=1.0, latency=1e9)
     return resident_programs(program) * program.threads * alone.bytes

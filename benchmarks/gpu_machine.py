@@ -1,6 +1,6 @@
-"""Print one line on the machine and what is installed: python benchmarks/gpu_machine.py cuda|cpu.
+"""Print a line about the machine and the installed packages: python -m benchmarks.gpu_machine cuda|cpu.
 
-The exit status is 3 where a GPU is asked for and torch sees none.
+The exit status is 3 if a GPU is asked for and torch sees none.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from importlib.util import find_spec
 
 import torch
 
-# Distribution and module of what is used where it is installed.
+from benchmarks.gpu_parts import NO_GPU
+
+# The distribution and the module of each optional package.
 OPTIONAL = {
-    "triton": "triton", "transformers": "transformers", "trl": "trl", "liger-kernel": "liger_kernel",
-    "cut-cross-entropy": "cut_cross_entropy", "fla-core": "fla", "quack-kernels": "quack", "pytest-xdist": "xdist",
-}  # fmt: skip
-NO_GPU = 3
+    "triton": "triton",
+    "transformers": "transformers",
+    "trl": "trl",
+    "liger-kernel": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy",
+    "fla-core": "fla",
+    "quack-kernels": "quack",
+    "pytest-xdist": "xdist",
+}
 
 
 def installed() -> list[str]:

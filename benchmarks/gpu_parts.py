@@ -10,17 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 LOG = "log.txt"
-NOT_HERE = 77  # the exit status of a part that this machine has no tool for
+# Exit statuses: this machine has no tool for the part, and torch sees no GPU.
+NOT_HERE, NO_GPU = 77, 3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what the command of a part depends on.
+    """The settings that the command of a part depends on.
 
     Attributes:
         out: the folder of the results.
         device: "cuda", or "cpu" for a rehearsal on tiny shapes.
-        shapes: of `fastpref bench`.
+        shapes: the shapes of `fastpref bench`.
         seconds: after which the part should end by itself, if it can.
     """
 
@@ -35,7 +36,7 @@ class Settings:
         return self.device == "cpu"
 
     def lasting(self, seconds: float) -> Settings:
-        """Return the same for a part that may take so long."""
+        """Return these settings for a part that may take so long."""
         return replace(self, seconds=max(1, int(seconds)))
 
 
@@ -45,8 +46,8 @@ class Part:
 
     Attributes:
         name: what `--only` calls it.
-        share: the seconds that it has of a run of 540, and its weight in any other.
-        command: from the settings, what is run.
+        share: its seconds in a run of 540, and its weight in any other run.
+        command: returns the command from the settings.
         prints: the file of the output folder that its output goes to.
     """
 
@@ -56,17 +57,17 @@ class Part:
     prints: str = LOG
 
 
-def _script(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, f"benchmarks/{name}.py", *arguments]
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
 def _smoke(settings: Settings) -> list[str]:
-    return _script("gpu_smoke", "--device", settings.device, "--seconds", str(settings.seconds))
+    return _module("gpu_smoke", "--device", settings.device, "--seconds", str(settings.seconds))
 
 
 def _sweep(settings: Settings) -> list[str]:
     seconds, out = str(settings.seconds), str(settings.out)
-    return _script("gpu_sweep", "--seconds", seconds, "--out", out, "--device", settings.device)
+    return _module("gpu_sweep", "--seconds", seconds, "--out", out, "--device", settings.device)
 
 
 def _tests(settings: Settings) -> list[str]:
@@ -102,6 +103,6 @@ PARTS = (
     Part("tests", 100, _tests),
     Part("bench", 90, _bench),
     Part("check", 50, _check),
-    Part("profile", 30, lambda settings: _script("gpu_profile", settings.device), "profile.txt"),
-    Part("sanitizer", 40, lambda settings: _script("gpu_sanitizer", settings.device)),
+    Part("profile", 30, lambda settings: _module("gpu_profile", settings.device), "profile.txt"),
+    Part("sanitizer", 40, lambda settings: _module("gpu_sanitizer", settings.device)),
 )

@@ -1,7 +1,7 @@
-"""Read hardware counters of the kernels on logits and of the fold: python benchmarks/gpu_profile.py cuda|cpu [NAME]...
+"""Read hardware counters of the kernels on logits and of the fold: python -m benchmarks.gpu_profile cuda|cpu [NAME]...
 
-Without names it runs itself under Nsight Compute once for each of `KERNELS`, and prints the counters as CSV; the exit
-status is 77 where `ncu` is not on PATH. With names it only makes the calls. On a CPU it makes all, on tiny shapes.
+Without names it runs itself under Nsight Compute once for each of `KERNELS` and prints the counters as CSV. The exit
+status is 77 if `ncu` is not on PATH. With names it only makes the calls; on a CPU it makes all of them at tiny shapes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 
 import fastpref
+from benchmarks.gpu_parts import NOT_HERE
 
-NOT_HERE = 77
 CALLS = 3
 METRICS = (
     "gpu__time_duration.sum",
@@ -46,7 +46,7 @@ def statistics(device: str) -> Call:
 
 
 def fold(device: str) -> Call:
-    """Return a call of the forward from hidden states whose few tiles are a product and a fold each."""
+    """Return a call of the forward from hidden states on a few tiles, each a product and a fold."""
     rows, vocabulary, features = (8, 1031, 16) if device == "cpu" else (4096, 3 * 4096, 1024)
     hidden = torch.randn(1, rows, features, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocabulary, features, device=device, dtype=torch.bfloat16) * 3 / features**0.5
@@ -63,7 +63,7 @@ KERNELS: dict[str, tuple[Callable[[str], Call], str]] = {
 
 
 def launch(name: str, device: str) -> None:
-    """Call what launches a kernel a few times."""
+    """Make a call that launches a kernel a few times."""
     call = KERNELS[name][0](device)
     for _ in range(CALLS):
         call()
@@ -86,7 +86,7 @@ def main(device: str, *names: str) -> int:
         print(f"-- {name}", flush=True)
         options = ["--kernel-name", kernel, "--launch-count", str(CALLS), "--metrics", ",".join(METRICS)]
         options += ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
-        command = ["ncu", *options, sys.executable, __file__, device, name]
+        command = ["ncu", *options, sys.executable, "-m", "benchmarks.gpu_profile", device, name]
         failed |= subprocess.run(command, check=False).returncode != 0
     return int(failed)
 

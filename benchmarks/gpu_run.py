@@ -2,7 +2,7 @@
 
 A part is a group of processes. What it prints goes straight into a file of the output folder, so that a kill of any
 process at any moment loses nothing that was printed; this process only copies the file to the console. `log.txt` also
-has a line for the start and one for the end of each part, from which `benchmarks/report/summary.py` tells how it went.
+has a line for the start and one for the end of each part, from which `benchmarks/gpu_summary.py` tells how it went.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.gpu_parts import LOG, NOT_HERE, PARTS, Part, Settings
-from benchmarks.report import summary
+from benchmarks import gpu_summary
+from benchmarks.gpu_parts import LOG, NO_GPU, NOT_HERE, PARTS, Part, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDING = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
-MACHINE = [sys.executable, str(ROOT / "benchmarks" / "gpu_machine.py")]
-NO_GPU = 3
+MACHINE = [sys.executable, "-m", "benchmarks.gpu_machine"]
 NOT_ENDED = 124
 RESERVE = 4.0  # seconds for the summary
 GRACE = 5.0  # seconds from the interrupt of a part to its kill
@@ -46,7 +45,7 @@ class Budget:
         self._shares = {name: seconds * weight / sum(weights.values()) for name, weight in weights.items()}
 
     def allowed(self, name: str) -> float:
-        """Return the seconds that a part may take from now on: all that are left but the shares of later parts."""
+        """Return the seconds that a part may take from now on: those left, less the shares of later parts."""
         names = list(self._shares)
         later = sum(self._shares[other] for other in names[names.index(name) + 1 :])
         return max(0.0, self._end - self._clock() - later)
@@ -59,7 +58,7 @@ class Log:
         self.path = path
 
     def write(self, line: str) -> None:
-        """Append one line, on a line of its own also after a process that was killed in the middle of one."""
+        """Append a line, after ending a line that a killed process left unfinished."""
         with self.path.open("a+b") as file:
             size = file.seek(0, os.SEEK_END)
             if size:
@@ -96,21 +95,25 @@ def cleanup() -> Iterator[Callable[[str], None]]:
 
 
 class Process:
-    """A part that runs."""
+    """A part that is running."""
 
     def __init__(self, command: Sequence[str], prints: Path) -> None:
         with prints.open("ab") as file:
             printed = file.tell()
             self._process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self._shown = prints.open("rb")
         self._shown.seek(printed)
         self.group = self._process.pid
 
     def ended(self, seconds: float) -> bool:
-        """Wait until the part has ended, for so long at most, and show what it prints."""
+        """Wait at most `seconds` for the part to end, show its output meanwhile, and return whether it ended."""
         end = time.monotonic() + seconds
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -120,12 +123,12 @@ class Process:
                 return self._process.returncode is not None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every process of the part, if there still is one."""
+        """Send a signal to every process of the part that is left."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.group, number)
 
     def kill(self) -> int:
-        """Kill what is left of the part, and return the status of its first process, if its driver lets it end."""
+        """Kill what is left of the part and return the exit status of its first process, or `NOT_ENDED`."""
         self.signal(signal.SIGKILL)
         status = NOT_ENDED
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -171,7 +174,7 @@ def describe(status: int) -> str:
 
 
 def probe(settings: Settings, log: Log, seconds: float) -> bool:
-    """Log what the machine is, from a process of its own because a broken driver may hang; return whether to go on."""
+    """Log the machine, in a process of its own because a broken driver may hang; return whether to go on."""
     process = Process([*MACHINE, settings.device], log.path)
     in_time = process.ended(seconds)
     status = process.kill()
@@ -200,7 +203,7 @@ def run(settings: Settings, seconds: float, parts: Sequence[Part], log: Log) -> 
     except KeyboardInterrupt:
         status = INTERRUPTED
     show(b"\n" + write_summary(settings.out).encode())
-    return status or summary.status(settings.out)
+    return status or gpu_summary.status(settings.out)
 
 
 def interrupt(*_: object) -> None:
@@ -211,11 +214,11 @@ def interrupt(*_: object) -> None:
 
 
 def write_summary(out: Path) -> str:
-    """Write `summary.md` and return it; what is wrong with it must not end the run."""
+    """Write `summary.md` and return it; an error in it must not end the run, so its traceback is returned."""
     for partial in out.glob("*.partial"):
         partial.unlink()
     try:
-        return summary.write(out)
+        return gpu_summary.write(out)
     except Exception:
         return traceback.format_exc()
 
@@ -226,8 +229,8 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the results")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses on tiny shapes")
-    parser.add_argument("--seconds", default=540.0, type=float, help="the end of it all (default: %(default)s)")
-    parser.add_argument("--shapes", default="default", help="of fastpref bench (default: %(default)s)")
+    parser.add_argument("--seconds", default=540.0, type=float, help="time for the whole run (default: %(default)s)")
+    parser.add_argument("--shapes", default="default", help="the shapes of fastpref bench (default: %(default)s)")
     parser.add_argument("--only", default=",".join(known), help="the parts, in order (default: %(default)s)")
     given = parser.parse_args(arguments)
     names = list(dict.fromkeys(given.only.split(",")))

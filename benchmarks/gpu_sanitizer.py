@@ -1,6 +1,6 @@
-"""Run `benchmarks/smallest.py` under the tools of compute-sanitizer: python benchmarks/gpu_sanitizer.py cuda|cpu.
+"""Run `benchmarks/smallest.py` under the tools of compute-sanitizer: python -m benchmarks.gpu_sanitizer cuda|cpu.
 
-On a CPU it runs without any. The exit status is 77 where compute-sanitizer is not on PATH.
+On a CPU it runs without a tool. The exit status is 77 if compute-sanitizer is not on PATH.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_HERE = 77
+from benchmarks.gpu_parts import NOT_HERE
+
 ERRORS = 9
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALLEST = Path(__file__).with_name("smallest.py")
@@ -25,7 +26,7 @@ def main(device: str) -> int:
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on PATH")
         return NOT_HERE
-    # Memory that PyTorch hands out again is none that a tool can watch.
+    # The tools cannot check memory that PyTorch caches and hands out again.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = False
     for tool in TOOLS:

@@ -1,11 +1,11 @@
-"""Judge every Triton kernel and every operator on its own, within a minute: one PASS, FAIL or SKIP line each.
+"""Check each Triton kernel and operator on its own, within a minute, and print a PASS, FAIL or SKIP line for each.
 
     python benchmarks/gpu_smoke.py [--device cuda|cpu] [--seconds 60] [--only GLOB ...]
 
-Main loops are entered, outputs are filled with NaN beforehand, and answers are compared with float64 by the rule of
-`fastpref check`. Nothing stops it but its deadline: a case that raises, hangs, or ends or breaks its process is a FAIL
-line, and the cases left go on in a new process. `--device cpu` rehearses all of it under Triton's interpreter.
-The exit status is 1 if anything failed.
+Shapes are large enough for the main loops, outputs are filled with NaN beforehand, and answers are compared with
+float64 by the rule of `fastpref check`. A case that raises, hangs, or ends or breaks its process gives a FAIL line, and
+the remaining cases run in a new process; only the deadline ends the run. `--device cpu` rehearses all of it under
+Triton's interpreter. The exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -28,23 +28,28 @@ if __name__ == "__main__":
 
 from benchmarks.smoke.worker import Answer, LostError, Worker  # noqa: E402 - found by the path above
 
-# A case is given this long: a kernel that waits forever would take all that is left otherwise.
+# The limit of a case, so that a kernel that hangs does not take the rest of the time.
 CASE_SECONDS = {"cuda": 30.0, "cpu": 120.0}
 
 
 def smoke(
-    device: str, seconds: float, only: Sequence[str] = ("*",), *, start: Callable[[str], Worker] = Worker,
-    clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] = print,
-) -> Counter[str]:  # fmt: skip
-    """Judge the cases that match any of `only` until the deadline, and count what was said of them by status.
+    device: str,
+    seconds: float,
+    only: Sequence[str] = ("*",),
+    *,
+    start: Callable[[str], Worker] = Worker,
+    clock: Callable[[], float] = time.monotonic,
+    say: Callable[[str], None] = print,
+) -> Counter[str]:
+    """Check the cases that match any of `only` until the deadline, and count them by status.
 
     Args:
         device: "cuda" or "cpu".
-        seconds: after which no case is begun.
-        only: globs of the cases' names.
+        seconds: the time after which no case begins.
+        only: globs of the names of cases.
         start: starts a process for a device.
-        clock: seconds.
-        say: takes each line.
+        clock: returns the time in seconds.
+        say: prints a line.
     """
     began = clock()
     counts: Counter[str] = Counter()
@@ -59,7 +64,7 @@ def smoke(
             stack.enter_context(compile_ahead(worker.target, left))
         while left and clock() - began < seconds:
             if worker is None:
-                say("its process is lost: the cases left go on in another")
+                say("its process is lost: the remaining cases run in another")
                 worker = _started(start, device, say)
                 continue
             name = left.pop(0)
@@ -88,7 +93,7 @@ def smoke(
 
 
 def compile_ahead(target: Any, names: Sequence[str]) -> AbstractContextManager[object]:
-    """Compile the kernels of cases in the background, while the first of them are judged."""
+    """Compile the kernels of cases in the background while the first of them run."""
     from benchmarks import precompile
 
     return precompile.compiling_ahead(target, [(launch, (name,)) for name in names])
@@ -102,7 +107,7 @@ def launch(name: str) -> None:
 
 
 def _started(start: Callable[[str], Worker], device: str, say: Callable[[str], None]) -> Worker:
-    """Start a process, once more if it is lost at its start."""
+    """Start a process, and try once more if it is lost at its start."""
     try:
         return start(device)
     except LostError as error:

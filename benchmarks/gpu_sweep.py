@@ -1,10 +1,10 @@
-"""Measure every setting that only a GPU can decide, those of most value first, until the seconds are up.
+"""Measure the settings that only a GPU can decide, those of most value first, until a deadline.
 
     python benchmarks/gpu_sweep.py --out DIR [--seconds 200] [--device cuda|cpu] [--only GROUP,...]
 
-Launches, tiles and ways to accumulate are varied one at a time, each judged in float64 before it is timed. Every row is
-in DIR/sweep.csv as soon as it is known, and a row that is there is not measured again on the same device. In the end it
-prints the three best variants of every kernel and shape beside the current setting. `--device cpu` rehearses the
+Launches, tiles and ways to accumulate are varied one at a time. Each answer is compared with float64 before it is
+timed. Each row is appended to DIR/sweep.csv at once, and is not measured again on the same device. At the end, the
+three best variants of each kernel and shape are printed beside the current setting. `--device cpu` rehearses the
 smallest shapes under Triton's interpreter.
 """
 
@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-BEGAN = time.monotonic()  # imports and the device's start are a part of the seconds
+BEGAN = time.monotonic()  # the deadline includes the imports and the start of the device
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from benchmarks.sweep.case import Case
 
 GROUPS = ("ceilings", "logits", "fold", "step", "products", "few rows", "tile loop", "product_fold", "losses")
-# Groups that are timed by the clock, host included.
+# Groups that are timed by the clock, including the host.
 WHOLE = ("step", "tile loop", "losses")
-PATIENCE = 20.0  # seconds that a kernel is waited for
+PATIENCE = 20.0  # seconds to wait for a kernel to compile
 
 
 def all_cases(small: bool) -> list[Case]:
-    """Return every case in the order of its group's value."""
+    """Return every case, those of the most valuable groups first."""
     from benchmarks.sweep import ceilings, logits, steps, tiles
 
     cases = [case for module in (ceilings, logits, tiles, steps) for case in module.cases(small)]
@@ -51,31 +51,36 @@ def compile_case(case: Case) -> None:
 
 
 class DeviceLostError(RuntimeError):
-    """A case has left its device in a state in which it runs no other.
+    """Raised when a case leaves its device unable to run another.
 
     Attributes:
-        number: the case, counted from 1.
-        seconds: how many were left.
+        number: the number of the case, from 1.
+        seconds: the seconds that were left.
     """
 
     def __init__(self, number: int, seconds: float) -> None:
-        super().__init__(f"case {number} has broken the device's context")
+        super().__init__(f"case {number} has broken the context of the device")
         self.number, self.seconds = number, seconds
 
 
 def sweep(
-    cases: Sequence[Case], device: str, out: Path, seconds: float, compiled: dict[Case, Future[int]] | None = None,
-    after: int = 0, begin: float | None = None,
-) -> int:  # fmt: skip
-    """Measure what the file does not hold yet until the deadline, and return how many cases were not reached.
+    cases: Sequence[Case],
+    device: str,
+    out: Path,
+    seconds: float,
+    compiled: dict[Case, Future[int]] | None = None,
+    after: int = 0,
+    begin: float | None = None,
+) -> int:
+    """Measure the cases that the file does not hold until the deadline, and return how many were not reached.
 
     Args:
         cases: what to measure.
         device: "cuda" or "cpu".
         out: the folder of the file.
-        seconds: after which no case is begun.
-        compiled: what to wait for before a case is begun.
-        after: how many of the cases are left out at the beginning.
+        seconds: the time after which no case begins.
+        compiled: the compilation to wait for before a case begins.
+        after: the number of cases to skip at the beginning.
         begin: the time that the seconds count from, now if None.
 
     Raises:
@@ -91,11 +96,11 @@ def sweep(
             continue
         if time.monotonic() - begin > seconds:
             return len(cases) - number + 1
-        # Compilers that share the host with a step would be a part of its time.
+        # Compilations in the background would slow down a step, whose time includes the host.
         awaited = (compiled or {}).values() if case.group in WHOLE else [(compiled or {}).get(case)]
         for future in awaited:
             if future is not None:
-                with contextlib.suppress(Exception):  # the case compiles it again, and says what is wrong
+                with contextlib.suppress(Exception):  # the case compiles it again and reports the error
                     future.result(timeout=min(PATIENCE, max(0.0, seconds - (time.monotonic() - begin))))
         row = rows.measure(case, device, table)
         table.add(row)
@@ -117,8 +122,8 @@ def main() -> int:
     only = arguments.only.split(",")
     if unknown := set(only) - set(GROUPS):
         parser.error(f"--only takes {', '.join(GROUPS)}, not {', '.join(sorted(unknown))}")
-    # Both are read when they are loaded: Triton's interpreter, and what makes cuBLAS deterministic while outputs hold
-    # NaN.
+    # Triton and cuBLAS read these when they are loaded. The second makes cuBLAS deterministic, as filling outputs with
+    # NaN requires.
     os.environ["TRITON_INTERPRET"] = "1" if arguments.device == "cpu" else "0"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from benchmarks import precompile
@@ -145,8 +150,8 @@ def main() -> int:
         except DeviceLostError as error:
             lost = error
     if lost is not None:
-        # The cases left go on in a new process, whose context is a new one.
-        print(f"{lost}: the cases left go on in another process", flush=True)
+        # A new process has a new context.
+        print(f"{lost}: the remaining cases run in another process", flush=True)
         again = ["--out", str(arguments.out), "--device", arguments.device, "--only", arguments.only]
         again += ["--seconds", str(max(lost.seconds, 0.0)), "--after", str(lost.number)]
         os.execv(sys.executable, [sys.executable, __file__, *again])

@@ -1,4 +1,4 @@
-"""What every subject shares: interleaved rounds, peaks of memory, and a point's rows made of checked, timed cases."""
+"""Check, time and measure the memory of the rows of one shape; every subject uses this."""
 
 from __future__ import annotations
 
@@ -12,56 +12,55 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pytest_benchmark.stats import Stats
 from torch import Tensor
 
 import fastpref
 from benchmarks import machine, peers
 from benchmarks.store import Row, Rows
-from fastpref.cli import memory
-from fastpref.cli.check.allowance import ulp
+from fastpref.testing import memory
+from fastpref.testing.accuracy import ulp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOCATORS = {"default": {}, "THP": {"THP_MEM_ALLOC_ENABLE": "1"}}
 MIB = 2**20
-# An answer so many times further off than eager's own is wrong, and not timed.
+# A peer whose error is this many times what is allowed is wrong and not timed.
 WRONG = 10
-# A call shorter than this is timed several times over.
+# Seconds. Several calls are timed as one if a call is shorter.
 SHORTEST = 1e-3
 
-# A GPU's inputs take turns until so many bytes lie between two uses of one: several times its last cache.
+# On a GPU, copies of the inputs are rotated until this many bytes lie between two uses of one: several times its L2.
 ROTATED = 256 * MIB
-PART = 2**24  # numbers
+PART = 2**24  # elements that are compared at a time, because float64 copies are large
 
 Say = Callable[..., None]
 
 
 def turns(nbytes: int, device: str) -> int:
-    """How many copies of inputs of so many bytes take turns, so that no cache holds one until its next."""
+    """Return how many copies of inputs of `nbytes` bytes are rotated, so that no cache holds one until its next use."""
     return max(1, math.ceil(ROTATED / nbytes)) if device == "cuda" else 1
 
 
 def furthest(found: Tensor, truth: Tensor) -> float:
-    """The largest absolute difference, a part at a time because float64 is wide; NaN if any is."""
+    """Return the largest absolute difference, or NaN if anything is NaN."""
     parts = zip(found.flatten().split(PART), truth.flatten().split(PART), strict=True)
     return torch.stack([(f.double() - t).abs().max() for f, t in parts]).max().item()
 
 
 def ulps(truth: Tensor, dtype: torch.dtype) -> float:
-    """Four spacings of `dtype` at the largest magnitude."""
+    """Return four spacings of `dtype` at the largest magnitude of `truth`."""
     return 4 * ulp(dtype, truth.abs().max().item())
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured.
+    """What to measure, and for how long.
 
     Attributes:
-        rounds: over all rows of a point; None for as many as fit into `seconds`, and 5 at least.
-        seconds: for the rounds of a point.
-        peers: parts of names, of which a peer's must hold one; None for all of them, () for none.
-        peer_file: a Python file with more of them.
-        without: rows that have ended their process before.
+        rounds: how often each row is timed; None takes as many rounds as fit into `seconds`, from 5 to 25.
+        seconds: the time for all rounds of a shape.
+        peers: measure the peers whose names contain one of these; None measures all, () none.
+        peer_file: a Python file with more peers.
+        without: the rows that have ended their process before, and how.
     """
 
     rounds: int | None = None
@@ -71,23 +70,22 @@ class Options:
     without: dict[str, str] = field(default_factory=dict)
 
     def chosen(self, entries: list[peers.Entry]) -> list[peers.Entry]:
-        """Ours, and the peers that are asked for."""
-        wanted = self.peers
-        return [
-            entry for entry in entries
-            if entry.ours or wanted is None or any(part.lower() in entry.name.lower() for part in wanted)
-        ]  # fmt: skip
+        """Return the entries of fastpref and of the peers that are asked for."""
+        if self.peers is None:
+            return entries
+        wanted = [part.lower() for part in self.peers]
+        return [entry for entry in entries if entry.ours or any(part in entry.name.lower() for part in wanted)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and what is done before every timing of it that is not."""
+    """A function that is timed, and one that is called before it and not timed."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
 
     def seconds(self, cuda: bool, calls: int = 1) -> float:
-        """One timing: of a call, or of the mean of several."""
+        """Return the seconds of a call, as the mean over `calls` calls."""
         if not cuda:
             start = time.perf_counter()
             for _ in range(calls):
@@ -95,7 +93,7 @@ class Case:
             return (time.perf_counter() - start) / calls
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)  # launches queue up behind it, so that the device does not wait for Python
+        torch.cuda._sleep(4_000_000)  # the launches queue behind this, so that the device never waits for Python
         begin.record()
         for _ in range(calls):
             self.run()
@@ -107,10 +105,10 @@ class Case:
 def interleaved(
     cases: dict[Any, Case], cuda: bool, rounds: int | None, seconds: float, say: Say
 ) -> dict[Any, list[float]]:
-    """Seconds of every round of every case, after one round that is not counted, and the check before that.
+    """Return the seconds of each case in each round, without the first round, which warms up.
 
-    Every round is in an order of its own: what a case leaves behind in the allocator and the operating system is the
-    next one's to pay, and must not always fall to the same.
+    Each round has its own order. The state that a case leaves in the allocator and the operating system slows the next
+    case, which must not always be the same one.
     """
     names, order = list(cases), random.Random(0)
     calls = dict.fromkeys(names, 1)
@@ -118,7 +116,7 @@ def interleaved(
     number, last = -1, rounds or math.inf
     while number < last:
         start = time.perf_counter()
-        # All of them now and not each before its own timing, which would then find its logits in the cache.
+        # All run before the first timing: a case prepared just before its own would find its logits in the cache.
         for name in names:
             if before := cases[name].before:
                 before()
@@ -136,29 +134,26 @@ def interleaved(
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Bytes that a call has at most beyond what is there before it, of ours none kept from earlier calls."""
+    """Return the peak of a call in bytes above what was held before it; fastpref's kept memory is released first."""
     fastpref.release_memory()
     return memory.peak_bytes(run, torch.device(device))
 
 
 def statistics_of(seconds: list[float]) -> Row:
-    """Median, quartiles and minimum in milliseconds, as pytest-benchmark has them."""
-    stats = Stats()
-    for taken in seconds:
-        stats.update(1e3 * taken)
-    return {
-        "ms": stats.median, "ms_q1": stats.q1, "ms_q3": stats.q3, "ms_min": stats.min, "rounds": stats.rounds,
-    }  # fmt: skip
+    """Return the median, the quartiles and the minimum in milliseconds."""
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    least, q1, median, q3 = torch.tensor(seconds, dtype=torch.float64).mul(1e3).quantile(shares).tolist()
+    return {"ms": median, "ms_q1": q1, "ms_q3": q3, "ms_min": least, "rounds": len(seconds)}
 
 
 @dataclass(frozen=True)
 class Floor:
-    """A row that does no more than a step must: what others are held against.
+    """A row that does the least work of a step, to compare the others with.
 
     Attributes:
-        case: what is timed.
-        gbytes: what it moves.
-        gflops: what it computes.
+        case: the function that is timed.
+        gbytes: the GB that it moves.
+        gflops: the GFLOP that it computes.
     """
 
     case: Case
@@ -167,48 +162,48 @@ class Floor:
 
 
 class Problem(Protocol):
-    """One point of a subject: its inputs, the float64 answer, and what a step of an entry is."""
+    """One shape of a subject: its inputs, the float64 answer, and the step of each entry."""
 
     def check(self, entry: peers.Entry, function: Callable[..., Any]) -> tuple[Row, list[tuple[float, float]]]:
-        """An entry's errors as fields of its row; and each of them beside what is allowed."""
+        """Return the errors of an entry as fields of its row, and as pairs of error and limit."""
         ...
 
     def cases(self, entry: peers.Entry, function: Callable[..., Any]) -> dict[str, Case]:
-        """Pass -> what is timed of an entry; the whole step first."""
+        """Return the timed functions of an entry by pass, the whole step first."""
         ...
 
     def floors(self) -> dict[str, Floor]:
-        """Rows that are nobody's."""
+        """Return the floors by name."""
         ...
 
     def work(self, name: str, which: str) -> tuple[float, float, str]:
-        """Of an entry's pass: GB it must move, GFLOP it must compute, and the name of its floor."""
+        """Return the GB and GFLOP that a pass of an entry needs at least, and the name of its floor."""
         ...
 
     def made(self, entry: peers.Entry) -> float:
-        """MiB of gradients that a step leaves, which are no overhead."""
+        """Return the MiB of gradients that a step leaves, which do not count as overhead."""
         ...
 
     def clear(self) -> None:
-        """Drop the gradients that a step has left."""
+        """Release the gradients that a step has left."""
         ...
 
-    def settle(self) -> None:
-        """Drop the answers, and whatever a check has left."""
+    def release(self) -> None:
+        """Release the float64 answers and whatever a check has left."""
         ...
 
 
 class NotHereError(RuntimeError):
-    """An entry that this machine cannot run."""
+    """Raised for an entry that this machine cannot run."""
 
 
 def verdict_of(met: BaseException) -> str:
-    """What a row without figures is: of a peer that is not here, or of one that failed."""
+    """Return "absent" if the entry is not installed or cannot run here, and "failed" otherwise."""
     return "absent" if isinstance(met, (NotHereError, ModuleNotFoundError)) else "failed"
 
 
 def reason(met: BaseException) -> str:
-    """An exception in one line."""
+    """Describe an exception in one line."""
     if isinstance(met, NotHereError):
         return str(met)
     lines = str(met).strip().splitlines()
@@ -216,7 +211,7 @@ def reason(met: BaseException) -> str:
 
 
 def judged(entry: peers.Entry, errors: list[tuple[float, float]]) -> str:
-    """Whether an answer is within what is allowed; raises where it is wrong, or ours and beyond."""
+    """Return "within" or "beyond" the limits; raise `ValueError` if a peer is far beyond, or fastpref is at all."""
     worst = max((off / limit if math.isfinite(off) else math.inf for off, limit in errors), default=0.0)
     if worst <= 1:
         return "within"
@@ -230,9 +225,10 @@ Names = tuple[str, str]  # a row's, and its pass
 
 
 def measured(problem: Problem, entries: list[peers.Entry], device: str, options: Options, say: Say) -> Rows:
-    """A point's rows: loaded and checked, timed in turn, then their memory. What cannot be is a row that says why.
+    """Check the entries of a shape, time them in turn, measure their memory, and return the rows.
 
-    `say("on", name)` comes before an entry is touched, so that one which ends the process is known.
+    An entry that fails gives a row with the reason. `say("on", name)` is called before an entry runs, so that an entry
+    that ends the process is known.
     """
     rows: dict[Names, Row] = {}
     cases: dict[Names, Case] = {}
@@ -245,12 +241,12 @@ def measured(problem: Problem, entries: list[peers.Entry], device: str, options:
         except Exception as met:
             rows[entry.name, ""] = {**row, "gate": verdict_of(met), "problem": reason(met)}
             if device == "cuda":
-                torch.cuda.synchronize()  # an error that stays with the device ends the process, and this entry's row
+                torch.cuda.synchronize()  # an error that stays with the device ends the process here, at this entry
             continue
         for which, case in timed.items():
             cases[entry.name, which], rows[entry.name, which] = case, dict(row)
     say("on", "")
-    problem.settle()
+    problem.release()
     gc.collect()
     floors = problem.floors()
     for name, floor in floors.items():
@@ -277,7 +273,7 @@ def measured(problem: Problem, entries: list[peers.Entry], device: str, options:
 
 
 def checked(problem: Problem, entry: peers.Entry, device: str, options: Options, row: Row) -> dict[str, Case]:
-    """What is to be timed of an entry, by pass; its errors go to its row. Raises where it cannot run, or is wrong."""
+    """Check an entry, add its errors to `row`, and return its timed functions; raise if it cannot run or is wrong."""
     if entry.name in options.without:
         raise RuntimeError(options.without[entry.name])
     if device not in entry.devices:
@@ -290,11 +286,11 @@ def checked(problem: Problem, entry: peers.Entry, device: str, options: Options,
 
 
 def _memory(problem: Problem, entry: peers.Entry, case: Case, device: str, seconds: float) -> Row:
-    """What a step has at most, and what of it stays as gradients."""
+    """Return the peak of a step above the gradients that it leaves, and these gradients, in MiB."""
     if case.before:
         case.before()
     gradient, peaks = problem.made(entry), []
-    # Of two readings the lesser, unless they take long: what was freed and not given back makes one too high.
+    # The lesser of two readings, unless a step is slow: freed memory that was not yet returned makes one too high.
     for _ in range(2 if seconds < 0.2 else 1):
         problem.clear()
         peaks.append(peak_bytes(case.run, device))

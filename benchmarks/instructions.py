@@ -1,36 +1,24 @@
-"""Machine instructions, read from a disassembler's listing: of NVIDIA (`nvdisasm -c`) and of AMD."""
+"""Read machine instructions from listings of NVIDIA's `nvdisasm -c` and of AMD's assembly."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-# Which pipe executes an NVIDIA opcode. What is in no set issues like the rest and loads none of these three.
+# The pipe that executes an NVIDIA opcode. Opcodes in none of these sets issue and use none of these pipes.
 _FMA = {
-    "FADD",
-    "FADD2",
-    "FFMA",
-    "FFMA2",
-    "FHADD",
-    "FHFMA",
-    "FMUL",
-    "FMUL2",
-    "FSWZADD",
-    "HADD2",
-    "HFMA2",
-    "HMUL2",
-    "IMAD",
-    "IDP",
+    *("FADD", "FADD2", "FFMA", "FFMA2", "FHADD", "FHFMA", "FMUL", "FMUL2", "FSWZADD"),
+    *("HADD2", "HFMA2", "HMUL2", "IMAD", "IDP"),
 }
 _SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"}
 _ALU = {
-    "BMSK", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "I2FP", "IABS", "IADD3",
-    "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VABSDIFF", "VIADD",
-    "VIADDMNMX", "VIMNMX", "VIMNMX3",
-}  # fmt: skip
-# Matrix products, of any NVIDIA generation and of AMD's.
+    *("BMSK", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "I2FP", "IABS"),
+    *("IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF"),
+    *("VABSDIFF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3"),
+}
+# Matrix products on any generation of NVIDIA and AMD.
 _TENSOR = re.compile(r"(UTC)?[A-Z]G?MMA|v_s?mfma_\w+")
-# AMD has one vector pipe, and these at a quarter of its rate.
+# AMD executes these on its one vector pipe at a quarter of the rate.
 _AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 
 _SASS = re.compile(
@@ -48,13 +36,13 @@ class Instruction:
     Attributes:
         opcode: the mnemonic with its modifiers.
         guarded: whether a predicate decides if it runs.
-        access: ("load" or "store", bytes a lane) where it touches global memory.
+        access: ("load" or "store", bytes per lane) if it accesses global memory.
         pipe: "fma", "alu", "special", "tensor" or "other".
         registers: the registers that it names.
-        late: the registers that it fills after a while, because memory or another lane answers.
-        queue: where its completion is counted, if code waits for a number of completions. On NVIDIA an asynchronous
-            copy joins the open group, "open", and "groups" closes that; on AMD these are "vmcnt" and "lgkmcnt".
-        waits: of each queue that it waits for, how many entries may stay outstanding.
+        late: the registers that it fills with a delay, because memory or another lane answers.
+        queue: the queue that counts its completion, if code waits for a number of completions. On NVIDIA an
+            asynchronous copy joins the group "open", which "groups" closes; on AMD they are "vmcnt" and "lgkmcnt".
+        waits: the queues that it waits for, and how many entries of each may stay outstanding.
     """
 
     opcode: str
@@ -96,7 +84,7 @@ def nvidia(listing: str) -> list[Line]:
             continue
         op, args = match["op"], match["args"]
         name, *modifiers = op.split(".")
-        if name == "NOP":  # pads the program's end
+        if name == "NOP":  # pads the end of the program
             continue
         pipe = next((p for p, ops in (("fma", _FMA), ("alu", _ALU), ("special", _SPECIAL)) if name in ops), "other")
         if _TENSOR.fullmatch(name):
@@ -112,7 +100,7 @@ def nvidia(listing: str) -> list[Line]:
             kind, first = registers[0].split("R")
             late = tuple(f"{kind}R{int(first) + i}" for i in range(max(1, size // 4)))
         queue = {"LDGSTS": "open", "LDGDEPBAR": "groups"}.get(name, "")
-        # Scoreboard 0 counts the groups of copies where there are any.
+        # Scoreboard 0 counts the groups of asynchronous copies, if there are any.
         wait = re.match(r"\s*SB0, (0x[0-9a-f]+)", args) if op == "DEPBAR.LE" else None
         waits = (("groups", int(wait[1], 16)),) if wait else ()
         instruction = Instruction(op, guarded, access, pipe, registers, late, queue, waits)
@@ -121,7 +109,7 @@ def nvidia(listing: str) -> list[Line]:
 
 
 def amd(listing: str) -> list[Line]:
-    """Return the lines of AMD's assembly, whose code waits for registers by counters alone."""
+    """Return the lines of AMD's assembly, in which code waits for registers through counters only."""
     lines: list[Line] = []
     for match in filter(None, map(_AMDGCN.match, listing.partition(".section\t.rodata")[0].splitlines())):
         if match["label"]:

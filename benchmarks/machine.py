@@ -1,4 +1,4 @@
-"""Where a figure was measured, and on what code: what every row states, and what decides whether it still holds."""
+"""Describe the machine and the code of a measurement, and tell whether an earlier measurement still holds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "fla-core", "quack-kernels",
-)  # fmt: skip
-# What a measurement runs: not the command line, nor what draws the results.
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "fla-core",
+    "quack-kernels",
+)
+# The folders whose code a measurement runs, without the command line and the report.
 MEASURED = ("fastpref", "kernels", "benchmarks")
-NOT_MEASURED = ("fastpref/cli", "benchmarks/report", "benchmarks/results")
+NOT_MEASURED = (
+    "fastpref/cli",
+    "benchmarks/report",
+    "benchmarks/results",
+    "benchmarks/gpu_summary",
+    "benchmarks/gpu_evidence",
+)
 
 
 def package_version(package: str) -> str:
-    """A package's version, or that it is not installed."""
+    """Return the version of a package, or "not installed"; that of fastpref is a digest of its code."""
     if package == "fastpref":
         return _code()
     try:
@@ -33,7 +46,7 @@ def package_version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name as the system has it, and what tells two of one name apart."""
+    """Return the name of the processor, with its family and model, since several processors share a name."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -44,19 +57,19 @@ def _processor() -> str:
 
 
 def machine(device: str) -> str:
-    """The machine in words."""
+    """Return the name of the machine."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def slug(device: str) -> str:
-    """The machine as the name of its file."""
+    """Return the name of the machine in the form of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
 
 
 def provenance(device: str) -> dict[str, str]:
-    """What a figure depends on beside its shape: machine, commit, processor, threads, and what runs it."""
+    """Return the fields of a row that say where it was measured: machine, commit, processor, threads and versions."""
     return {
         "machine": machine(device),
         "commit": _commit(),
@@ -77,7 +90,7 @@ def _commit() -> str:
 
 @functools.cache
 def _code() -> str:
-    """A digest of every source file that a measurement runs."""
+    """Return a digest of every source file that a measurement runs."""
     digest = hashlib.sha256()
     for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -89,9 +102,9 @@ def _code() -> str:
 
 @functools.cache
 def state(device: str) -> str:
-    """A digest of all that a row depends on beside its shape; where it is the same, a row need not be measured again.
+    """Return a digest of all that a row depends on besides its shape; a row with the same digest still holds.
 
-    The commit is not in it: one that touches a document changes no figure.
+    It leaves the commit out, since a commit may change documents only.
     """
     parts = [machine(device), _code(), platform.python_version(), str(torch.get_num_threads())]
     parts += [package_version(package) for package in PACKAGES]

@@ -1,7 +1,7 @@
-"""What we are measured against, and how each is called. The one file that names a peer.
+"""List the peers that fastpref is measured beside, and call each as its users do. No other file names a peer.
 
-A function imports its peer when it is called, so that one which is not installed is a row that says so. A file of your
-own with entries in the lists `LOGPROBS` and `LINEAR` joins them: `fastpref bench --peer-file FILE`.
+An entry imports its peer when it is loaded, so that a peer that is not installed gives a row that says so.
+`fastpref bench --peer-file FILE` adds the entries in the lists `LOGPROBS` and `LINEAR` of a file.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Entry:
     """One row of a subject.
 
     Attributes:
-        name: the row's.
-        load: imports and returns the function; what it raises is the row, with the reason.
-        package: what its version is looked up under.
-        answers: what the function returns: "logps" of every position, or of the scored ones in order, "sum" of them, or
-            the DPO "loss" of the two halves of a batch, β = 0.1, without a reference.
-        in_place: overwrites the logits.
-        compiles: is compiled for the shapes that it is called with.
-        devices: where it runs.
+        name: the name of the row.
+        load: imports and returns the function; if it raises, the row states the reason.
+        package: the distribution whose version the row states.
+        answers: what the function returns: "logps" of every position or of the scored ones in order, their "sum", or
+            the DPO "loss" of the two halves of a batch with β = 0.1 and no reference.
+        in_place: whether the function overwrites the logits.
+        compiles: whether the function is compiled for the shapes that it is called with.
+        devices: the devices that the function runs on.
     """
 
     name: str
-    load: Callable[[], Callable[..., Tensor]]
+    load: Callable[[], Callable[..., Any]]
     package: str = "torch"
     answers: str = "logps"
     in_place: bool = False
@@ -46,21 +46,21 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        """Whether it is held to our own limits, and fails the run beyond them."""
+        """Whether this is fastpref, which has tighter limits and fails the run beyond them."""
         return self.package == "fastpref"
 
 
 def process(name: str, package: str) -> Entry:
-    """A row that is measured in a process of its own, by its name; there is no function to load."""
+    """Return an entry that a process measures by its name, without a function to load."""
 
     def load() -> Callable[..., Tensor]:
-        raise TypeError(f"{name} is a process, not a function")
+        raise TypeError(f"{name} runs in a process of its own and has no function to load")
 
     return Entry(name, load, package)
 
 
-# From logits (B, T, V) and labels (B, T), aligned, −100 where nothing is scored. What is returned there does not count:
-# its upstream gradient is 0.
+# From logits (B, T, V) and labels (B, T), aligned, with −100 where nothing is scored. Values returned there do not
+# count, and their upstream gradient is 0.
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _trl() -> Callable[..., Tensor]:
 def _liger() -> Callable[..., Tensor]:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # Without a reduction its backward is a pass of its own, so the sum is its best.
+    # Without a reduction its backward needs another pass, so the sum is its fastest form.
     return lambda logits, labels: -liger_cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")  # type: ignore[operator]
 
 
@@ -98,9 +98,8 @@ def _quack(in_place: bool) -> Callable[..., Tensor]:
     from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
 
     def logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-        losses = cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), reduction="none", inplace_backward=in_place
-        )  # fmt: skip
+        rows = logits.flatten(0, -2)
+        losses = cross_entropy(rows, labels.flatten(), reduction="none", inplace_backward=in_place)
         return -losses.view_as(labels)
 
     return logprobs
@@ -123,7 +122,7 @@ LOGPROBS = [
 
 
 def linear_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits of every position, as a model's head gives them, widened before the log-sum."""
+    """Return the log-probs of the scored rows from the logits of all rows, in float32."""
     logps = (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return logps[labels != IGNORED]
 
@@ -207,11 +206,11 @@ LINEAR = [
 ]
 
 
-# The parts of a step that work on small tensors.
+# Functions on small tensors.
 
 
 def trl_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """The form that TRL's PPO trainer had inline, to 1.12: zeros beyond the end, every column, no hole stepped over."""
+    """Compute advantages and returns as TRL's PPO trainer did up to 1.12; masks with holes are not supported."""
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     last: Tensor | float = 0.0
     reverse = []
@@ -224,7 +223,7 @@ def trl_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: fl
 
 
 def joined(file: Path | None) -> dict[str, list[Entry]]:
-    """The peers of every subject, with those of a file: a Python module whose LOGPROBS or LINEAR hold entries."""
+    """Return the peers of each subject, with those in the lists LOGPROBS and LINEAR of a Python file."""
     found = {"logprobs": list(LOGPROBS), "linear": list(LINEAR)}
     if file is None:
         return found
@@ -237,7 +236,7 @@ def joined(file: Path | None) -> dict[str, list[Entry]]:
 def dpo_trainer(
     fast: bool, model: Any, reference: Any, tokenizer: Any, pairs: dict[str, list[str]], folder: str, **settings: Any
 ) -> Any:
-    """TRL's DPO trainer, or ours, on columns prompt, chosen and rejected; what is not given is its default."""
+    """Return TRL's DPO trainer, or fastpref's if `fast`, on the columns prompt, chosen and rejected."""
     import datasets
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -245,22 +244,31 @@ def dpo_trainer(
     from fastpref.integrations.trl import FastDPOTrainer
 
     arguments = DPOConfig(
-        output_dir=folder, gradient_checkpointing=False, logging_steps=1, report_to="none",
-        save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", **settings,
-    )  # fmt: skip
+        output_dir=folder,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        **settings,
+    )
     return (FastDPOTrainer if fast else DPOTrainer)(
-        model=model, ref_model=reference, args=arguments, train_dataset=datasets.Dataset.from_dict(pairs),
+        model=model,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(pairs),
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """A peer's Triton kernels on logits. `launch(dtype, V, target)` calls them as the peer does."""
+    """The Triton kernels of a peer on logits; `launch(dtype, V, target)` calls them as the peer does."""
 
     name: str
     launch: Callable[[torch.dtype, int, str], Any]
-    passes: int = 1  # how often a kernel goes over the logits: its that many main loops are each a row
+    passes: int = 1  # how often a kernel reads the logits; each of these main loops is a row
 
 
 def _batch(dtype: torch.dtype, V: int) -> tuple[Tensor, Tensor]:
@@ -281,12 +289,11 @@ def _trl_chunked(dtype: torch.dtype, V: int, target: str) -> None:
     hidden = torch.zeros(8, 16, dtype=dtype, requires_grad=True)
     weight = torch.zeros(V, 16, dtype=dtype)
     labels = torch.zeros(8, dtype=torch.int64)
-    outputs = ("entropy", "mean_logits", "is_top1")  # what its DPO asks for
-    # On CPU tensors it would fold its tiles in PyTorch.
+    outputs = ("entropy", "mean_logits", "is_top1")  # those of its DPO trainer
+    # It uses PyTorch instead of Triton on CPU tensors.
     with mock.patch.object(chunked_logprob, "_use_triton", return_value=True):
-        logprobs, *_ = chunked_logprob.ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels, 1.0, V, None, 1.0, outputs
-        )  # fmt: skip
+        arguments = (hidden, weight, None, labels, 1.0, V, None, 1.0, outputs)
+        logprobs, *_ = chunked_logprob.ChunkedLogProbFunction.apply(*arguments)
         logprobs.sum().backward()
 
 
@@ -295,7 +302,7 @@ def _liger_cross_entropy(dtype: torch.dtype, V: int, target: str) -> None:
 
     logits, labels = _batch(dtype, V)
     with ExitStack() as stack:
-        # It picks its number of warps by the machine it finds.
+        # It chooses the number of warps by the GPU that it finds.
         arch = "blackwell" if target.startswith("sm_10") else "hopper"
         stack.enter_context(mock.patch.object(cross_entropy, "infer_device_arch", return_value=arch))
         stack.enter_context(mock.patch.object(cross_entropy, "is_hip", return_value=target.startswith("gfx")))

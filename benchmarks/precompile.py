@@ -1,8 +1,8 @@
-"""Compile Triton kernels for a device into Triton's cache, by several processes that do not open the device.
+"""Compile Triton kernels for a device into Triton's cache, in several processes that do not open the device.
 
-A kernel costs half a second of one core, so a benchmark that meets hundreds of them for the first time spends its
-minutes on a GPU compiling. The processes here launch the same kernels on small tensors of the CPU through a driver that
-only compiles; the launch on the device then finds them in the cache.
+Compiling a kernel takes half a second of one core, so a benchmark of hundreds of kernels would spend its minutes on a
+GPU compiling. The processes here launch the same kernels on small CPU tensors through a driver that only compiles. The
+launch on the device then finds them in the cache.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ def target_of(device: torch.device | str) -> GPUTarget:
 
 
 def compile_kernels(target: GPUTarget, function: Callable[..., object], *arguments: object) -> int:
-    """Call a function that launches kernels, compile those for `target`, and return how many there were.
+    """Call a function that launches kernels, compile these for `target`, and return their number.
 
-    What a launch would have written is not there, so whatever the function does with it may fail; that ends the call
-    and is no error.
+    The kernels do not run, so the function may fail on their results. Such an error ends the call and is ignored.
     """
     from benchmarks import sass
     from benchmarks.triton_on_cpu import launchers_on_cpu
@@ -43,7 +42,7 @@ def compile_kernels(target: GPUTarget, function: Callable[..., object], *argumen
 
 
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started the pool ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
 
@@ -52,12 +51,12 @@ def _start() -> None:
 def compiling_ahead(
     target: GPUTarget, jobs: Sequence[Job], processes: int | None = None
 ) -> Iterator[list[Future[int]]]:
-    """Compile the kernels of all jobs in the background, in their order; yields a future for each.
+    """Compile the kernels of all jobs in the background, in order, and yield a future for each.
 
     Args:
-        target: the device that the kernels are for.
+        target: the device to compile for.
         jobs: picklable functions and their arguments; see `compile_kernels`.
-        processes: how many processes compile; all cores but one if None.
+        processes: the number of processes; None takes all cores but one.
     """
     processes = processes or max(1, len(os.sched_getaffinity(0)) - 1)
     # Forked processes could not use CUDA or OpenMP after their parent has.
@@ -68,7 +67,7 @@ def compiling_ahead(
         yield [pool.submit(compile_kernels, target, function, *arguments) for function, arguments in jobs]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        # A kernel may take a minute to compile, and nobody waits for it any more.
+        # Do not wait for a kernel that takes a minute to compile and is no longer needed.
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
             process.join()

@@ -1,13 +1,13 @@
-"""How fast a kernel is, predicted from its machine code.
+"""Predict how fast a kernel is from its machine code.
 
-A program alone takes the time in which its instructions issue, each wait for memory included (`flight.walk`). The
-programs that are resident together take as long as one of them alone, or as the busiest of memory, issue and the
-slower pipes needs for the work of all of them, whichever is longer. Programs come in waves of as many as the device
-holds, the last of which may be smaller.
+A program that runs alone takes the time to issue its instructions and to wait for memory (`flight.walk`). Programs that
+are resident together take the longer of two times: that of one program alone, and that of the busiest resource (memory,
+issue or a slower pipe) for the work of all of them. Programs run in waves of as many as the device holds; the last wave
+may be smaller.
 
-The time alone takes every wait at the latency of a busy memory, which is too long where memory is idle; that memory is
-as fast as one's copy with just enough bytes in flight is too fast. What a program does after its main loop, launches,
-and what L1 and L2 caches hold are left out.
+Waits are counted at the latency of busy memory, which is too long if memory is idle. Memory is taken to reach the speed
+of a copy as soon as there are enough bytes in flight, which is too fast. Launches, caches and the part of a program
+after its main loop are left out.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Machine:
     """A GPU.
 
     Attributes:
-        name: the product.
-        multiprocessors: how many there are; compute units of AMD.
-        clock: cycles a second.
-        issue: lanes that a multiprocessor issues an instruction for in a cycle.
-        alu: lanes that this pipe of it executes in a cycle.
-        fma: the same.
-        special: the same.
-        bandwidth: bytes a second of a copy in its memory.
-        latency: seconds in which memory answers while it is busy.
+        name: the name of the product.
+        multiprocessors: the number of multiprocessors, or of compute units on AMD.
+        clock: cycles per second.
+        issue: the lanes that a multiprocessor issues an instruction for in a cycle.
+        alu: the lanes that the ALU pipe of a multiprocessor executes in a cycle.
+        fma: those of the FMA pipe.
+        special: those of the pipe for special functions.
+        bandwidth: bytes per second of a copy in memory.
+        latency: seconds until memory answers while it is busy.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Machine:
 
     @property
     def needed(self) -> float:
-        """Bytes in flight a multiprocessor with which memory can be busy all the time, by Little's law."""
+        """The bytes in flight per multiprocessor that keep memory busy, by Little's law."""
         return self.bandwidth / self.multiprocessors * self.latency
 
 
-# Rates from the vendors' programming guides and data sheets. The H200's bandwidth is a measured device copy, and its
-# latency is the one with which that copy needs 30 KB in flight a multiprocessor. Of the others, the bandwidth is the
-# data sheet's less a tenth, and the latency an assumption. AMD's vector instructions issue on one pipe, which scalar
-# ones do not share.
+# Rates come from the vendors' programming guides and data sheets. The bandwidth of the H200 is that of a measured copy,
+# and its latency is such that the copy needs 30 KB in flight per multiprocessor. For the others, the bandwidth is nine
+# tenths of the data sheet's and the latency is an assumption. On AMD, vector instructions issue on one pipe, which
+# scalar instructions do not use.
 MACHINES = {
     "sm_80": Machine("A100", 108, 1.41e9, 128, 64, 64, 16, 0.9 * 2.04e12, 0.7e-6),
     "sm_90": Machine("H200", 132, 1.98e9, 128, 64, 128, 16, 4.3e12, 0.9e-6),
@@ -66,12 +66,12 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Pass:
-    """One of a kernel's passes over the logits.
+    """A pass of a kernel over the logits.
 
     Attributes:
         program: the kernel.
-        loop: the pass's main loop.
-        itemsize: bytes of a logit.
+        loop: the main loop of the pass.
+        itemsize: the bytes of a logit.
     """
 
     program: Program
@@ -85,21 +85,21 @@ class Pass:
 
     @cached_property
     def logits(self) -> int:
-        """Logits of one iteration of a program."""
+        """The logits that a program reads in one iteration."""
         return self.program.logits(self.loop, self.itemsize) * self.program.threads
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes that one iteration of a program moves."""
+        """The bytes that a program moves in one iteration."""
         return (self.loop.bytes("load") + self.loop.bytes("store")) * self.program.threads
 
     @cached_property
     def pipes(self) -> dict[str, float]:
-        """Cycles of each pipe of one multiprocessor for one iteration of one program."""
+        """The cycles that each pipe of a multiprocessor needs for one iteration of one program."""
         machine, threads = self.machine, self.program.threads
         alu, fma, special = (self.loop.count(pipe) * threads for pipe in ("alu", "fma", "special"))
         if self.program.target.startswith("gfx"):
-            # A special function holds the vector pipe four times as long, and nothing scalar takes its turn.
+            # A special function occupies the vector pipe four times as long; scalar instructions do not use it.
             issued = alu + special * machine.issue / machine.special
             return {"issue": issued / machine.issue, "special": special / machine.special}
         return {
@@ -111,15 +111,15 @@ class Pass:
 
     @cached_property
     def alone(self) -> flight.Walk:
-        """One program that nothing else shares its multiprocessor with."""
-        # A warp has one scheduler, so fewer warps than schedulers do not fill a multiprocessor's pipes.
+        """A program that has a multiprocessor to itself."""
+        # Each warp has one scheduler, so fewer warps than schedulers leave pipes idle.
         idle = max(1.0, flight.SCHEDULERS / flight.warps_of(self.program))
         issue = max(self.pipes.values()) * idle / len(self.loop.instructions)
         before = self.program.instructions[: self.loop.begin]
         return flight.walk(self.loop, issue, self.machine.latency * self.machine.clock, before)
 
     def seconds(self, programs: int, iterations: float) -> dict[str, float]:
-        """Return the time that each resource needs for `programs` programs, spread over the device, run at once."""
+        """Return the seconds that each resource needs for `programs` programs that run at once."""
         machine = self.machine
         share = math.ceil(programs / machine.multiprocessors)
         found = {"memory": programs * self.bytes * iterations / machine.bandwidth}
@@ -139,12 +139,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How fast one launch is.
+    """The predicted speed of a launch.
 
     Attributes:
         bound: what takes longest in the first wave: "memory", "latency", "issue" or a pipe.
         of_bandwidth: the share of the memory's speed that the launch reaches.
-        waves: programs of the launch, over those that the device holds.
+        waves: the programs of the launch, divided by those that the device holds.
     """
 
     bound: str

@@ -25,12 +25,12 @@ class Lines:
         self._file = path.open("w")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Write what a test gave, and nothing of a set-up or an end that passed."""
+        """Write the outcome of a test, and of a set-up or tear-down that did not pass."""
         if report.when == "call" or not report.passed:
             self._write(report, report.nodeid if report.when == "call" else f"{report.nodeid} ({report.when})")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Write what could not be collected."""
+        """Write the error of a module that could not be collected."""
         if not report.passed:
             self._write(report, f"{report.nodeid} (collect)")
 
@@ -66,7 +66,7 @@ class Device:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
-        """After a test that failed, ask the device."""
+        """Check the device after a test that failed."""
         self._failed = False
         result = yield
         torch = sys.modules.get("torch")

@@ -1,7 +1,7 @@
-"""Triton kernels compiled without a GPU and read back: loops, instructions, registers, spills, width of every access.
+"""Compile Triton kernels without a GPU and read their machine code: loops, instructions, registers, spills, accesses.
 
-A launcher is called on CPU tensors as it would be on a GPU's; Triton specialises and compiles what it launches for the
-target, and nothing runs. So what is read here is what a launch would use, not a copy of its signature.
+A launcher is called on CPU tensors as it would be on those of a GPU. Triton specialises and compiles the kernels that
+it launches for the target, and runs none. The code read here is therefore what a launch on the target would use.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Loop:
-    """A stretch of instructions that one iteration issues: a loop's body, or all of a program that has no loop.
+    """The instructions of one iteration: the body of a loop, or all of a program that has no loop.
 
     Attributes:
-        instructions: what is issued.
-        whole: whether that is all of a program.
-        begin: how many instructions of the program are before it.
+        instructions: the instructions in order.
+        whole: whether these are all of a program.
+        begin: the number of instructions of the program before them.
     """
 
     instructions: tuple[Instruction, ...]
@@ -50,34 +50,34 @@ class Loop:
     begin: int = 0
 
     def count(self, pipe: str) -> int:
-        """Instructions of one pipe."""
+        """Return the number of instructions of one pipe."""
         return sum(i.pipe == pipe for i in self.instructions)
 
     def widths(self, kind: str) -> Counter[int]:
-        """How many accesses ("load" or "store") there are of each width in bytes.
+        """Return the number of accesses ("load" or "store") of each width in bytes.
 
-        Of a whole program, the widest ones: the rest are its row's scalars, one address for all lanes.
+        Of a whole program only the widest count, because the others read scalars, at one address for all lanes.
         """
         found = Counter(i.access[1] for i in self.instructions if i.access and i.access[0] == kind)
         return Counter(dict([max(found.items())])) if self.whole and found else found
 
     def bytes(self, kind: str) -> int:
-        """Bytes one lane moves."""
+        """Return the bytes that one lane moves."""
         return sum(width * n for width, n in self.widths(kind).items())
 
     @property
     def barriers(self) -> int:
-        """Points where every warp of a program waits for the others."""
+        """The number of barriers among all warps of a program."""
         return sum(i.barrier for i in self.instructions)
 
     @property
     def shuffles(self) -> int:
-        """Exchanges between lanes of a warp."""
+        """The number of exchanges between lanes of a warp."""
         return sum(i.shuffle for i in self.instructions)
 
     @property
     def guarded(self) -> bool:
-        """Whether any access is under a predicate. AMD's never is: its masks are in the address or in EXEC."""
+        """Whether a predicate guards any access; on AMD none does, because masks are in the address or in EXEC."""
         return any(i.guarded for i in self.instructions if i.access)
 
 
@@ -91,28 +91,28 @@ class Program:
     threads: int
     registers: int
     spills: int  # instructions that move registers to or from memory
-    stack: int  # bytes of it
-    shared: int  # bytes
+    stack: int  # bytes
+    shared: int  # bytes of shared memory
     instructions: tuple[Instruction, ...]
-    loops: tuple[Loop, ...]  # the innermost ones, in the program's order
-    epilogue: int  # instructions issued after the loop of matrix products, the shortest way; 0 without such a loop
+    loops: tuple[Loop, ...]  # the innermost loops, in the order of the program
+    epilogue: int  # the fewest instructions from the loop of matrix products to the end; 0 without such a loop
 
     @cached_property
     def passes(self) -> tuple[Loop, ...]:
-        """The loops over the logits: innermost, reading global memory and taking exponentials. The main one first.
+        """The loops over the logits, the main loop first: innermost, read global memory and take exponentials.
 
-        Masked loops are tails and fallbacks, so those without a predicated access come first; then those that read
-        most per iteration, which a compiler that unrolled has made the hot ones; then in the program's order. A program
-        without such a loop works on one block, and is its own pass.
+        Masked loops are tails and fallbacks, so loops without a predicated access come first. Among these, loops that
+        read most per iteration come first, because the compiler unrolls the hot ones; then the order of the program
+        decides. A program without such a loop works on one block and counts as one pass.
         """
         reading = [loop for loop in self.loops if loop.bytes("load")]
-        # In float64 an exponential is arithmetic.
+        # A float64 exponential uses no special function.
         found = [loop for loop in reading if loop.count("special")] or reading
         ordered = sorted(found, key=lambda loop: (loop.guarded, -loop.bytes("load")))
         return tuple(ordered) or (Loop(self.instructions, whole=True),)
 
     def logits(self, loop: Loop, itemsize: int) -> int:
-        """Logits that a thread handles in one iteration: its share of a block, times what the compiler unrolled."""
+        """Return the logits that a thread reads in one iteration: its share of a block, times the unrolling."""
         block = next(v for name, v in self.constants.items() if name.startswith("BLOCK"))
         share = block // self.threads
         unrolled = 1 if loop.whole else round(loop.bytes("load") / (share * itemsize))
@@ -120,7 +120,7 @@ class Program:
 
 
 class _Offline:
-    """As much of a Triton driver as a compilation asks for. Its device is the target, which keys Triton's caches."""
+    """A Triton driver that only compiles; its device is the target, so that Triton caches kernels by target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -136,7 +136,7 @@ class _Offline:
 
 
 class Compiled(list[Any]):
-    """The compiled kernel of each launch; `programs` holds the number of programs that each would have started."""
+    """The compiled kernel of each launch; `programs` holds the number of programs of each launch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,9 +145,9 @@ class Compiled(list[Any]):
 
 @contextmanager
 def compiling(target: str | GPUTarget) -> Iterator[Compiled]:
-    """Compile every kernel launched inside for `target` and launch none; yields the list they are added to.
+    """Compile the kernels that are launched inside for `target`, run none, and yield the list that receives them.
 
-    Triton keeps what it compiles in its cache, under the key that a launch on such a device will look for.
+    Triton caches them under the key that a launch on such a device looks for.
     """
     compiled = Compiled()
     run = JITFunction.run
@@ -159,14 +159,14 @@ def compiling(target: str | GPUTarget) -> Iterator[Compiled]:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return compiled[-1]
 
-    # Restored by hand: resetting the driver would look for a GPU.
+    # Patched, because `driver.reset_active` would look for a GPU.
     with mock.patch.dict(vars(driver)), mock.patch.object(JITFunction, "run", compile_only):
         driver.set_active(cast(Any, _Offline(TARGETS[target] if isinstance(target, str) else target)))
         yield compiled
 
 
 def read(compiled: Any, target: str) -> Program:
-    """Disassemble what Triton compiled."""
+    """Disassemble a compiled kernel."""
     names = compiled.src.fn.arg_names
     describe = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
     lines, resources = describe(compiled)
@@ -211,7 +211,7 @@ def _run(*command: str) -> str:
 
 
 def _flow(lines: list[Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...], int]:
-    """Every instruction, the innermost stretches from a label to a branch back to it, and `Program.epilogue`."""
+    """Return all instructions, the innermost loops (from a label to a branch back to it), and `Program.epilogue`."""
     labels: dict[str, int] = {}
     code: list[Instruction] = []
     branches: dict[int, str] = {}
@@ -233,7 +233,7 @@ def _flow(lines: list[Line]) -> tuple[tuple[Instruction, ...], tuple[Loop, ...],
     products = [end for loop, (_, end) in zip(loops, innermost, strict=True) if loop.count("tensor")]
     if not products:
         return tuple(code), loops, 0
-    to_end = [math.inf] * len(code) + [0.0]  # from an instruction on
+    to_end = [math.inf] * len(code) + [0.0]  # the fewest instructions from each one to the end
     before: list[float] = []
     while before != to_end:
         before = to_end.copy()

@@ -1,8 +1,8 @@
-"""Run every kernel, forward and backward, on so few rows that a sanitizer is done in seconds.
+"""Run every kernel, forward and backward, on few rows, so that a sanitizer takes seconds.
 
 compute-sanitizer --tool memcheck python benchmarks/smallest.py [DEVICE]
 
-The vocabulary is three of the widest blocks and a part of one, so that every main loop and every tail is entered.
+The vocabulary is three of the widest blocks and part of one, so that every main loop and every tail runs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref._results import STATISTICS
-from fastpref.cli.check.evaluate import cast, evaluate, move
-from fastpref.cli.check.loss_cases import loss_cases
+from fastpref._core.results import STATISTICS
+from fastpref.testing.evaluate import cast, evaluate, move
+from fastpref.testing.loss_cases import loss_cases
 
 B, T, V, H = 2, 4, 3 * 4096 + 37, 16
 

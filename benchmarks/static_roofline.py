@@ -1,7 +1,7 @@
-"""A GPU's figure without a GPU: how fast every kernel on logits is, predicted from its compiled main loop.
+"""Predict from machine code how fast each kernel on logits is on a GPU; no GPU is needed.
 
-Instructions, the operations of the slower pipes, bytes, bytes in flight and barriers are counted in machine code and
-held against what the machine does in a second; `benchmarks/prediction.py` states the model.
+Instructions, operations of the slower pipes, bytes, bytes in flight and barriers are counted in the compiled main loop
+and compared with what the GPU does in a second. `benchmarks/prediction.py` states the model.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 from benchmarks import flight, peers, sass
 from benchmarks.prediction import MACHINES, Pass, Prediction
+from fastpref_kernels.contract import STATISTICS, RowSums, Statistic
 from fastpref_kernels.triton import launches, linear, logprobs
 
-ALL_STATS = 31
-DPO_STATS = 14  # entropy, mean_logits, is_top1: what TRL's DPO asks for
-FEW = (512, 64)  # numbers of rows that are predicted beside those of a large batch
+ALL_STATS = sum(STATISTICS.values())
+DPO_STATS = (Statistic.ENTROPY | Statistic.MEAN_LOGITS | Statistic.IS_TOP1).value  # which TRL's DPO trainer asks for
+FEW = (512, 64)  # smaller numbers of rows that are predicted too
 
 
 class Launch(NamedTuple):
-    """A launch's programs, and the logits that each of them has."""
+    """The programs of a launch, and the logits that each of them reads."""
 
     programs: int
     logits: float
@@ -46,16 +47,16 @@ class Row:
     """One pass over the logits; instructions, operations and bytes are per logit.
 
     Attributes:
-        programs: programs that one multiprocessor holds.
-        in_flight: bytes of loads that one multiprocessor can have outstanding in the main loop.
-        barriers: barriers in an iteration of the main loop.
-        shuffles: exchanges between lanes in one.
-        bound: what takes longest where programs fill the device; "latency" is what one program alone waits for.
-        of_bandwidth: the share of the memory's speed that this leaves.
+        programs: the programs that one multiprocessor holds.
+        in_flight: the bytes of loads that one multiprocessor can have outstanding in the main loop.
+        barriers: the barriers in an iteration of the main loop.
+        shuffles: the exchanges between lanes in an iteration.
+        bound: what takes longest when programs fill the device; "latency" is the time that one program alone waits.
+        of_bandwidth: the share of the memory's speed that is then reached.
         rows: rows of the batch.
-        waves: programs of the launch on these, over those that the device holds.
+        waves: the programs of a launch on `rows` rows, divided by those that the device holds.
         predicted: the share of the memory's speed with `rows` rows; `predicted_512`: with 512; `predicted_64`: with 64.
-        bytes_per_second: what memory then delivers and takes.
+        bytes_per_second: the bytes that are then read and written per second.
     """
 
     target: str
@@ -136,11 +137,11 @@ class Case:
     """Kernels that are launched together.
 
     Attributes:
-        name: what the table calls them.
-        launch: launches them, given the dtype, V, the number of rows and the target.
-        passes: how often a kernel goes over the logits: its that many main loops are each a row.
-        rows: the rows that `launch` has, whatever it is given; None where it has as many as it is given.
-        tile: whether they work on a tile of products, which are float32 where what was multiplied is shorter.
+        name: the name in the table.
+        launch: launches the kernels, given the dtype, V, the number of rows and the target.
+        passes: how often a kernel reads the logits; each of these main loops is a row.
+        rows: the number of rows that `launch` always uses; None if it uses the number it is given.
+        tile: whether the kernels read a tile of products, which is float32 or wider.
     """
 
     name: str
@@ -151,31 +152,32 @@ class Case:
 
 
 def from_logits(stats: int) -> Callable[[torch.dtype, int, int, str], None]:
-    """Return what launches the forward and the backward as operators do; with statistics, of the entropy too."""
+    """Return a function that launches the forward and backward as the operators do."""
 
     def launch(dtype: torch.dtype, V: int, rows: int, target: str) -> None:
-        # Memory that nothing reads or writes is never there.
+        # The kernels are only compiled, so this memory is never touched.
         logits, labels = torch.empty(1, rows + 1, V, dtype=dtype), torch.zeros(1, rows + 1, dtype=torch.int64)
         scoring = (-100, True, 1.0, 1.0, None, "none")
-        # How many programs share a row depends on how many multiprocessors there are to fill.
+        # The number of programs that share a row depends on the number of multiprocessors.
         with mock.patch.object(logprobs, "_multiprocessors", return_value=MACHINES[target].multiprocessors):
             logps, _, norm, counts, *_ = logprobs.logprobs(logits, labels, None, None, *scoring, stats)
             grad = torch.ones_like(logps)
             saved = (logits, labels, None, None, norm, counts)
-            logprobs.write_gradient(torch.empty_like(logits), grad, grad if stats else None, *saved, *scoring)
+            logprobs.logprobs_backward(torch.empty_like(logits), grad, grad if stats else None, *saved, *scoring)
 
     return launch
 
 
 def tile(stats: int, stored: bool) -> Callable[[torch.dtype, int, int, str], None]:
-    """Return what launches the row pass over a tile, storing what gradients need; if not, also the tile's gradient."""
+    """Return a function that launches the fold of a tile, and if it does not store the tile, its gradient as well."""
 
     def launch(dtype: torch.dtype, V: int, rows: int, target: str) -> None:
         R, C = rows_of_tile(rows), launches.TILE.columns
         products = torch.promote_types(dtype, torch.float32)
         z, targets, label = torch.empty(R, C, dtype=products), torch.zeros(R, dtype=torch.int64), torch.zeros(R)
         out = torch.empty(R, C, dtype=dtype)
-        state, (anchors, masses) = torch.zeros(8, R, dtype=torch.float64), torch.zeros(2, R, dtype=torch.float64)
+        state = RowSums.start((R,), z.device)
+        anchors, masses = torch.zeros(2, R, dtype=torch.float64)
         transform = (1.0, 1.0, None)
         linear.fold(z, None, targets, 0, *transform, stats, state, anchors, masses, out if stored else None)
         if not stored:
@@ -193,7 +195,7 @@ def rows_of_tile(rows: int) -> int:
 
 
 def peer(kernels: peers.Kernels) -> Case:
-    """Return the case of a peer, whose launch has 8 rows."""
+    """Return the case of a peer, whose launch always has 8 rows."""
     return Case(kernels.name, lambda dtype, V, _, target: kernels.launch(dtype, V, target), kernels.passes, rows=8)
 
 
@@ -209,7 +211,7 @@ CASES = (
 
 
 def rows_of(target: str, dtype: torch.dtype, V: int, rows: int, case: Case) -> Iterator[Row]:
-    """Every pass of what a case launches."""
+    """Yield the row of each pass of the kernels that a case launches."""
     kind = torch.promote_types(dtype, torch.float32) if case.tile else dtype
     programs: dict[Any, sass.Program] = {}
     found: dict[Any, dict[int, Launch]] = defaultdict(dict)
@@ -226,14 +228,14 @@ def rows_of(target: str, dtype: torch.dtype, V: int, rows: int, case: Case) -> I
                 found[kernel].setdefault(n, Launch(math.ceil(count * n / launched), launched * V / count))
     for kernel, program in programs.items():
         if not any(constant.startswith("BLOCK") for constant in program.constants):
-            continue  # it works on no blocks of logits
+            continue  # the kernel does not read blocks of logits
         for number, loop in enumerate(program.passes[: case.passes], 1):
             row = describe(case.name, Pass(program, loop, kind.itemsize), kind, rows, found[kernel])
             yield replace(row, kernel=f"{row.kernel} {number}/{case.passes}") if case.passes > 1 else row
 
 
 def attempt(target: str, dtype: torch.dtype, V: int, rows: int, case: Case) -> list[Row] | str:
-    """The rows; or, of a peer that is missing or that this Triton cannot compile, its name and the reason."""
+    """Return the rows of a case, or its name and the reason if it is not installed or does not compile."""
     try:
         return list(rows_of(target, dtype, V, rows, case))
     except Exception as error:
@@ -241,36 +243,43 @@ def attempt(target: str, dtype: torch.dtype, V: int, rows: int, case: Case) -> l
         return f"{case.name}: {type(error).__name__}: {reason[-1]}"
 
 
+HEADINGS = (
+    *("dtype", "instr.", "ALU", "special", "load B", "store B", "width B", "regs", "spills", "shared B", "programs"),
+    *("flight KB", "barriers", "shuffles", "bound", "GB/s"),
+)
+
+
 def table(target: str, rows: int, found: list[Row]) -> Table:
-    """One target's rows."""
+    """Return the table of one target."""
     machine = MACHINES[target]
     result = Table(
         title=f"{target}: {machine.name}, {machine.bandwidth / 1e12:.1f} TB/s with {machine.needed / 1024:.0f} KB in "
-        f"flight a multiprocessor. Predicted from machine code (Triton {triton.__version__}); unmeasured on a GPU",
-        caption="Instructions, ALU, special and bytes: a logit. Barriers, shuffles: an iteration of the main loop. "
-        "N=: the share of the memory's speed with N rows, a tile read from memory even where a cache would hold it.",
+        f"flight a multiprocessor. Predicted from machine code (Triton {triton.__version__}); not measured on a GPU",
+        caption="Instructions, ALU, special and bytes: per logit. Barriers, shuffles: per iteration of the main loop. "
+        "N=: the share of the memory's speed with N rows, with tiles read from memory even if a cache could hold them.",
     )
     result.add_column("kernel", no_wrap=True)
-    for heading in (
-        "dtype", "instr.", "ALU", "special", "load B", "store B", "width B", "regs", "spills", "shared B",
-        "programs", "flight KB", "barriers", "shuffles", "bound", "GB/s", f"N={rows}", *(f"N={n}" for n in FEW),
-    ):  # fmt: skip
+    for heading in (*HEADINGS, f"N={rows}", *(f"N={n}" for n in FEW)):
         result.add_column(heading, justify="right")
     for row in found:
         width = (
             f"{row.widest_load}" if row.widest_load == row.narrowest_load else f"{row.narrowest_load}-{row.widest_load}"
         )
-        # A kernel that is launched for some numbers of rows only has no figure for the others.
+        # A kernel may be launched for some numbers of rows only.
         shares = (
             "" if math.isnan(share) else f"{share:.0%}"
             for share in (row.predicted, row.predicted_512, row.predicted_64)
         )
         result.add_row(
-            f"{row.name}: {row.kernel}", row.dtype, f"{row.instructions:.1f}", f"{row.alu:.1f}", f"{row.special:.1f}",
-            f"{row.load_bytes:.1f}", f"{row.store_bytes:.1f}", width, f"{row.registers}", f"{row.spills}",
-            f"{row.shared}", f"{row.programs}", f"{row.in_flight / 1024:.0f}", f"{row.barriers}", f"{row.shuffles}",
-            row.bound, f"{row.bytes_per_second / 1e9:.0f}", *shares,
-        )  # fmt: skip
+            f"{row.name}: {row.kernel}",
+            row.dtype,
+            *(f"{count:.1f}" for count in (row.instructions, row.alu, row.special, row.load_bytes, row.store_bytes)),
+            width,
+            *(f"{count}" for count in (row.registers, row.spills, row.shared, row.programs)),
+            f"{row.in_flight / 1024:.0f}",
+            *(f"{row.barriers}", f"{row.shuffles}", row.bound, f"{row.bytes_per_second / 1e9:.0f}"),
+            *shares,
+        )
     return result
 
 
@@ -281,11 +290,11 @@ def main(
     rows: Annotated[int, typer.Option(help="N, the rows of a batch")] = 8192,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the rows here")] = None,
 ) -> None:
-    """Compile every kernel on logits, ours and the installed peers', and predict how fast it is."""
+    """Compile every kernel on logits, of fastpref and the installed peers, and predict how fast it is."""
     targets, dtypes = target.split(","), [getattr(torch, name) for name in dtype.split(",")]
     if unknown := set(targets) - set(sass.TARGETS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {', '.join(sass.TARGETS)}")
-    # Peers leave it unset, and Triton then warns and fuses.
+        raise typer.BadParameter(f"--target takes {', '.join(sass.TARGETS)}, not {', '.join(sorted(unknown))}")
+    # Peers leave this unset, and Triton then warns.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     console = Console(width=None if sys.stdout.isatty() else 240)
     written: list[Row] = []

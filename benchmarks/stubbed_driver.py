@@ -1,6 +1,6 @@
-"""A driver for Triton that compiles kernels for a GPU that is not there, and whose launches do nothing.
+"""Replace Triton's driver by one that compiles kernels for a GPU that is absent, and whose launches do nothing.
 
-So the host's part of a launch can be timed, and its decisions tested, on any machine.
+The part of a launch that runs on the host can then be timed and tested on any machine.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Launched = Callable[..., None]
 
 
 class _Utilities:
-    """Answer what Triton asks of a GPU when it loads a compiled kernel."""
+    """Answer the calls that Triton makes to load a compiled kernel."""
 
     def __init__(self) -> None:
         self._functions = itertools.count(1)
 
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        """Return a module, a function that no other kernel has, and registers, spills and threads within any limit."""
+        """Return a module, a new function, and registers, spills and threads within any limit."""
         return 1, next(self._functions), 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
@@ -36,7 +36,7 @@ class _Utilities:
 
 
 class StubbedDriver:
-    """Stand in for Triton's driver. The device is the driver itself, so its kernels are cached apart from others'."""
+    """Stand in for Triton's driver; the device is the driver itself, so that its kernels have a cache of their own."""
 
     def __init__(self, target: GPUTarget, launched: Launched) -> None:
         self.target = target
@@ -59,7 +59,7 @@ class StubbedDriver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """Return what kernels are compiled for."""
+        """Return the target that kernels are compiled for."""
         return self.target
 
 
@@ -69,15 +69,14 @@ def _nothing(*_: Any) -> None:
 
 @contextmanager
 def stubbed_launches(target: GPUTarget, launched: Launched = _nothing) -> Iterator[StubbedDriver]:
-    """Compile for `target` what Triton launches inside this context, and call `launched` where a GPU would run it.
+    """Compile the kernels that Triton launches inside this context, and call `launched` instead of running them.
 
     Args:
-        target: the GPU.
-        launched: a function of what Triton passes to its launchers: the grid, the stream, the function, metadata and
-            hooks, and the kernel's arguments.
+        target: the GPU to compile for.
+        launched: takes what Triton passes to its launchers: grid, stream, function, metadata, hooks and arguments.
     """
     stub = StubbedDriver(target, launched)
-    # Restored by hand: resetting the driver would look for a GPU.
+    # Patched, because `driver.reset_active` would look for a GPU.
     with mock.patch.dict(vars(driver)):
         driver.set_active(cast(Any, stub))
         yield stub

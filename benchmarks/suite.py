@@ -1,4 +1,4 @@
-"""The suite: its subjects, which shapes of each, and a run over them that loses nothing it has measured."""
+"""List the subjects and shapes of `fastpref bench`, and measure them; each shape is saved as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESULTS = machine.ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Point:
-    """One run: rows that are timed in turn."""
+    """A shape of a subject, whose rows are timed in turn."""
 
     subject: str
     device: str
@@ -35,7 +35,7 @@ class Point:
 
     @property
     def row(self) -> Row:
-        """What all of its rows have."""
+        """The fields that all of its rows share."""
         return {"subject": self.subject, "device": self.device, "allocator": self.allocator, **dict(self.axes)}
 
     def __str__(self) -> str:
@@ -44,39 +44,45 @@ class Point:
 
 
 class Watch(Protocol):
-    """Whoever shows how far a run is."""
+    """What is told how far a run is."""
 
     def point(self, point: Point, kept: bool) -> None:
-        """A point begins, or is there already."""
+        """Called when a point begins; `kept` says that it was measured before."""
         ...
 
     def said(self, kind: str, value: Any) -> None:
-        """An entry is `on`, or a `round` is over."""
+        """Called when an entry begins ("on") or a round ends ("round")."""
         ...
 
     def rows(self, point: Point, rows: Rows) -> None:
-        """A point's rows, just measured or kept."""
+        """Called with the rows of a point, measured now or before."""
         ...
 
 
 def parse_shapes(text: str) -> dict[str, list[str]]:
-    """ "V=32000,50304 dtype=bf16" -> the values of every axis. Raises `ValueError` where it is not of that form."""
+    """Parse shapes such as "V=32000,50304 dtype=bf16" into the values of each axis.
+
+    Raises:
+        ValueError: the text has another form or names an unknown axis.
+    """
     axes: dict[str, list[str]] = {}
     for part in text.split():
         name, equals, values = part.partition("=")
         if not equals or name not in store.POINT or not values:
             raise ValueError(
-                f"shapes are one of {', '.join(PRESETS)}, or axes such as 'V=32000,50304 dtype=bf16', not {text!r}"
+                f"shapes must be {', '.join(PRESETS)}, or axes such as 'V=32000,50304 dtype=bf16', not {text!r}"
             )
         axes[name] = values.split(",")
     return axes
 
 
 def points(subject: str, device: str, shapes: str) -> list[Point]:
-    """The points of a preset, or of all combinations of given values with the others as the subject's base has them.
+    """Return the points of a preset, or those of all combinations of the values in `shapes`.
+
+    Axes that `shapes` does not name have the value of the subject's base.
 
     Raises:
-        ValueError: an axis that the subject has not, or a value that it cannot take.
+        ValueError: the subject does not have an axis, or an axis cannot take a value.
     """
     module = MODULES[subject]
     if shapes in PRESETS:
@@ -98,7 +104,7 @@ def points(subject: str, device: str, shapes: str) -> list[Point]:
 
 
 def having(shapes: str) -> list[str]:
-    """The subjects that have all of the axes given; of a preset, every one."""
+    """Return the subjects that have all axes of `shapes`; a preset has every subject."""
     axes = set() if shapes in PRESETS else parse_shapes(shapes).keys() - {"allocator"}
     return [name for name, module in MODULES.items() if axes <= set(module.AXES)]
 
@@ -106,7 +112,7 @@ def having(shapes: str) -> list[str]:
 def run(
     wanted: list[Point], results: store.Results, options: Options, watch: Watch, fresh: bool = False
 ) -> Iterator[None]:
-    """Measure every point that `results` does not hold, each in its file as soon as it is known; yields after each."""
+    """Measure every point that `results` does not hold, save each at once, and yield after each."""
     for allocator in ALLOCATORS:
         with Worker(ALLOCATORS[allocator]) as worker:
             for point in wanted:
@@ -133,5 +139,5 @@ def _measure(point: Point, worker: Worker, results: store.Results, options: Opti
 
 
 def results_for(device: str, out: Path) -> store.Results:
-    """What is known of this machine."""
+    """Return the results of this machine in a folder."""
     return store.Results(out / f"{machine.slug(device)}.csv")

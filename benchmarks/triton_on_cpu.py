@@ -1,7 +1,6 @@
-"""Run the operators of a CPU by the Triton launchers, which a GPU's tensors would reach.
+"""Make operators on CPU tensors call the Triton launchers, as they do on GPU tensors.
 
-Under TRITON_INTERPRET=1 the kernels then run interpreted; inside `sass.compiling(target)` they are compiled, and
-nothing runs.
+Under TRITON_INTERPRET=1 the kernels run interpreted. Inside `sass.compiling(target)` they are compiled and do not run.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Launcher = Callable[..., Any]
 
 
 class _Overriding(torch.library.Library):
-    """A library whose kernels replace those that an operator has, until it is destroyed."""
+    """A library whose kernels replace those of an operator until it is destroyed."""
 
     def __init__(self) -> None:
         super().__init__(ops.NAMESPACE, "IMPL")
@@ -30,19 +29,19 @@ class _Overriding(torch.library.Library):
 
 
 def _always(device: torch.device) -> bool:
-    return True  # a mock would take longer than most of what is timed here, and Dynamo cannot trace one
+    return True  # not a mock: it would be slower than what is timed here, and Dynamo cannot trace it
 
 
-def _as_it_is(launcher: Launcher) -> Launcher:
+def _unchanged(launcher: Launcher) -> Launcher:
     return launcher
 
 
 @contextmanager
-def launchers_on_cpu(wrap: Callable[[Launcher], Launcher] = _as_it_is) -> Iterator[None]:
+def launchers_on_cpu(wrap: Callable[[Launcher], Launcher] = _unchanged) -> Iterator[None]:
     """Make every operator of fastpref on CPU tensors call its Triton launcher inside this context.
 
     Args:
-        wrap: returns what an operator calls in place of a launcher.
+        wrap: takes a launcher and returns the function that operators call instead.
     """
     library, launcher = _Overriding(), ops._launcher
     try:
@@ -54,7 +53,7 @@ def launchers_on_cpu(wrap: Callable[[Launcher], Launcher] = _as_it_is) -> Iterat
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             ops._implement_triton("CPU")
         with (
-            # Without the C++ library, memory for results comes from `torch.empty`.
+            # Without the C++ library, memory for results comes from `torch.empty`, as on a GPU.
             mock.patch.object(cpu, "native", return_value=None),
             mock.patch.object(ops, "fuses_losses", _always),
         ):

@@ -1,4 +1,4 @@
-"""A process that measures one point after another, so that whatever a peer does to it is a row and not the end."""
+"""Measure points in a process of their own, so that a peer that crashes it costs a row and not the run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Any
 from benchmarks.harness import Options
 from benchmarks.store import Rows
 
-# So many entries may end their process, or so often one may, before a point is given up.
+# A point is given up after entries have ended its process this many times.
 ATTEMPTS = 4
-PATIENCE = 20  # seconds
+PATIENCE = 20  # seconds that the process is given to end
 Measure = Callable[[dict[str, Any], str, Options, Callable[..., None]], Rows]
 
 
 class PointError(RuntimeError):
-    """A point that cannot be measured at all; says why."""
+    """Raised for a point that cannot be measured at all."""
 
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables of processes started within it: PyTorch's allocator reads its own once, at the start."""
+    """Set environment variables for processes started inside; PyTorch's allocator reads its own when it starts."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -40,7 +40,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _serve(pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked: it ends this process with what it waits for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     warnings.simplefilter("ignore")  # peers warn
     while True:
         try:
@@ -56,13 +56,13 @@ def _serve(pipe: Connection) -> None:
 
 
 def _works(device: str) -> bool:
-    from fastpref.cli.device import works  # imports torch, which the process that asks does without
+    from fastpref.cli.device import works  # not at the top: it imports torch, which the parent does without
 
     return works(device)
 
 
 class Worker:
-    """Starts its process when it is first needed, and again after one was ended."""
+    """Start a process when it is first needed, and another after one has ended."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         self.variables = variables
@@ -74,7 +74,7 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process is None:
             return
-        self._pipe.close()  # it then has nothing more to do
+        self._pipe.close()  # the process ends when nobody can send to it
         if kind is None:
             self._process.join(PATIENCE)
         self._process.terminate()
@@ -84,14 +84,14 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        # Not a daemon: a subject may start processes of its own.
+        # A daemon could not start processes, as some subjects do.
         self._process = context.Process(target=_serve, args=(theirs,))
         with environment(self.variables):
             self._process.start()
         theirs.close()
 
     def _ending(self) -> str:
-        """How the process ended, of which nothing is left then."""
+        """Clean up after the process and return how it ended."""
         process, self._process = self._process, None
         self._pipe.close()
         process.join()
@@ -101,10 +101,10 @@ class Worker:
     def rows(
         self, measure: Measure, axes: dict[str, Any], device: str, options: Options, say: Callable[..., None]
     ) -> Rows:
-        """A point's rows. An entry that ends the process is left out of the next attempt, with that as its problem.
+        """Return the rows of a point; an entry that ends the process gives a row that says so.
 
         Raises:
-            PointError: what failed is no entry, or entry after entry ended the process.
+            PointError: something other than an entry failed, or too many entries ended the process.
         """
         for _ in range(ATTEMPTS):
             if self._process is None:

@@ -1,10 +1,9 @@
-"""Writes the tables that documents hold between two comments, from where their rows are stated.
+"""Write the generated tables of the documentation, each between two comments that name it.
 
-Those of losses, in the README and `losses.md`, from `fastpref.losses`; that of `compatibility.md` from its tests; those
-of figures, in the README and `scaling.md`, from what was measured; those of `kernels/index.md`, from what machine code
-predicts.
+The tables of losses come from `fastpref.losses`, those of `compatibility.md` from its tests, those of measurements from
+`benchmarks/results`, and those of `kernels/index.md` from the predictions of the static roofline.
 
-python docs/tables.py
+    python docs/tables.py
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,26 @@ def _paper(entry: Entry) -> str:
     return f"[{entry.paper}](https://arxiv.org/abs/{entry.paper})"
 
 
-def names() -> str:
-    """Name, paper and meaning of every loss."""
+def names(_: Path) -> str:
+    """Return the table of every loss with its paper and its meaning."""
     lines = ["| loss | paper | meaning |", "|---|---|---|"]
     lines += [f"| {_call(entry)} | {_paper(entry)} | {_cell(entry.meaning)} |" for entry in (*TABLE, *RLHF)]
     return "\n".join(lines) + "\n"
 
 
-def formulas() -> str:
-    """Formula, derivative and options of every loss."""
-    lines = ["| loss | of one element | partial derivatives | options |", "|---|---|---|---|"]
+def formulas(_: Path) -> str:
+    """Return the tables of every loss with its formula, derivatives and options."""
+    lines = ["| loss | formula of one element | partial derivatives | options |", "|---|---|---|---|"]
     for loss in TABLE:
         takes = ", ".join(f"`{name}`" for name in loss.takes)
         lines.append(f"| {_call(loss)} | {_cell(loss.formula)} | {_cell(loss.derivative)} | {takes} |")
-    lines += ["", "| of PPO | of one token | paper |", "|---|---|---|"]
+    lines += ["", "| function of PPO | formula of one token | paper |", "|---|---|---|"]
     lines += [f"| {_call(entry)} | {_cell(entry.formula)} | {_paper(entry)} |" for entry in RLHF]
     return "\n".join(lines) + "\n"
 
 
 def load(path: Path) -> Any:
-    """The module in a file that no package holds."""
+    """Return the module in a file that belongs to no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -67,8 +67,8 @@ def load(path: Path) -> Any:
     return module
 
 
-def compatibility() -> str:
-    """What was tried, a table a section, and what came of it with every kind of function."""
+def compatibility(_: Path) -> str:
+    """Return a table for each section of the compatibility tests: a row a case, a column a kind of function."""
     tests = load(CELLS)
     lines: list[str] = []
     for section, rows in tests.SECTIONS.items():
@@ -78,52 +78,75 @@ def compatibility() -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def measured(make: Callable[[Any], str], device: str = "cpu") -> Callable[[], str]:
-    """A table of the figures of the machine with most of them; a sentence where there is none."""
+def measured(make: Callable[[data.Machine], str]) -> Callable[[Path], str]:
+    """Return a function that makes a table of the first machine of a folder, or a sentence if it has no rows."""
 
-    def text() -> str:
-        found = [machine for machine in data.machines(suite.RESULTS) if machine.device == device]
-        if not found:
-            return "Not measured yet.\n"
-        return make(max(found, key=lambda machine: len(machine.rows)))
+    def text(results: Path) -> str:
+        found = data.machines(results)
+        return (make(found[0]) if found else "") or "Not measured yet.\n"
 
     return text
 
 
-# The tables of every document, by the name in the comments around each.
-FILES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {
-        "losses": names,
-        "logprobs": measured(tables.readme_logprobs),
-        "linear": measured(tables.readme_linear),
-        "trainers": measured(tables.readme_trainers),
-        "gae": measured(tables.gae),
+def predictions(make: Callable[[predicted.Rows], str]) -> Callable[[Path], str]:
+    """Return a function that makes a table of a folder's predictions, or a sentence if there are none."""
+
+    def text(results: Path) -> str:
+        rows = predicted.read(results)
+        return make(rows) if rows else "Not predicted yet.\n"
+
+    return text
+
+
+# The tables of every page, by the name in the comments around each table.
+FILES: dict[Path, dict[str, Callable[[Path], str]]] = {
+    ROOT / "README.md": {"headline": measured(tables.headline)},
+    ROOT / "docs" / "benchmarks.md": {
+        "logprobs": measured(partial(tables.summary, subject="logprobs")),
+        "logprobs-shapes": measured(partial(tables.shapes, subject="logprobs")),
+        "linear": measured(partial(tables.summary, subject="linear")),
+        "linear-shapes": measured(partial(tables.shapes, subject="linear")),
+        "trainers": measured(tables.trainers),
+        "trainers-thp": measured(partial(tables.trainers, allocator="THP")),
+        "gae": measured(partial(tables.losses, advantages=True)),
+        "losses": measured(tables.losses),
+        "scaling": measured(tables.scaling),
+        "predicted": predictions(predicted.logits),
+        "predicted-everything": predictions(predicted.everything),
+        "machine": measured(tables.versions),
+        "absent": measured(tables.absent),
+        "others": lambda results: tables.others(data.machines(results)[1:]),
     },
     ROOT / "docs" / "index.md": {"memory": measured(tables.memory)},
-    ROOT / "docs" / "losses.md": {"losses": formulas},
+    ROOT / "docs" / "losses.md": {"losses": names, "formulas": formulas},
     ROOT / "docs" / "kernels" / "index.md": {
-        "logits": lambda: predicted.logits(predicted.read(suite.RESULTS)),
-        "tiles": lambda: predicted.tiles(predicted.read(suite.RESULTS)),
+        "logits": predictions(predicted.logits),
+        "tiles": predictions(predicted.tiles),
     },
-    ROOT / "docs" / "kernels" / "gae.md": {"gae": measured(tables.gae)},
+    ROOT / "docs" / "kernels" / "gae.md": {"gae": measured(partial(tables.losses, advantages=True))},
     ROOT / "docs" / "compatibility.md": {"compatibility": compatibility},
     ROOT / "docs" / "scaling.md": {"scaling": measured(tables.scaling)},
 }
 
 
-def updated(path: Path) -> str:
-    """A file's text with its tables as they are now."""
+def updated(path: Path, results: Path = suite.RESULTS) -> str:
+    """Return a page's text with its tables up to date."""
     text = path.read_text()
     for name, make in FILES[path].items():
         begin, end = f"<!-- {name}: made by docs/tables.py -->", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         if len(re.findall(pattern, text, re.DOTALL)) != 1:
-            raise ValueError(f"{path} must hold one table, between {begin!r} and {end!r}")
-        made = f"{begin}\n\n{make()}\n{end}"
+            raise ValueError(f"{path} must hold one table between {begin!r} and {end!r}")
+        made = f"{begin}\n\n{make(results)}\n{end}"
         text = re.sub(pattern, lambda _, made=made: made, text, flags=re.DOTALL)
     return text
 
 
-if __name__ == "__main__":
+def write(results: Path = suite.RESULTS) -> None:
+    """Replace the tables of every document."""
     for path in FILES:
-        path.write_text(updated(path))
+        path.write_text(updated(path, results))
+
+
+if __name__ == "__main__":
+    write()

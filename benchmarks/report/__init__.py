@@ -1,1 +1,1 @@
-"""The pages and the summary that are made from what was measured."""
+"""Write the tables and pictures of the documents from the CSV files in `benchmarks/results`."""

@@ -1,9 +1,7 @@
-"""Rows as the report takes them: of one machine, picked by what they are of."""
+"""Read the CSV files of results and select rows from them."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,61 +15,58 @@ STATIC = "static_roofline"
 
 @dataclass(frozen=True)
 class Machine:
-    """One file of results."""
+    """One machine and the CSV file of its rows."""
 
     path: Path
 
     @cached_property
     def rows(self) -> Rows:
-        """All of its rows."""
+        """All rows."""
         return store.read(self.path)
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The name of the machine, as its rows state it."""
         return self.rows[0]["machine"]
 
     @property
     def device(self) -> str:
-        """What was measured of it."""
+        """Either "cpu" or "cuda"."""
         return self.rows[0]["device"]
 
-    @property
-    def digest(self) -> str:
-        """Of what its pictures are drawn from."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
-
-    def pick(self, **where: Any) -> Rows:
-        """The rows that have these values; None is for a row without the field."""
-        return [row for row in self.rows if all(row.get(field) == value for field, value in where.items())]
-
     def timed(self, **where: Any) -> Rows:
-        """Those of them that have a time."""
-        return [row for row in self.pick(**where) if "ms" in row]
+        """Return the rows with a time and with these values; None matches a row without the field."""
+        return [r for r in self.rows if "ms" in r and all(r.get(field) == value for field, value in where.items())]
+
+    def steps(self, **where: Any) -> Rows:
+        """Return the rows of `timed` that measure a whole step, not its forward alone."""
+        return [row for row in self.timed(**where) if row.get("pass") != "forward"]
 
 
 def machines(folder: Path) -> list[Machine]:
-    """Every machine that has results, a CPU's before a GPU's."""
+    """Return every machine with results, first the one whose figures the documents show: the CPU with most rows."""
     found = [Machine(path) for path in sorted(folder.glob("*.csv")) if path.stem != STATIC]
-    return sorted((machine for machine in found if machine.rows), key=lambda machine: machine.device)
-
-
-def one(rows: Iterable[Row]) -> Row | None:
-    """The only row, or None."""
-    found = list(rows)
-    return found[0] if len(found) == 1 else None
+    return sorted(
+        (machine for machine in found if machine.rows), key=lambda machine: (machine.device, -len(machine.rows))
+    )
 
 
 def ours(row: Row) -> bool:
-    """Whether a row is of this library."""
+    """Return whether a row measures fastpref."""
     return row["package"] == "fastpref"
 
 
 def peer(row: Row) -> bool:
-    """Whether a row is of another."""
+    """Return whether a row measures another library."""
     return row["package"] not in ("fastpref", "floor")
 
 
 def fastest(rows: Rows) -> Row | None:
-    """The fastest peer that is right."""
+    """Return the row of the fastest peer."""
     return min((row for row in rows if peer(row)), key=lambda row: row["ms"], default=None)
+
+
+def longest(rows: Rows) -> Rows:
+    """Return the rows of the run with the most steps, of trainers that ran for different numbers of steps."""
+    steps = max((row["steps"] for row in rows), default=0)
+    return [row for row in rows if row["steps"] == steps]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.smoke.worker import Answer
-from fastpref.cli.check.allowance import Verdict, judge
-from fastpref.cli.check.case import Case
-from fastpref.cli.check.evaluate import SEED, cast, evaluate, move
 from fastpref.cli.device import works
+from fastpref.testing.accuracy import Verdict, judge
+from fastpref.testing.case import Case
+from fastpref.testing.evaluate import SEED, cast, evaluate, move
 
 LONGEST = 300  # characters of a fault
 

@@ -10,6 +10,6 @@ from benchmarks.smoke.losses import losses_cases
 
 
 def every_case(device: str) -> list[SmokeCase]:
-    """Return all cases by tier; those for "cpu" are of as few rows as the interpreter has the time for."""
+    """Return all cases by tier; those for "cpu" have fewer rows, because the interpreter is slow."""
     every = [*logits_cases(device), *hidden_cases(device), *kernels_cases(), *losses_cases(device)]
     return sorted(every, key=lambda case: case.tier)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.smoke.case import SmokeCase
 from fastpref import reference
-from fastpref._results import LINEAR_STATISTICS, STATISTICS
-from fastpref.cli.check.case import TRANSFORM, Arguments, Case, boundaries
-from fastpref.cli.check.linear_cases import BETA, in_order, linear_case
+from fastpref._core.results import LINEAR_STATISTICS, STATISTICS
 from fastpref.reference.linear_logprobs import linear_logits
+from fastpref.testing.case import TRANSFORM, Arguments, Case, boundaries
+from fastpref.testing.linear_cases import BETA, in_order, linear_case
 from fastpref_kernels.linear import COLUMNS
 from fastpref_kernels.triton import launches
 
@@ -34,15 +34,22 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
     tokens = rows[0] * rows[1]
 
     def cases(
-        name: str, *, dtypes: tuple[torch.dtype, ...] = NARROW, tier: int = 1, vocabulary: int = TWO_TILES,
-        change: Callable[[Case], Case] = lambda call: call, not_interpreted: str | None = None, **options: Any,
-    ) -> Iterator[SmokeCase]:  # fmt: skip
+        name: str,
+        *,
+        dtypes: tuple[torch.dtype, ...] = NARROW,
+        tier: int = 1,
+        vocabulary: int = TWO_TILES,
+        change: Callable[[Case], Case] = lambda call: call,
+        not_interpreted: str | None = None,
+        **options: Any,
+    ) -> Iterator[SmokeCase]:
         call = change(linear_case(name, options.pop("rows", rows), vocabulary, **options))
         for dtype in dtypes:
             if dtype in call.dtypes:
                 skipped = not_interpreted if dtype == torch.bfloat16 else None
                 yield SmokeCase(call=call, dtype=dtype, tier=tier, not_interpreted=skipped)
 
+    reason = "the interpreter cannot multiply bfloat16"
     for mode in ("save", "recompute"):
         token, sequence = f"linear_token_logprobs/{mode}", f"linear_sequence_logprobs/{mode}"
         yield from cases(f"{token}-bias", mode=mode, tier=0)
@@ -52,12 +59,11 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
         yield from cases(f"{token}-statistics", mode=mode, stats=LINEAR_STATISTICS, chunk_rows=5)
         yield from cases(f"{token}-label-far-below", mode=mode, peak=130.0)
         filtered: dict[str, Any] = {"stats": ("dropped_mass",), "filter_eps": FILTER, "change": _filtered}
-        yield from cases(f"{token}-filter", mode=mode, tier=0, **filtered)
+        yield from cases(f"{token}-filter", mode=mode, tier=0, not_interpreted=reason, **filtered)
         yield from cases(f"{token}-told-its-rows", mode=mode, scored_rows=tokens)
         yield from cases(f"{sequence}-weighted", mode=mode, ld_alpha=0.3, shift=False)
         packed: dict[str, Any] = {"rows": (tokens,), "cu_seqlens": boundaries(tokens)}
         yield from cases(f"{sequence}-packed", mode=mode, reduction="mean", **packed)
-        reason = "the interpreter cannot multiply bfloat16"
         fused: dict[str, Any] = {"dtypes": EVERY[:3], "change": _fused, "not_interpreted": reason}
         yield from cases(f"{token}-fused-product", mode=mode, **fused)
 
@@ -66,10 +72,8 @@ def hidden_cases(device: str) -> Iterator[SmokeCase]:
     pairs: dict[str, Any] = {"rows": of_pairs, "references": True, "beta": BETA}
     yield from cases("linear_dpo_loss/one-chunk", **pairs, dtypes=EVERY, tier=0)
     yield from cases("linear_dpo_loss/several-chunks", **pairs, chunk_rows=chunk, stats=STATISTICS)
-    yield from cases(
-        "linear_dpo_loss/transformed", **pairs, chunk_rows=chunk, biased=False, average_logps=True, loss_type="ipo",
-        **TRANSFORM,
-    )  # fmt: skip
+    options = {"chunk_rows": chunk, "biased": False, "average_logps": True, "loss_type": "ipo", **TRANSFORM}
+    yield from cases("linear_dpo_loss/transformed", **pairs, **options)
     told = [of_pairs[1]] * of_pairs[0]
     yield from cases("linear_dpo_loss/told-its-rows", **pairs, chunk_rows=chunk, scored_rows=told)
     yield from cases("linear_dpo_loss/recompute", **pairs, mode="recompute", chunk_rows=chunk, label_smoothing=0.1)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.smoke.case import SmokeCase
-from fastpref.cli.check.case import Arguments, Case, normal
 from fastpref.reference.logprobs import transform_logits
+from fastpref.testing.case import Arguments, Case, normal
 from fastpref_kernels import linear
+from fastpref_kernels.contract import STATISTICS, RowSums
 from fastpref_kernels.linear.library import fresh_scratch
 from fastpref_kernels.triton import filtered, launches, product
 from fastpref_kernels.triton import linear as tiles
@@ -25,7 +26,7 @@ ROWS, VOCABULARY = 5, 2 * TILE + 37
 # wants rows of a multiple of 16 bytes.
 PRODUCT_ROWS, PRODUCT_VOCABULARY, TERMS = 70, 2 * 256 + 125, 3 * 64 + 8
 TRANSFORMS = {"plain": (1.0, 1.0, None), "capped": (0.6, 1.3, 4.0)}
-EVERY_STATISTIC = 31
+EVERY_STATISTIC = sum(STATISTICS.values())
 LAUNCHES = {
     "narrow": launches.ProductLaunch(launches.Blocks(32, 64, 32, 2, 2, 4), width=32),
     "wide": launches.ProductLaunch(launches.Blocks(128, 256, 64, 8, 3, 8), width=64, described=True),
@@ -44,6 +45,7 @@ class Sums(NamedTuple):
         before: the largest z before the label.
         after: the largest z after it.
         label: its z.
+        second: the second largest z of all columns but the label's.
         shares: of each tile of columns (tiles, R), its part of the softmax.
         kept: what is stored of every column (R, V), 0 at the label: the softmax times dz/dx.
     """
@@ -55,6 +57,7 @@ class Sums(NamedTuple):
     before: Tensor
     after: Tensor
     label: Tensor
+    second: Tensor
     shares: Tensor
     kept: Tensor
 
@@ -157,10 +160,9 @@ def _transformed(products: Tensor, bias: Tensor | None, transform: Transform) ->
 
 
 def _state(z: Tensor, targets: Tensor) -> Tensor:
-    """Return the state of rows of which nothing is folded yet."""
-    state = torch.zeros(8, len(z), dtype=torch.float64, device=z.device)
-    state[0] = z.gather(1, targets[:, None])[:, 0]
-    state[5:7] = -torch.inf
+    """Return the state of rows before anything is folded."""
+    state = RowSums.start((len(z),), z.device)
+    RowSums.of(state).anchor.copy_(z.gather(1, targets[:, None])[:, 0])
     return state
 
 
@@ -183,26 +185,27 @@ def _folded(
 
 
 def _sums(state: Tensor, anchors: Tensor, masses: Tensor, columns: int, store: Tensor, dtype: torch.dtype) -> Sums:
-    """Take the anchors out of what a fold gives, with (pieces, R) anchors and masses of `columns` columns each."""
-    anchor, rest, weighted, squares, total, before, after, label = state
-    lse = anchor + rest.log()
+    """Return the sums of a fold without its anchors, given (pieces, R) anchors and masses of `columns` columns each."""
+    sums = RowSums.of(state)
+    lse = sums.anchor + sums.rest.log()
     relative = (anchors - lse).exp()
     of_column = relative.repeat_interleave(columns, 0)[: store.shape[1]].t()
     return Sums(
         lse=lse.to(dtype),
-        expected=(weighted / rest + anchor).to(dtype),
-        log_squares=(2 * anchor + squares.log()).to(dtype),
-        total=total.to(dtype),
-        before=before.to(dtype),
-        after=after.to(dtype),
-        label=label.to(dtype),
+        expected=(sums.weighted / sums.rest + sums.anchor).to(dtype),
+        log_squares=(2 * sums.anchor + sums.squares.log()).to(dtype),
+        total=sums.total.to(dtype),
+        before=sums.before.to(dtype),
+        after=sums.after.to(dtype),
+        label=sums.label.to(dtype),
+        second=sums.second.to(dtype),
         shares=(masses * relative).to(dtype),
         kept=(store * of_column).to(store.dtype),
     )
 
 
 def _summed(leaves: dict[str, Tensor], constants: dict[str, Any]) -> dict[str, float]:
-    """Return what the terms of `total`, which cancel, amount to; and z's magnitude, which every exponent has."""
+    """Return the sum of the absolute terms of `total`, and the largest |z|, which scales exponentials' errors."""
     products, bias = constants["products"], constants["bias"]
     z = products if bias is None else products + bias
     largest = z.abs().max().item()
@@ -276,7 +279,7 @@ def _multiplied_and_folded(
 
 
 def _summed_product(leaves: dict[str, Tensor], constants: dict[str, Any]) -> dict[str, float]:
-    """Return what the products' terms amount to without their signs."""
+    """Return the sums of the absolute terms of the products."""
     products = constants["hidden"].abs() @ constants["weight"].abs().T + constants["bias"].abs()
     largest = products.max().item()
     return {"total": products.sum(1).max().item(), **{name: largest for name in Sums._fields if name != "total"}}

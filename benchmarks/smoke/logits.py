@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.smoke.case import SmokeCase
-from fastpref._results import STATISTICS
-from fastpref.cli.check.case import DTYPES, TRANSFORM, Case, boundaries
-from fastpref.cli.check.logprobs_cases import far_above_the_label, logprobs_case, near_certain
+from fastpref._core.results import STATISTICS
+from fastpref.testing.case import DTYPES, TRANSFORM, Case, boundaries
+from fastpref.testing.logprobs_cases import far_above_the_label, logprobs_case, near_certain
 from fastpref_kernels.triton import launches
 
 # Three blocks of 4096 logits and a last one, with rows that start at multiples of 16 bytes and with others.
@@ -27,9 +27,14 @@ def logits_cases(device: str) -> Iterator[SmokeCase]:
     rows, many = ((2, 4), (4, 5)) if device == "cpu" else ((2, 33), (4, 257))
 
     def cases(
-        name: str, *, dtypes: tuple[torch.dtype, ...] = SINGLE, tier: int = 1, vocabulary: int = ODD,
-        not_interpreted: str | None = None, **options: Any,
-    ) -> Iterator[SmokeCase]:  # fmt: skip
+        name: str,
+        *,
+        dtypes: tuple[torch.dtype, ...] = SINGLE,
+        tier: int = 1,
+        vocabulary: int = ODD,
+        not_interpreted: str | None = None,
+        **options: Any,
+    ) -> Iterator[SmokeCase]:
         call: Case = logprobs_case(name, options.pop("rows", rows), vocabulary, **options)
         for dtype in dtypes:
             if dtype in call.dtypes:
@@ -75,10 +80,8 @@ def logits_cases(device: str) -> Iterator[SmokeCase]:
     yield from cases("sequence_logprobs/packed", **packed, stats=STATISTICS, dtypes=NARROW)
     yield from cases("sequence_logprobs/packed-mean", **packed, reduction="mean", shift=False, **TRANSFORM)
     shared = torch.tensor([2, 0, tokens, 4])
-    yield from cases(
-        "sequence_logprobs/packed-weighted", **packed, ld_alpha=0.3, shared_lengths=shared, inplace_backward=True,
-        dtypes=DTYPES,
-    )  # fmt: skip
+    weighted: dict[str, Any] = {**packed, "ld_alpha": 0.3, "shared_lengths": shared, "inplace_backward": True}
+    yield from cases("sequence_logprobs/packed-weighted", **weighted, dtypes=DTYPES)
     # More tokens and more sequences than are summed at a time.
     long: dict[str, Any] = {"vocabulary": 37, "tier": 2, "not_interpreted": "a minute for its 1100 programs"}
     yield from cases("sequence_logprobs/long", rows=(1, 1100), **long)
@@ -105,5 +108,5 @@ def _minus_infinity(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _not_scored(logits: Tensor, labels: Tensor) -> Tensor:
-    """Make the rows NaN whose label is ignored."""
+    """Fill the rows of ignored labels with NaN."""
     return logits.masked_fill((labels == -100)[..., None], torch.nan)

@@ -11,11 +11,11 @@ import torch
 import fastpref
 from benchmarks.smoke.case import SmokeCase
 from fastpref import losses, reference
-from fastpref.cli.check.case import DTYPES, Arguments, Case, normal
-from fastpref.cli.check.loss_cases import loss_case
+from fastpref.testing.case import DTYPES, Arguments, Case, normal
+from fastpref.testing.loss_cases import loss_case
 
 FEW = 37
-# Options that an example has not, by their names in `Loss.takes`.
+# Options that the examples leave out, by their names in `Loss.takes`.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "label_smoothing": [{"label_smoothing": 0.1}],
     "length_normalize": [{"length_normalize": True}],
@@ -51,7 +51,7 @@ def losses_cases(device: str) -> Iterator[SmokeCase]:
             yield SmokeCase(call=call, dtype=dtype, tier=2)
         for name in loss.takes:
             for options in OPTIONS.get(name, []):
-                # A power of far log-ratios: in float32 it is the exponential that is judged, and not the loss.
+                # In float32, powers of large log-ratios would test the exponential instead of the loss.
                 dtype = torch.float64 if options.get("f_divergence") == "alpha" else torch.float32
                 yield SmokeCase(call=_with(loss_case(loss, "mean", FEW), **options), dtype=dtype, tier=2)
     sigmoid = loss_case(next(loss for loss in losses.TABLE if loss.name == "dpo_loss:sigmoid"), "mean", PAIRS)
@@ -64,7 +64,7 @@ def losses_cases(device: str) -> Iterator[SmokeCase]:
 
 
 def _with(call: Case, **options: Any) -> Case:
-    """Return the call with more options, which its name tells."""
+    """Return the call with more options, which are added to its name."""
 
     def draw(generator: torch.Generator) -> Arguments:
         leaves, constants = call.draw(generator)

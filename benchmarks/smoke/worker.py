@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 START_SECONDS = 120.0
-PATIENCE = 5.0  # seconds for a process to end that was killed
+PATIENCE = 5.0  # seconds that a killed process is given to end
 
 
 class Answer(NamedTuple):
@@ -31,19 +31,19 @@ class Answer(NamedTuple):
 
 
 class LostError(RuntimeError):
-    """The process died, or did not answer in time; the message says which."""
+    """Raised if the process died or did not answer in time."""
 
 
 def serve(pipe: Connection, device: str) -> None:
-    """Send the cases' names, the device's and its target, then judge each case whose name is received."""
-    # Ctrl-C is for the parent, whose end of the pipe closes then.
+    """Send the names of the cases, the name of the device and its target, then judge each case that is asked for."""
+    # Ctrl-C ends the parent, which closes its end of the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     from benchmarks.smoke.cases import every_case
     from benchmarks.triton_on_cpu import launchers_on_cpu
 
-    warnings.simplefilter("ignore")  # numpy's and the deterministic mode's, about what the cases are meant to hold
+    warnings.simplefilter("ignore")  # NumPy and the deterministic mode warn about values that the cases hold on purpose
     # Every `torch.empty` holds NaN, so that an element that no kernel writes is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -78,9 +78,9 @@ class Worker:
     """A process that judges cases.
 
     Attributes:
-        names: of its cases, the most telling first.
-        description: of its device and its libraries.
-        target: what Triton compiles for on that device, None under the interpreter.
+        names: the names of its cases, the most telling first.
+        description: its device and its libraries.
+        target: the target that Triton compiles for on that device, None under the interpreter.
     """
 
     names: list[str]
@@ -123,5 +123,5 @@ class Worker:
     def stop(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
-        self._process.join(PATIENCE)  # one that a driver holds on to may never end
+        self._process.join(PATIENCE)  # a driver may keep the process from ever ending
         self._pipe.close()

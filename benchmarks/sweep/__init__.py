@@ -1,1 +1,1 @@
-"""The cases of `benchmarks/gpu_sweep.py`, and the code that times, judges and stores them."""
+"""Define the cases of `benchmarks/gpu_sweep.py`, and time, check and store them."""

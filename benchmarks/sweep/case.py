@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastpref_kernels.triton import launches
 
-# Bytes that lie between two uses of the same input, so that no cache still holds it: three times an H200's L2.
+# Bytes between two uses of the same input, so that no cache still holds it: three times the L2 of an H200.
 ROTATED = 3 * 60 * 2**20
-# Rows whose answer is computed in float64.
+# Rows that are compared with float64.
 JUDGED = 32
 
 
@@ -25,12 +25,12 @@ class Trial:
     """A variant with its inputs on a device.
 
     Attributes:
-        run: what is timed.
-        error: returns the largest error of what `run` gives, on outputs that held NaN before.
-        allowed: what that error may be.
-        gbytes: GB that `run` must move.
-        tflop: TFLOP that `run` must compute.
-        whole: whether `run` is a user's whole step, which is timed by the clock on the wall, with its launches counted.
+        run: the function that is timed.
+        error: runs it on outputs filled with NaN and returns the largest error.
+        allowed: the largest error allowed.
+        gbytes: the GB that `run` must move.
+        tflop: the TFLOP that `run` must compute.
+        whole: whether `run` is a whole step, which is timed by the clock and has its launches counted.
     """
 
     run: Callable[[], object]
@@ -46,15 +46,15 @@ class Case:
     """A variant by name.
 
     Attributes:
-        group: which of the sweep's questions it belongs to.
-        kernel: what is varied.
+        group: the group of the sweep.
+        kernel: the kernel or step that is varied.
         dtype: of the inputs, as in "bfloat16".
         R: rows.
         V: columns.
         H: features.
-        config: the variant, as it is shown.
-        current: whether this is what fastpref runs today.
-        make: (device, rows) -> the trial; with fewer rows it serves to compile the kernels.
+        config: the name of the variant.
+        current: whether fastpref uses this variant.
+        make: (device, rows) -> the trial; with few rows it only compiles the kernels.
         within: replaces entries of the launch table.
         compiles: whether there is a Triton kernel to compile beforehand.
         cuda: whether only a CUDA device can run it.
@@ -96,7 +96,7 @@ def replaced(key: tuple[str, int], launch: launches.Launch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill every `torch.empty` with NaN, as deterministic mode does, so that an output that nobody writes is seen."""
+    """Fill every `torch.empty` with NaN, as deterministic mode does, so that an unwritten output is noticed."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -105,12 +105,12 @@ def poisoned() -> Iterator[None]:
 
 
 def copies(nbytes: int, device: str) -> int:
-    """Return how many copies of an input take turns."""
+    """Return how many copies of an input are rotated."""
     return max(1, -(-ROTATED // max(nbytes, 1))) if device == "cuda" else 1
 
 
 def normal(device: str, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Return normal numbers made on the device."""
+    """Return normally distributed numbers, generated on the device."""
     return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale)
 
 

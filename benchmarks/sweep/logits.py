@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.sweep.case import JUDGED, Case, Trial, copies, furthest, furthest_ratio, normal, poisoned, replaced
+from fastpref_kernels.contract import LogprobsResult, Statistic
 from fastpref_kernels.triton import launches, logprobs
 
 FORWARD, BACKWARD, STATISTICS = "logprobs_forward", "logprobs_backward", "logprobs_statistics"
 BLOCKS = ((2048, 2), (2048, 4), (4096, 4), (4096, 8))
 STAGES = (1, 3, 4)
-STATS = logprobs.ENTROPY.value | logprobs.MEAN.value | logprobs.TOP1.value
+STATS = (Statistic.ENTROPY | Statistic.MEAN_LOGITS | Statistic.IS_TOP1).value
 SCORING = (-100, False, 1.0, 1.0, None, "none")
 
 
@@ -39,8 +40,8 @@ def _truth(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return log_p.gather(-1, y)[:, 0], -(p * log_p).sum(-1), gradient
 
 
-def _score(logits: Tensor, labels: Tensor, stats: int) -> tuple[Tensor, ...]:
-    return logprobs.logprobs(logits, labels, None, None, *SCORING, stats)
+def _score(logits: Tensor, labels: Tensor, stats: int) -> LogprobsResult:
+    return LogprobsResult.of(logprobs.logprobs(logits, labels, None, None, *SCORING, stats))
 
 
 def _forward(R: int, V: int, dtype: torch.dtype, stats: int, device: str, rows: int) -> Trial:
@@ -51,10 +52,10 @@ def _forward(R: int, V: int, dtype: torch.dtype, stats: int, device: str, rows: 
         with poisoned():
             found = _score(*inputs[0], stats)
         logps, entropy, _ = _truth(*inputs[0])
-        off = furthest(found[0][0, :JUDGED], logps)
+        off = furthest(found.logps[0, :JUDGED], logps)
         if stats:
-            off = max(off, furthest(found[5][0, :JUDGED], entropy))
-        return off if all(value.isfinite().all() for value in found[:3]) else float("nan")
+            off = max(off, furthest(found.norm[3, 0, :JUDGED], entropy))
+        return off if found.logps.isfinite().all() and found.norm.isfinite().all() else float("nan")
 
     return Trial(lambda: _score(*next(turns), stats), error, 1e-4, rows * V * dtype.itemsize / 1e9)
 
@@ -62,20 +63,20 @@ def _forward(R: int, V: int, dtype: torch.dtype, stats: int, device: str, rows: 
 def _backward(R: int, V: int, dtype: torch.dtype, device: str, rows: int) -> Trial:
     saved: list[tuple[Any, ...]] = []
     for logits, labels in _inputs(device, rows, V, dtype):
-        logps, _, norm, counts, *_ = _score(logits, labels, 0)
-        given = (torch.empty_like(logits), torch.ones_like(logps), None, logits, labels, None, None, norm, counts)
-        saved.append((*given, *SCORING))
+        found = _score(logits, labels, 0)
+        given = (torch.empty_like(logits), torch.ones_like(found.logps), None, logits, labels, None, None)
+        saved.append((*given, found.norm, found.counts, *SCORING))
     turns = itertools.cycle(saved)
 
     def error() -> float:
         out, *_ = saved[0]
         out.fill_(torch.nan)
-        logprobs.write_gradient(*saved[0])
+        logprobs.logprobs_backward(*saved[0])
         off = furthest_ratio(out[0, :JUDGED], _truth(saved[0][3], saved[0][4])[2])
         return off if out.isfinite().all() else float("nan")
 
     def run() -> None:
-        logprobs.write_gradient(*next(turns))
+        logprobs.logprobs_backward(*next(turns))
 
     return Trial(run, error, 2e-5 + torch.finfo(dtype).eps, 2 * rows * V * dtype.itemsize / 1e9)
 
@@ -96,11 +97,10 @@ def _maker(kernel: str, R: int, V: int, dtype: torch.dtype) -> Callable[[str, in
 
 
 def _case(kernel: str, R: int, V: int, dtype: torch.dtype, launch: launches.Launch) -> Case:
-    return Case(
-        "logits", kernel, str(dtype).removeprefix("torch."), R, V, 0, f"{launch.block}x{launch.warps} s{launch.stages}",
-        _maker(kernel, R, V, dtype), launches.ROWS[kernel, dtype.itemsize] == launch,
-        functools.partial(replaced, (kernel, dtype.itemsize), launch),
-    )  # fmt: skip
+    entry = (kernel, dtype.itemsize)
+    config, name = f"{launch.block}x{launch.warps} s{launch.stages}", str(dtype).removeprefix("torch.")
+    make, within = _maker(kernel, R, V, dtype), functools.partial(replaced, entry, launch)
+    return Case("logits", kernel, name, R, V, 0, config, make, launches.ROWS[entry] == launch, within)
 
 
 def _few_rows(kernel: str, R: int, V: int, dtype: torch.dtype, programs: int | None) -> Case:

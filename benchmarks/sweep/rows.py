@@ -16,12 +16,11 @@ from benchmarks import machine
 from benchmarks.sweep import ceilings, timing
 from benchmarks.sweep.case import Case
 
-COLUMNS = (
-    "device", "code", "group", "kernel", "dtype", "R", "V", "H", "config", "current", "registers", "shared", "spills",
-    "programs", "us", "us_q1", "us_q3", "gbytes_per_s", "of_copy", "tflop_per_s", "of_product", "error", "launches",
-    "waits", "busy_us", "idle_us", "status",
-)  # fmt: skip
 KEY = ("group", "kernel", "dtype", "R", "V", "H", "config")
+RESOURCES = ("registers", "shared", "spills", "programs")
+FIGURES = ("us", "us_q1", "us_q3", "gbytes_per_s", "of_copy", "tflop_per_s", "of_product", "error")
+PROFILE = ("launches", "waits", "busy_us", "idle_us")
+COLUMNS = ("device", "code", *KEY, "current", *RESOURCES, *FIGURES, *PROFILE, "status")
 BEST = 3
 Row = dict[str, Any]
 
@@ -34,7 +33,7 @@ class Table:
         self.rows: list[Row] = []
         if path.exists():
             with path.open(newline="") as file:
-                # A line that was being written when its process was killed has no status.
+                # A line without a status was cut off when its process was killed.
                 self.rows = [row for row in csv.DictReader(file) if row.get("status")]
         self._write([dict(zip(COLUMNS, COLUMNS, strict=True)), *self.rows], "w")
 
@@ -43,7 +42,7 @@ class Table:
             csv.writer(file, lineterminator="\n").writerows([row[name] for name in COLUMNS] for row in rows)
 
     def holds(self, case: Case) -> bool:
-        """Whether this code has measured a case on this device."""
+        """Return whether this code has measured a case on this device."""
         wanted = ("ok", self.device, self.code, *case.key)
         return any(tuple(row[name] for name in ("status", "device", "code", *KEY)) == wanted for row in self.rows)
 
@@ -55,7 +54,7 @@ class Table:
         self._write([text], "a")
 
     def ceiling(self, kernel: str, column: str) -> float:
-        """Return what the device itself reaches, NaN where that was not measured."""
+        """Return the speed of the device itself, or NaN if it was not measured."""
         found = [row[column] for row in self.rows if row["kernel"] == kernel and row["device"] == self.device]
         return float(found[-1] or "nan") if found else math.nan
 
@@ -93,10 +92,10 @@ def _measure(case: Case, device: str, table: Table, row: Row) -> None:
         raise ValueError(f"off by {row['error']:.1e}, where {trial.allowed:.1e} is allowed")
     row["us_q1"], row["us"], row["us_q3"] = timing.quartiles(timing.microseconds(trial.run, device, trial.whole))
     if device == "cuda" and kernels:
-        # Of several kernels, the one that takes most registers.
+        # Of several kernels, report the one with the most registers.
         row |= max((timing.resources(kernel) for kernel in kernels), key=lambda found: found["registers"])
     if device == "cuda" and trial.whole and case.profiled:
-        with contextlib.suppress(RuntimeError):  # a step that is timed is worth its row without these columns
+        with contextlib.suppress(RuntimeError):  # these columns are optional
             row |= timing.profiled(trial.run)
     if trial.gbytes:
         row["gbytes_per_s"] = trial.gbytes / row["us"] * 1e6
@@ -107,7 +106,7 @@ def _measure(case: Case, device: str, table: Table, row: Row) -> None:
 
 
 def said(row: Row) -> str:
-    """Return a row's figures in one line."""
+    """Return the figures of a row in one line."""
     if "us" not in row or row["us"] == "":
         return row["status"]
     text = f"{float(row['us']):.1f} us"
@@ -134,6 +133,7 @@ def summary(rows: list[Row]) -> str:
         lines.append(f"{' '.join(part for part in key if part not in ('', '0'))}: {' | '.join(figures)}")
     lines += [
         f"FAILED {row['group']} {row['kernel']} {row['dtype']} {row['R']}x{row['V']} {row['config']}: {row['status']}"
-        for row in rows if row["status"] != "ok"
-    ]  # fmt: skip
+        for row in rows
+        if row["status"] != "ok"
+    ]
     return "\n".join(lines)

@@ -15,8 +15,9 @@ from benchmarks.sweep.tiles import captured
 from fastpref.losses import TABLE
 
 SEQUENCES, TOKENS, PAIRS = 8, 1024, 256
-TOKENS_JUDGED = 3  # whose gradient is held against float64
-# What a CPU is given in place of a GPU's sizes: enough for two tiles.
+TOKENS_JUDGED = 3  # tokens whose gradient is compared with float64
+WHOLE = "forward + backward"
+# Sizes on a CPU: enough for two tiles.
 SMALL_VOCABULARY, SMALL_FEATURES, SMALL_TOKENS = 8192, 64, 3
 
 
@@ -28,10 +29,12 @@ def _logprobs(mode: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return fastpref.linear_token_logprobs(hidden, weight, labels, mode=mode).sum()
 
 
+# The function of each step, and how often N·V·H its products take in flops.
 STEPS: dict[str, tuple[Callable[..., Tensor], int]] = {
-    "linear_dpo_loss": (_dpo, 6), "save": (functools.partial(_logprobs, "save"), 6),
+    "linear_dpo_loss": (_dpo, 6),
+    "save": (functools.partial(_logprobs, "save"), 6),
     "recompute": (functools.partial(_logprobs, "recompute"), 8),
-}  # fmt: skip
+}
 
 
 def _step(name: str, V: int, H: int, device: str, rows: int) -> Trial:
@@ -55,9 +58,8 @@ def _step(name: str, V: int, H: int, device: str, rows: int) -> Trial:
         assert hidden.grad is not None
         assert weight.grad is not None
         with torch.no_grad():
-            logps = torch.cat([
-                _float64_logps(x[:-1], weight, y[1:]).sum()[None] for x, y in zip(hidden, labels, strict=True)
-            ])  # fmt: skip
+            rows = zip(hidden, labels, strict=True)
+            logps = torch.stack([_float64_logps(x[:-1], weight, y[1:]).sum() for x, y in rows])
         leaf = logps.requires_grad_()
         truth = _dpo_of(*leaf.chunk(2)) if name == "linear_dpo_loss" else leaf.sum()
         (upstream,) = torch.autograd.grad(truth, leaf)
@@ -121,13 +123,12 @@ def cases(small: bool) -> Iterator[Case]:
     """Yield the steps from hidden states, then those of losses; `small` ones for a machine without a GPU."""
     for V, H in ((SMALL_VOCABULARY, SMALL_FEATURES),) if small else ((128256, 4096), (262144, 1152)):
         for name in STEPS:
-            yield Case(
-                "step", name, "bfloat16", SEQUENCES * (SMALL_TOKENS if small else TOKENS), V, H, "forward + backward",
-                functools.partial(_step, name, V, H), True,
-            )  # fmt: skip
+            R, make = SEQUENCES * (SMALL_TOKENS if small else TOKENS), functools.partial(_step, name, V, H)
+            yield Case("step", name, "bfloat16", R, V, H, WHOLE, make, True)
     for index, loss in list(enumerate(TABLE))[: 3 if small else None]:
         for graph in (False, True):
+            config, make = "graph replay" if graph else WHOLE, functools.partial(_loss, index, graph)
+            shape = ("float32", PAIRS, 0, 0)
             yield Case(
-                "losses", loss.name, "float32", PAIRS, 0, 0, "graph replay" if graph else "forward + backward",
-                functools.partial(_loss, index, graph), not graph, compiles=not graph, cuda=graph, graph=graph,
-            )  # fmt: skip
+                "losses", loss.name, *shape, config, make, not graph, compiles=not graph, cuda=graph, graph=graph
+            )

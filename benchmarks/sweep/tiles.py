@@ -13,17 +13,17 @@ from torch import Tensor
 
 from benchmarks.sweep.case import JUDGED, Case, Trial, copies, furthest, furthest_ratio, normal, poisoned, replaced
 from fastpref_kernels import linear
+from fastpref_kernels.contract import RowSums, Statistic
 from fastpref_kernels.linear import Tile, library_product
 from fastpref_kernels.triton import launches, product
 from fastpref_kernels.triton import linear as triton_linear
-from fastpref_kernels.triton.logprobs import ENTROPY, MEAN, TOP1
 
 PLAIN = (1.0, 1.0, None)  # logit_scale, temperature, softcap
-STATS = ENTROPY.value | MEAN.value | TOP1.value
+STATS = (Statistic.ENTROPY | Statistic.MEAN_LOGITS | Statistic.IS_TOP1).value
 LAUNCHES = (launches.Launch(256, 1), launches.Launch(512, 2), launches.Launch(1024, 4), launches.Launch(2048, 4))
 TILES = (Tile(2048, 2048), Tile(4096, 2048), Tile(4096, 4096), Tile(4096, 16384))
-# None of these spills on sm_90, whatever is asked for. A multiprocessor may hold two programs of 128 x 128 logits, and
-# one of them folds while the other multiplies.
+# None of these spills on sm_90. A multiprocessor may hold two programs of 128 x 128 logits, and one of them folds while
+# the other multiplies.
 FUSED = tuple(
     launches.ProductLaunch(launches.Blocks(*blocks), width, described)
     for blocks, width, described in (
@@ -38,14 +38,15 @@ FUSED = tuple(
 
 
 def _state(device: str, R: int, anchor: float = 0.0) -> Tensor:
-    state = torch.zeros(8, R, dtype=torch.float64, device=device)
-    state[0], state[5:7] = anchor, -torch.inf
+    state = RowSums.start((R,), torch.device(device))
+    RowSums.of(state).anchor.fill_(anchor)
     return state
 
 
 def _logp(state: Tensor) -> Tensor:
-    anchor, rest, *_, label = state
-    return label - anchor - (rest + (label - anchor).exp()).log()
+    sums = RowSums.of(state)
+    gap = sums.label - sums.anchor
+    return gap - (sums.rest + gap.exp()).log()
 
 
 def _fold(C: int, stats: int, stored: bool, device: str, R: int) -> Trial:
@@ -53,7 +54,7 @@ def _fold(C: int, stats: int, stored: bool, device: str, R: int) -> Trial:
     targets = torch.randint(C, (R,), device=device)
     stores = [torch.empty(R, C, dtype=torch.bfloat16, device=device) if stored else None for _ in tiles]
     anchors, masses = torch.empty(2, R, dtype=torch.float64, device=device)
-    # So far above the logits that no sum reaches the limit at which an anchor moves, however often they are added.
+    # Far above the logits, so that no sum reaches the limit at which the anchor moves, however often they are added.
     anchor = 25.0
     state = _state(device, R, anchor)
 
@@ -71,9 +72,10 @@ def _fold(C: int, stats: int, stored: bool, device: str, R: int) -> Trial:
         run(tiles[0], stores[0], fresh)
         unused = torch.empty(n, dtype=torch.float64, device=device)
         linear.fold(tiles[0][:n].double(), None, targets[:n], 0, *PLAIN, stats, truth, unused, unused.clone(), None)
-        off = furthest(fresh[1, :n].log(), truth[1].log())
+        found, wanted = RowSums.of(fresh[:, :n]), RowSums.of(truth)
+        off = furthest(found.rest.log(), wanted.rest.log())
         if stats:
-            off = max(off, furthest(fresh[2, :n] / fresh[1, :n], truth[2] / truth[1]))
+            off = max(off, furthest(found.weighted / found.rest, wanted.weighted / wanted.rest))
         return off if all(out.isfinite().all() for out in outs) else float("nan")
 
     return Trial(lambda: run(*next(turns), state), error, 1e-5, R * C * (4 + 2 * stored) / 1e9)
@@ -172,7 +174,7 @@ def _loop(V: int, H: int, tile: Tile, streams: int, graph: bool, device: str, N:
         return furthest(_logp(state[:, :JUDGED]), truth)
 
     call = captured(run) if graph else run
-    # By the clock: what the host costs is a part of the question.
+    # Timed by the clock, because the cost of the host matters here.
     return Trial(call, error, 1e-4, tflop=2 * N * V * H / 1e12, whole=True)
 
 
@@ -210,6 +212,14 @@ def _fused(V: int, H: int, dtype: torch.dtype, launch: launches.ProductLaunch, d
     return Trial(run, error, 1e-4, tflop=2 * R * columns * H / 1e12)
 
 
+def _fold_case(
+    kernel: str, name: str, R: int, C: int, launch: launches.Launch, make: Callable[[str, int], Trial]
+) -> Case:
+    """Return a case that replaces the entry `name` of the launch table."""
+    config, within = f"{launch.block}x{launch.warps} s{launch.stages}", functools.partial(replaced, (name, 4), launch)
+    return Case("fold", kernel, "float32", R, C, 0, config, make, launches.ROWS[name, 4] == launch, within)
+
+
 def cases(small: bool) -> Iterator[Case]:
     """Yield the variants, those of most value first; `small` ones for a machine without a GPU."""
     V, H = (8192 + 37, 32) if small else (128256, 4096)
@@ -217,46 +227,40 @@ def cases(small: bool) -> Iterator[Case]:
     for R, C, stored, stats in itertools.product(rows, (4096,) if small else (4096, 16384), (True, False), (0, STATS)):
         kernel = "fold" + (", stored" if stored else "") + (", statistics" if stats else "")
         for launch in dict.fromkeys((launches.ROWS["fold", 4], *(LAUNCHES[:2] if small else LAUNCHES))):
-            yield Case(
-                "fold", kernel, "float32", R, C, 0, f"{launch.block}x{launch.warps} s{launch.stages}",
-                functools.partial(_fold, C, stats, stored), launches.ROWS["fold", 4] == launch,
-                functools.partial(replaced, ("fold", 4), launch),
-            )  # fmt: skip
+            yield _fold_case(kernel, "fold", R, C, launch, functools.partial(_fold, C, stats, stored))
     for launch in dict.fromkeys((launches.ROWS["fold_backward", 4], *LAUNCHES[1:])):
-        yield Case(
-            "fold", "fold_backward", "float32", rows[0], 4096, 0, f"{launch.block}x{launch.warps} s{launch.stages}",
-            functools.partial(_fold_backward, 4096), launches.ROWS["fold_backward", 4] == launch,
-            functools.partial(replaced, ("fold_backward", 4), launch),
-        )  # fmt: skip
+        yield _fold_case(
+            "fold_backward", "fold_backward", rows[0], 4096, launch, functools.partial(_fold_backward, 4096)
+        )
     for name, make, sizes in (
         ("gradient of the head", functools.partial(_weight_gradient, V, H), (V, H)),
         ("hidden's gradient, a tile", functools.partial(_hidden_gradient, 4096, H), (4096, H)),
         ("hidden's gradient, whole V", functools.partial(_hidden_gradient, V, H), (V, H)),
     ):
         for fused in (True, False):
-            config = "addmm" if fused else "mm and add"
-            yield Case(
-                "products", name, "bfloat16", rows[0], *sizes, config, functools.partial(make, fused), fused,
-                compiles=False, cuda=not fused,
-            )  # fmt: skip
+            config, trial = "addmm" if fused else "mm and add", functools.partial(make, fused)
+            shape = ("bfloat16", rows[0], *sizes)
+            yield Case("products", name, *shape, config, trial, fused, compiles=False, cuda=not fused)
     for N, tile, streams, graph in itertools.product(
         (4,) if small else (4096, 512), TILES[2:] if small else TILES, (1, 2), (False, True)
     ):
         if N < tile.rows < launches.TILE.rows:
-            continue  # cut down to N, these are the rows of another tile
+            continue  # with only N rows, this is the same as another tile
         config = f"{min(tile.rows, N)}x{tile.columns}, {streams} stream{'s'[: streams - 1]}{', graph' * graph}"
+        make, current = functools.partial(_loop, V, H, tile, streams, graph), (launches.TILE, 1, False)
         yield Case(
-            "tile loop", "product and fold", "bfloat16", N, V, H, config,
-            functools.partial(_loop, V, H, tile, streams, graph), (tile, streams, graph) == (launches.TILE, 1, False),
-            compiles=False,  # the fold's kernels are among the cases of its own
-            cuda=streams > 1 or graph, graph=graph, profiled=False,
-        )  # fmt: skip
-    dtype = torch.float32 if small else torch.bfloat16  # the interpreter multiplies no bfloat16
+            *("tile loop", "product and fold", "bfloat16", N, V, H, config, make),
+            current=(tile, streams, graph) == current,
+            compiles=False,  # the cases of the fold compile its kernels
+            cuda=streams > 1 or graph,
+            graph=graph,
+            profiled=False,
+        )
+    dtype = torch.float32 if small else torch.bfloat16  # the interpreter cannot multiply bfloat16
     for launch in FUSED[-1:] if small else FUSED:
         blocks = launch.blocks
         config = f"{blocks.block_m}x{blocks.block_n}x{blocks.block_k} w{blocks.warps} s{blocks.stages}"
         config += f" /{launch.width}{', descriptors' * launch.described}"
-        yield Case(
-            "product_fold", "product_fold", str(dtype).removeprefix("torch."), rows[0], V if not small else 256, H,
-            config, functools.partial(_fused, V if not small else 256, H, dtype, launch),
-        )  # fmt: skip
+        columns, name = 256 if small else V, str(dtype).removeprefix("torch.")
+        make = functools.partial(_fused, columns, H, dtype, launch)
+        yield Case("product_fold", "product_fold", name, rows[0], columns, H, config, make)

@@ -42,7 +42,7 @@ def microseconds(run: Callable[[], object], device: str, whole: bool) -> list[fl
     if whole:
         return [1e6 * _wall(run, device) for _ in range(repeats)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
-    # The device sleeps until the repeats are queued, so that it never waits for Python between two events.
+    # The device sleeps until all repeats are queued, so that it never waits for Python between two events.
     torch.cuda._sleep(int(2e9 * min(2 * queued * repeats, 0.2)))
     for begin, end in zip(events[::2], events[1::2], strict=True):
         begin.record()
@@ -69,7 +69,7 @@ def profiled(run: Callable[[], object]) -> dict[str, float]:
     spans = sorted((span.start, span.end) for span in kernels)
     if not spans:
         raise RuntimeError("the profiler saw nothing on the device")
-    # The profiler waits for the device itself, before it stops.
+    # The profiler itself waits for the device once before it stops.
     waits = sum(event.name.startswith(WAITS) for event in events) - 1
     busy, end = 0.0, -math.inf
     for begin, stop in spans:
@@ -96,10 +96,10 @@ def recorded() -> Iterator[list[Any]]:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Return what a program of a compiled kernel takes, and how many of them a multiprocessor of sm_90 or sm_100 holds.
+    """Return the resources of a compiled kernel, and how many programs a multiprocessor of sm_90 or sm_100 holds.
 
-    Registers are handed out to warps in units of 256; a multiprocessor has 65536 of them, 64 warps (2048 threads), 32
-    programs, and 228 KiB of shared memory, of which every program takes 1 KiB more than it asks for.
+    Registers are allocated to warps in units of 256. A multiprocessor has 65536 registers, 64 warps (2048 threads), 32
+    programs, and 228 KiB of shared memory, of which each program takes 1 KiB in addition to its own.
     """
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     of_a_warp = -(-kernel.n_regs * 32 // 256) * 256

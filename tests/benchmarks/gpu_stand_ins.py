@@ -33,11 +33,22 @@ WRITTEN = {
     "tests": "PASSED t.py::test_a 0.01 s\nFAILED t.py::test_b 0.02 s: AssertionError: it is\n    assert 1 == 2\nPAS",
     "check": "".join(
         json.dumps(
-            {"case": "gae", "device": "cpu", "dtype": "float32", "output": "result", "error": error, "allowance": 1.0,
-             "ok": error < 1, "fault": None if error < 1 else "error 2, which is too much"}
-        ) + "\n" for error in (0.5, 2.0)
-    ) + '{"case": "ga',
-}  # fmt: skip
+            {
+                "case": "gae",
+                "device": "cpu",
+                "dtype": "float32",
+                "output": "result",
+                "error": error,
+                "allowance": 1.0,
+                "ok": error < 1,
+                "fault": None if error < 1 else "error 2, which is too much",
+            }
+        )
+        + "\n"
+        for error in (0.5, 2.0)
+    )
+    + '{"case": "ga',
+}
 FILES = {"sweep": "sweep.csv", "tests": "tests.txt", "check": "check.jsonl"}
 
 

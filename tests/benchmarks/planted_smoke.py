@@ -36,15 +36,16 @@ def _never(*_: Any) -> Any:
 
 def serve(pipe: Connection, device: str) -> None:
     """Serve cases with the faults in place."""
-    from fastpref_kernels.triton import preference, reward, rlhf
+    from fastpref_kernels.triton import gae as gae_kernels
+    from fastpref_kernels.triton.losses import preference, reward
 
-    gae, kto_loss = rlhf.gae, preference.kto_loss
+    gae, kto_loss = gae_kernels.gae, preference.kto_loss
 
     def unwritten(*arguments: Any) -> Any:
         loss, partials, rewards = kto_loss(*arguments)
         return loss, torch.empty_like(partials), rewards
 
-    rlhf.gae = lambda *arguments: tuple(value + 1e-3 for value in gae(*arguments))
+    gae_kernels.gae = lambda *arguments: tuple(value + 1e-3 for value in gae(*arguments))
     preference.kto_loss = unwritten
     reward.pairwise_reward_loss, reward.best_of_k_loss, reward.ranking_loss = _raises, _ends, _never
     worker.serve(pipe, device)

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`, on parts that stand in for its own: what is there after a kill, deadlines, and the summary."""
+"""Test `benchmarks/gpu.sh` on parts that stand in for its own: kills, deadlines and the summary."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from typing import Any, TextIO
 
 import pytest
 
-from benchmarks import gpu_run
+from benchmarks import gpu_run, gpu_summary
 from benchmarks.gpu_parts import LOG, PARTS, Part, Settings
-from benchmarks.report import summary
 from tests.benchmarks import gpu_stand_ins
 from tests.benchmarks.conftest import ROOT
 from tests.benchmarks.gpu_stand_ins import FILES, NAMES, PRINTED, WRITTEN
@@ -89,13 +88,14 @@ class TestKilled:
             assert complete(PRINTED[part.name]) in (out / part.prints).read_text()
             if part.name in WRITTEN:
                 assert (out / FILES[part.name]).read_text() == WRITTEN[part.name]
-        found = summary.states(out)
+        found = gpu_summary.states(out)
         ended = {part: state.state for part, state in found.items()}
         assert ended == {
-            **dict.fromkeys(NAMES, "not reached"), **dict.fromkeys(NAMES[:at], "passed"),
+            **dict.fromkeys(NAMES, "not reached"),
+            **dict.fromkeys(NAMES[:at], "passed"),
             name: "killed" if killed else "interrupted",
-        }  # fmt: skip
-        page = summary.page(out)
+        }
+        page = gpu_summary.page(out)
         assert "- **smoke**: logprobs/in-place: error=2.0 allowed=3.4e-7" in page
         assert ("- **tests**: t.py::test_b: AssertionError: it is" in page) is (at >= NAMES.index("tests"))
         if not killed:
@@ -110,9 +110,9 @@ class TestKilled:
             assert read(pipe) == "reached\n"
             process.kill()
         process.communicate(timeout=HUNG)
-        command = [sys.executable, "-m", "benchmarks.report.summary", str(out)]
+        command = [sys.executable, "-m", "benchmarks.gpu_summary", str(out)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-        assert done.stdout == summary.page(out) == (out / "summary.md").read_text()
+        assert done.stdout == gpu_summary.page(out) == (out / "summary.md").read_text()
         assert "| check | killed |" in done.stdout
 
 
@@ -125,7 +125,7 @@ class TestDeadlines:
         ]
         # A thousandth of the time is the first part's, and all that is left the second's.
         assert drive(out, parts, seconds=900) == 1
-        states = summary.states(out)
+        states = gpu_summary.states(out)
         assert states["smoke"].state == "out of time"
         assert states["sweep"].state == "passed"
         assert (out / "summary.md").read_text() in capfd.readouterr().out
@@ -191,7 +191,7 @@ class TestDeadlines:
     def test_a_part_that_fails_stops_no_other(self, command: list[str], state: str, out: Path) -> None:
         parts = [Part("smoke", 1, lambda settings: command), Part("sweep", 1, lambda settings: ["echo", "there"])]
         assert drive(out, parts) == int(state != "not here")
-        states = summary.states(out)
+        states = gpu_summary.states(out)
         assert [states[name].state for name in ("smoke", "sweep")] == [state, "passed"]
         assert "there\n" in (out / LOG).read_text()
 
@@ -214,7 +214,7 @@ class TestMachine:
         monkeypatch.setattr(gpu_run, "MACHINE", ["sh", "-c", "while :; do sleep 1000; done", "a probe"])
         log = gpu_run.Log(out / LOG)
         assert gpu_run.probe(Settings(out, "cuda", ""), log, 0.2)
-        assert "a probe was ended after 0 s" in summary.machine(out)
+        assert "a probe was ended after 0 s" in gpu_summary.machine(out)
 
     def test_no_gpu_is_said_at_once(self, out: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
         out.mkdir()
@@ -225,7 +225,7 @@ class TestMachine:
             patch.setattr(signal, "signal", lambda *_: None)
             assert gpu_run.run(settings, 60, parts, gpu_run.Log(out / LOG)) == 1
         assert "--device cpu rehearses" in capfd.readouterr().out
-        assert summary.states(out)["smoke"].state == "not reached"
+        assert gpu_summary.states(out)["smoke"].state == "not reached"
 
     def test_this_one(self) -> None:
         command = [*gpu_run.MACHINE, "cpu"]
@@ -286,8 +286,15 @@ class TestWhole:
     def test_at_most_eight_files_that_can_be_copied(self, whole: tuple[Path, int, str]) -> None:
         names = sorted(path.name for path in whole[0].iterdir())
         assert names == [
-            "a-gpu.csv", "check.jsonl", "log.txt", "profile.txt", "smoke.txt", "summary.md", "sweep.csv", "tests.txt",
-        ]  # fmt: skip
+            "a-gpu.csv",
+            "check.jsonl",
+            "log.txt",
+            "profile.txt",
+            "smoke.txt",
+            "summary.md",
+            "sweep.csv",
+            "tests.txt",
+        ]
         assert len(names) <= 8
         assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
 
@@ -308,7 +315,7 @@ class TestWhole:
             "- **sanitizer**: memcheck: Invalid __global__ read",
             "- sweep fold V=4096: a 5 µs, 50% of copy; in use b 75000",
             "- bench logprobs bf16 V=7: fastpref 1.25 ms; a peer 2.5",
-            "- check: the worst is 2.00 of what is allowed, gae float32 result",
+            "- check: the largest error is 2.00 of the allowance, gae float32 result",
             "- profile fold_kernel: time_duration 1500",
         ):
             assert f"\n{line}\n" in page
@@ -331,15 +338,15 @@ class TestWhole:
             text = path.read_bytes()
             for size in range(0, len(text), max(1, len(text) // 20)):
                 path.write_bytes(text[:size])
-                assert "## Parts" in summary.page(tmp_path)
+                assert "## Parts" in gpu_summary.page(tmp_path)
             path.write_bytes(text)
 
     def test_parts_in_the_order_asked_for(self, out: Path) -> None:
         said, _ = start(out, "--only", "check,smoke").communicate(timeout=HUNG)
-        assert list(summary.states(out)) == ["check", "smoke"]
+        assert list(gpu_summary.states(out)) == ["check", "smoke"]
         assert said.index("== check: passed") < said.index("== smoke: started")
         again, _ = start(out, "--only", "sweep").communicate(timeout=HUNG)
-        assert list(summary.states(out)) == ["check", "smoke", "sweep"], "a second run adds to the first"
+        assert list(gpu_summary.states(out)) == ["check", "smoke", "sweep"], "a second run adds to the first"
         assert "| check | passed |" in again
 
 
@@ -347,14 +354,15 @@ def test_the_summary_is_at_most_60_lines(tmp_path: Path) -> None:
     (tmp_path / LOG).write_text(
         f"== parts: {' '.join(NAMES)}\n"
         + "".join(f"== {name}: started\n== {name}: failed (status 1) in 1.0 s\n" for name in NAMES)
-        + "== sanitizer: started\n" + "".join(f"========= Error {'x' * i}\n" for i in range(99))
+        + "== sanitizer: started\n"
+        + "".join(f"========= Error {'x' * i}\n" for i in range(99))
         + "== sanitizer: failed (status 1) in 1.0 s\n"
-    )  # fmt: skip
+    )
     (tmp_path / "smoke.txt").write_text("".join(f"FAIL case {'x' * i}\n" for i in range(99)))
     (tmp_path / "tests.txt").write_text("".join(f"FAILED case 0.1 s: {'x' * i}\n" for i in range(999)))
     rows = [f"fold,{i},a,1.0,1,ok\nfold,{i},a,1.0,,{'x' * i}\n" for i in range(99)]
     (tmp_path / "sweep.csv").write_text("kernel,V,config,us,current,status\n" + "".join(rows))
-    page = summary.page(tmp_path)
+    page = gpu_summary.page(tmp_path)
     assert page.count("\n") <= 60
     assert "- **tests**: 995 more of 995 other kinds" in page
     assert "| sanitizer | failed (status 1) |" in page
@@ -365,10 +373,11 @@ def test_failures_that_differ_in_numbers_only_are_one_line(tmp_path: Path) -> No
     (tmp_path / LOG).write_text("== parts: tests\n== tests: started\n")
     lines = [f"FAILED t.py::test[{i}] 0.1 s: off by {i}.5e-07\n" for i in range(50)]
     (tmp_path / "tests.txt").write_text("FAILED t.py::other 0.1 s: raises\n" + "".join(lines))
-    found = summary.failures(tmp_path, summary.states(tmp_path))
+    found = gpu_summary.failures(tmp_path, gpu_summary.states(tmp_path))
     assert found == [
-        "- **tests**: 50 × t.py::test[0]: off by 0.5e-07", "- **tests**: t.py::other: raises",
-    ]  # fmt: skip
+        "- **tests**: 50 × t.py::test[0]: off by 0.5e-07",
+        "- **tests**: t.py::other: raises",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -402,5 +411,5 @@ def test_the_parts_are_those_that_are_documented() -> None:
     assert NAMES == ["smoke", "sweep", "tests", "bench", "check", "profile", "sanitizer"]
     settings = Settings(Path("out"), "cpu", "default", 9)
     commands: dict[str, Callable[[Settings], list[str]]] = {part.name: part.command for part in PARTS}
-    assert commands["smoke"](settings)[1:] == ["benchmarks/gpu_smoke.py", "--device", "cpu", "--seconds", "9"]
-    assert commands["sweep"](settings)[2:] == ["--seconds", "9", "--out", "out", "--device", "cpu"]
+    assert commands["smoke"](settings)[1:] == ["-m", "benchmarks.gpu_smoke", "--device", "cpu", "--seconds", "9"]
+    assert commands["sweep"](settings)[3:] == ["--seconds", "9", "--out", "out", "--device", "cpu"]

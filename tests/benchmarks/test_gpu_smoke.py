@@ -29,9 +29,13 @@ from tests.benchmarks import planted_smoke
 
 ROOT = Path(__file__).parents[2]
 REPRESENTATIVE = (
-    "token_logprobs/less-than-a-block/float16", "fold_backward/plain/float32", "product_fold/wide-plain/float16",
-    "product_fold/wide-plain/bfloat16", "dpo_loss:simpo/mean/float32", "linear_preference_loss/several-chunks/float32",
-)  # fmt: skip
+    "token_logprobs/less-than-a-block/float16",
+    "fold_backward/plain/float32",
+    "product_fold/wide-plain/float16",
+    "product_fold/wide-plain/bfloat16",
+    "dpo_loss:simpo/mean/float32",
+    "linear_preference_loss/several-chunks/float32",
+)
 
 
 def test_rehearsal() -> None:

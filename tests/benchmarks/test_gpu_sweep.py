@@ -44,9 +44,10 @@ def case(name: str, make: Callable[[], Trial]) -> Case:
 
 GOOD = case("good", trial)
 BROKEN = (
-    case("raises", raises), case("wrong", functools.partial(trial, 0.6)),
+    case("raises", raises),
+    case("wrong", functools.partial(trial, 0.6)),
     case("unwritten", functools.partial(trial, float("nan"))),
-)  # fmt: skip
+)
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -118,9 +119,11 @@ class TestRows:
     def test_a_case_that_fails_is_a_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sweep([*BROKEN, GOOD], "cpu", tmp_path, 60.0) == 0
         assert [row["status"] for row in read(tmp_path)] == [
-            "RuntimeError: no kernel image", "ValueError: off by 6.0e-01, where 5.0e-01 is allowed",
-            "ValueError: an output is NaN or was not written", "ok",
-        ]  # fmt: skip
+            "RuntimeError: no kernel image",
+            "ValueError: off by 6.0e-01, where 5.0e-01 is allowed",
+            "ValueError: an output is NaN or was not written",
+            "ok",
+        ]
         assert float(read(tmp_path)[-1]["us"]) >= 0
         said = capsys.readouterr().out
         assert "no kernel image" in said
@@ -168,8 +171,14 @@ class TestRows:
 
     def test_the_summary_has_the_best_beside_the_current_setting(self) -> None:
         def row(config: str, us: float, current: bool) -> rows.Row:
-            return {**dict.fromkeys(rows.COLUMNS, ""), "kernel": "fold", "status": "ok", "config": config,
-                    "us": str(us), "current": str(int(current))}  # fmt: skip
+            return {
+                **dict.fromkeys(rows.COLUMNS, ""),
+                "kernel": "fold",
+                "status": "ok",
+                "config": config,
+                "us": str(us),
+                "current": str(int(current)),
+            }
 
         found = [row("a", 9.0, True), *(row(f"v{us}", us, False) for us in (8.0, 3.0, 5.0, 4.0))]
         (line,) = rows.summary(found).splitlines()
@@ -190,6 +199,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     """The command itself, on the smallest shapes, under the interpreter; then again, with nothing left to do."""
     command = [sys.executable, "benchmarks/gpu_sweep.py", "--device", "cpu", "--out", str(tmp_path)]
     command += ["--only", "ceilings,logits,fold,few rows,product_fold,products,tile loop,losses"]
+    command += ["--seconds", "900"]  # on a busy machine, the default ends the sweep early
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path)

@@ -1,19 +1,19 @@
-"""The suite's parts, on rows made here: what is kept, what is right, how growth is fitted, and what is said of it."""
+"""Test the suite's parts on rows made here: the store, the accuracy gate, the shapes and the report."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from benchmarks import bench_logprobs, harness, machine, peers, store, suite
-from benchmarks.report import data, documents, growth, plots, targets
+from benchmarks.report import data, documents, plots, tables
 from benchmarks.worker import PointError, Worker
 from fastpref import reference
 from fastpref.cli.bench import command, watch
@@ -65,8 +65,9 @@ class TestState:
             ("kernels/fastpref_kernels/cpu/rows.h", True),
             ("fastpref/logprobs.py", True),
             ("benchmarks/peers.py", True),
-            ("fastpref/cli/demo/run.py", False),
-            ("benchmarks/report/page.py", False),
+            ("fastpref/cli/check/run.py", False),
+            ("benchmarks/report/tables.py", False),
+            ("benchmarks/gpu_summary.py", False),
             ("docs/index.md", False),
         ],
     )
@@ -247,42 +248,42 @@ def _machine(folder: Path, rows: store.Rows) -> data.Machine:
     return data.Machine(folder / "m.csv")
 
 
-class TestGrowth:
-    @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-    def test_a_power_is_found(self, power: float) -> None:
-        rows = [{"V": V, "ms": 3.0 * V**power} for V in (10, 50, 200, 1000)]
-        found = growth.exponent(rows, "V", "ms")
-        assert found is not None
-        assert found[0] == pytest.approx(power)
-
-    def test_what_is_too_small_does_not_count(self) -> None:
-        rows = [{"V": V, "ms": 0.001 * V} for V in (10, 100, 1000, 2000, 4000)]
-        found = growth.exponent(rows, "V", "ms")
-        assert found is not None
-        assert found[1] == 3
-        assert growth.exponent(rows[:4], "V", "ms") is None
-
-    @pytest.mark.parametrize(("power", "faster"), [(1.0, False), (1.5, True)])
-    def test_faster_than_its_formula_is_seen(self, power: float, faster: bool, tmp_path: Path) -> None:
-        rows = [{"V": V, "sweep": "V", "ms": 1.0 * V**power, "peak_mib": 8.0} for V in (10, 100, 1000)]
-        (fit,) = growth.fits(_machine(tmp_path, rows))
-        assert fit.faster(fit.time, fit.law.time) is faster
-        assert not fit.faster(fit.memory, fit.law.memory)
-
-
 class TestReport:
-    def test_targets_met_and_missed(self, tmp_path: Path) -> None:
-        axes = {**bench_logprobs.BASE, "gate": "within"}
+    def test_the_headline_holds_ours_and_peers_but_no_floor(self, tmp_path: Path) -> None:
+        axes = {**bench_logprobs.BASE, "dtype": "bf16", "gate": "within", "error": 2e-6}
         rows = [
-            {**axes, "name": "fastpref", "ms": 10.0, "peak_mib": 1.0},
-            {**axes, "name": "fastpref, in place", "ms": 9.0, "peak_mib": 20.0},
-            {**axes, "name": "slow", "package": "torch", "ms": 900.0},
-            {**axes, "name": "fast", "package": "torch", "ms": 45.0},
+            {**axes, "ms": 10.0, "peak_mib": 1.0},
+            {**axes, "name": "a peer", "package": "torch", "ms": 45.0, "peak_mib": 300.0},
+            {**axes, "name": "a copy", "package": "floor", "ms": 5.0},
+            {**axes, "name": "a forward", "package": "torch", "ms": 2.0, "pass": "forward"},
         ]
-        found = targets.targets(_machine(tmp_path, rows), "logprobs")
-        assert [(t.value, t.met) for t in found] == [(4.5, True), (1.0, True), (5.0, False), (20.0, False)]
-        assert "fast)" in found[0].what
-        assert str(found[3]).endswith("20 MiB (aimed at ≤ 16 MiB): missed")
+        assert tables.headline(_machine(tmp_path, rows)).splitlines()[2:] == [
+            "| from logits | **fastpref** | 10 | 1 | 2e-06 |",
+            "|  | a peer | 45 | 300 | 2e-06 |",
+        ]
+
+    def test_columns_without_news_are_left_out(self, tmp_path: Path) -> None:
+        axes = {**bench_logprobs.BASE, "gate": "within", "ms": 10.0}
+        shown = tables.shapes(_machine(tmp_path, [axes, {**axes, "name": "a peer", "package": "torch"}]), "logprobs")
+        assert "| ms |" in shown
+        assert "accuracy" not in shown
+        assert "pass" not in shown
+        beyond = {**axes, "name": "a peer", "package": "torch", "gate": "beyond"}
+        assert "accuracy" in tables.shapes(_machine(tmp_path, [axes, beyond]), "logprobs")
+
+    def test_the_cpu_with_most_rows_comes_first(self, tmp_path: Path) -> None:
+        for name, device, rows in (("a", "cuda", 3), ("b", "cpu", 1), ("c", "cpu", 2)):
+            found = [{**BASE, "V": V, "device": device, "machine": name} for V in range(rows)]
+            store.write(tmp_path / f"{name}.csv", found)
+        assert [machine.name for machine in data.machines(tmp_path)] == ["c", "b", "a"]
+
+    def test_other_machines_have_all_of_their_shapes(self, tmp_path: Path) -> None:
+        rows = [{**bench_logprobs.BASE, "dtype": "bf16", "V": V, "ms": 1.0 + V} for V in (7, 8)]
+        shown = tables.others([_machine(tmp_path, rows)])
+        assert "### m" in shown
+        assert "V=7" in shown
+        assert "V=8" in shown
+        assert tables.others([]) == "No other machine and no GPU has been measured.\n"
 
     def test_styles_differ_without_colour(self) -> None:
         names = [*((letter, True) for letter in "abcde"), *((str(i), False) for i in range(9))]
@@ -290,13 +291,6 @@ class TestReport:
         assert len(set(marks)) == len(marks)
         assert all(one != other for (one, _), (other, _) in itertools.pairwise(marks))
 
-    def test_page_is_of_the_results(self) -> None:
-        text = (documents.DOCS / "benchmarks.md").read_text()
-        assert text == documents.text(suite.RESULTS), "run fastpref bench --report"
-
-    def test_pictures_are_of_the_results(self) -> None:
-        wanted = documents.pictures(suite.RESULTS)
-        assert wanted
-        assert set(wanted) == set(documents.PICTURES.glob("*.png"))
-        for path, digest in wanted.items():
-            assert Image.open(path).text["Description"] == digest, f"{path.name}: run fastpref bench --report"
+    def test_the_page_shows_every_picture(self) -> None:
+        shown = re.findall(r"\(assets/benchmarks/(.*)\.png\)", (documents.DOCS / "benchmarks.md").read_text())
+        assert set(shown) == {path.stem for path in documents.PICTURES.iterdir()} == set(plots.figures(suite.RESULTS))

@@ -135,7 +135,7 @@ def test_the_tables_show_what_was_predicted(tmp_path: Path, capsys: pytest.Captu
     rows = predicted.read(tmp_path)
     assert [row["kernel"] for row in rows] == ["logprobs_forward_kernel", "logprobs_backward_kernel"]
     shown = predicted.logits(rows)
-    assert "unmeasured on a GPU" in shown
+    assert "not measured on a GPU" in shown
     for row in rows:
         assert (
             f"| {int(row['in_flight']) / 1024:.0f} | {row['barriers']} | {row['bound']} | {float(row['waves']):.1f} |"

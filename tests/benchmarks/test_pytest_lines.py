@@ -76,9 +76,11 @@ def test_a_killed_run_has_every_line_and_traceback(tmp_path: Path) -> None:
     assert status < 0
     heads = [line.split(" ")[:2] for line in lines if not line.startswith(" ")]
     assert heads == [
-        ["PASSED", "test_it.py::test_passes"], ["SKIPPED", "test_it.py::test_skipped"],
-        ["FAILED", "test_it.py::test_set_up"], ["FAILED", "test_it.py::test_fails"],
-    ]  # fmt: skip
+        ["PASSED", "test_it.py::test_passes"],
+        ["SKIPPED", "test_it.py::test_skipped"],
+        ["FAILED", "test_it.py::test_set_up"],
+        ["FAILED", "test_it.py::test_fails"],
+    ]
     assert any(line.endswith(": not now") for line in lines)
     assert any(line.endswith(" s: RuntimeError: no fixture") for line in lines)
     assert any(line.endswith(" s: AssertionError: one off") for line in lines)
@@ -98,9 +100,11 @@ def test_workers_report_to_one_file(tmp_path: Path) -> None:
     assert status == 1
     heads = sorted(" ".join(line.split(" ")[:2]) for line in lines if not line.startswith(" "))
     assert heads == [
-        "FAILED test_it.py::test_fails", "FAILED test_it.py::test_set_up", "PASSED test_it.py::test_passes",
+        "FAILED test_it.py::test_fails",
+        "FAILED test_it.py::test_set_up",
+        "PASSED test_it.py::test_passes",
         "SKIPPED test_it.py::test_skipped",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_worker_whose_device_broke_runs_no_other_test(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ Said = Sequence[str]  # the lines that a part printed into log.txt
 
 
 def lines(path: Path) -> list[str]:
-    """Return the complete lines of a file, and none of one that is not there."""
+    """Return the complete lines of a file, or none if there is no file."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -128,7 +128,7 @@ def _check_counts(folder: Path, said: Said) -> Counter[str]:
 
 
 def _profile_rows(folder: Path) -> list[dict[str, str]]:
-    """Return the counters of each launch from among the other lines that `ncu` prints."""
+    """Return the counters of each launch, found among the other output of `ncu`."""
     found: list[dict[str, str]] = []
     names: list[str] = []
     call = ""
@@ -172,29 +172,38 @@ def _sanitizer_counts(folder: Path, said: Said) -> Counter[str]:
 
 
 FAILURES: dict[str, Callable[[Path, Said], list[Failure]]] = {
-    "smoke": _smoke_failures, "sweep": _sweep_failures, "tests": _tests_failures, "bench": _bench_failures,
-    "check": _check_failures, "sanitizer": _sanitizer_failures,
-}  # fmt: skip
+    "smoke": _smoke_failures,
+    "sweep": _sweep_failures,
+    "tests": _tests_failures,
+    "bench": _bench_failures,
+    "check": _check_failures,
+    "sanitizer": _sanitizer_failures,
+}
 COUNTS: dict[str, Callable[[Path, Said], Counter[str]]] = {
-    "smoke": _smoke_counts, "sweep": _sweep_counts, "tests": _tests_counts, "bench": _bench_counts,
-    "check": _check_counts, "profile": _profile_counts, "sanitizer": _sanitizer_counts,
-}  # fmt: skip
+    "smoke": _smoke_counts,
+    "sweep": _sweep_counts,
+    "tests": _tests_counts,
+    "bench": _bench_counts,
+    "check": _check_counts,
+    "profile": _profile_counts,
+    "sanitizer": _sanitizer_counts,
+}
 
 
 def shape(row: dict[str, Any]) -> str:
-    """Return what a row of the sweep or of the bench is a measurement of."""
+    """Return the kernel, dtype and shape of a row of the sweep or the bench."""
     axes = (name for name in ("B", "T", "R", "C", "V", "H", "masked", "logits") if row.get(name) not in (None, "", "0"))
     words = [str(row[name]) for name in ("kernel", "dtype") if row.get(name)]
     return " ".join([*words, *(f"{name}={row[name]}" for name in axes)])
 
 
 def figures(folder: Path) -> list[str]:
-    """Return lines of figures: of the sweep, the bench, the check and the profile."""
+    """Return the figures of the sweep, the bench, the check and the profile, one a line."""
     return [*_sweep_figures(folder), *_bench_figures(folder), *_check_figures(folder), *_profile_figures(folder)]
 
 
 def _sweep_figures(folder: Path) -> list[str]:
-    """Return the fastest configuration of each kernel and shape, beside the one that is in use."""
+    """Return the fastest configuration of each kernel and shape, beside the one in use."""
     groups: dict[str, list[dict[str, str]]] = {}
     for row in table(folder / SWEEP):
         if row.get("status") == "ok" and row.get("us"):
@@ -212,12 +221,12 @@ def _sweep_figures(folder: Path) -> list[str]:
 
 
 def _rounded(text: str) -> str:
-    """Return four digits of a number, and no exponent of a large one."""
+    """Return four digits of a number, without an exponent if it is large."""
     return f"{float(text):.0f}" if float(text) >= 1000 else f"{float(text):.4g}"
 
 
 def _bench_figures(folder: Path) -> list[str]:
-    """Return the times of ours at each shape, beside the fastest peer that is right."""
+    """Return the times of fastpref at each shape beside the fastest peer."""
     points: dict[tuple[str, ...], list[store.Row]] = {}
     for row in bench(folder):
         if "ms" in row:
@@ -238,8 +247,8 @@ def _check_figures(folder: Path) -> list[str]:
     if not rows:
         return []
     worst = max(rows, key=lambda row: row["error"] / row["allowance"])
-    share = worst["error"] / worst["allowance"]
-    return [f"- check: the worst is {share:.2f} of what is allowed, {worst['case']} {worst['dtype']} {worst['output']}"]
+    share, name = worst["error"] / worst["allowance"], f"{worst['case']} {worst['dtype']} {worst['output']}"
+    return [f"- check: the largest error is {share:.2f} of the allowance, {name}"]
 
 
 def _profile_figures(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""Sum up what lies in the output folder of `benchmarks/gpu.sh`: python -m benchmarks.report.summary DIR.
+"""Summarise the output folder of `benchmarks/gpu.sh`: python -m benchmarks.gpu_summary DIR.
 
-The folder may be of a run that was killed: files may be absent, and the last line of each may be torn.
+The run may have been killed, so files may be absent and the last line of each may be incomplete.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import gpu_evidence
+from benchmarks.gpu_evidence import Failure
 from benchmarks.gpu_parts import LOG
-from benchmarks.report import evidence
-from benchmarks.report.evidence import Failure
 
 LONGEST = 60  # lines of the page
 GROUPS = 4  # failures of a part that are named
@@ -23,7 +23,7 @@ BAD = ("failed", "out of time", "interrupted", "killed")
 
 @dataclass
 class State:
-    """How a part went: the first word of `log.txt` about it, its seconds, and what it printed there."""
+    """The state of a part in `log.txt`, its seconds, and the lines that it printed there."""
 
     state: str = "not reached"
     seconds: str = ""
@@ -39,7 +39,7 @@ def states(folder: Path) -> dict[str, State]:
     """Return the state of every part that was planned, from the lines of `log.txt` that begin with "== "."""
     found: dict[str, State] = {}
     running = ""
-    for line in evidence.lines(folder / LOG):
+    for line in gpu_evidence.lines(folder / LOG):
         match = re.fullmatch(r"== (\w+): (.*)", line)
         name, text = match.groups() if match else ("", "")
         if name == "parts":
@@ -56,21 +56,21 @@ def states(folder: Path) -> dict[str, State]:
 
 def machine(folder: Path) -> str:
     """Return the line of `log.txt` about the machine."""
-    said = [line for line in evidence.lines(folder / LOG) if line.startswith("== machine: ")]
+    said = [line for line in gpu_evidence.lines(folder / LOG) if line.startswith("== machine: ")]
     return said[-1].removeprefix("== machine: ") if said else "The machine is not known."
 
 
 def failures(folder: Path, parts: dict[str, State]) -> list[str]:
-    """Return a line for each part and reason: how many cases failed for it, and the first of them."""
+    """Return a line for each part and reason of failure, with the number of cases and the first of them."""
     text = []
     for name, state in parts.items():
-        found = evidence.FAILURES[name](folder, state.said) if name in evidence.FAILURES else []
+        found = gpu_evidence.FAILURES[name](folder, state.said) if name in gpu_evidence.FAILURES else []
         if not found and state.bad:
-            said = [line for line in state.said or evidence.lines(folder / f"{name}.txt") if line.strip()]
+            said = [line for line in state.said or gpu_evidence.lines(folder / f"{name}.txt") if line.strip()]
             found = [Failure(state.state, f"it printed last: {said[-1]}" if said else "it printed nothing")]
         groups: dict[str, list[Failure]] = {}
         for failure in found:
-            # Cases that differ in numbers only are of one kind.
+            # Reasons that differ only in numbers count as one.
             groups.setdefault(re.sub(r"\d[\d.e+-]*", "#", failure.reason), []).append(failure)
         ordered = sorted(groups.values(), key=len, reverse=True)
         for group in ordered[:GROUPS]:
@@ -87,19 +87,19 @@ def table(folder: Path, parts: dict[str, State]) -> list[str]:
     """Return the lines of the table of parts."""
     text = ["| part | state | seconds | counts |", "|---|---|---:|---|"]
     for name, state in parts.items():
-        counts = evidence.COUNTS[name](folder, state.said) if name in evidence.COUNTS else Counter()
+        counts = gpu_evidence.COUNTS[name](folder, state.said) if name in gpu_evidence.COUNTS else Counter()
         shown = ", ".join(f"{number} {what}" for what, number in counts.items())
         text.append(f"| {name} | {state.state.replace('|', '/')} | {state.seconds} | {shown} |")
     return text
 
 
 def page(folder: Path) -> str:
-    """Return the page: failures first, then the parts, then as many figures as there is room for."""
+    """Return the page: failures, parts, and as many figures as fit."""
     parts = states(folder)
     wrong = failures(folder, parts)
     text = ["# GPU run", "", machine(folder), ""]
     text += ["## Failures", "", *(wrong or ["None."]), "", "## Parts", "", *table(folder, parts)]
-    figures = evidence.figures(folder)
+    figures = gpu_evidence.figures(folder)
     room = LONGEST - len(text) - 3
     if figures and room > 0:
         text += ["", "## Figures", "", *figures[:room]]
