@@ -88,6 +88,14 @@ def unpoisoned(poison: None) -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget what `torch.compile` has compiled, before a test and after it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restore the number of threads that a test changes."""
     before = torch.get_num_threads()

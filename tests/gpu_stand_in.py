@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 import fastpref_kernels
-from fastpref_kernels.linear import rows, tile
+from fastpref_kernels.eager import linear
 
 DEVICE = torch.device("cuda:0")
 # What Python asks for when it wants a copy on the host. Autograd's C++ asks for "cpu", without an index, where it makes
@@ -35,8 +35,8 @@ _PACKAGES = {f"{package.__path__[0]}/": package.__name__ for package in (fastpre
 _TESTS = f"{Path(__file__).parent}/"
 # Launchers, by their module, whose kernels' results may decide what is done next: their definitions make these.
 _DEFINITIONS = {
-    "linear": (tile.fold, tile.fold_backward),
-    "rows": (rows.dot, rows.gather, rows.scatter, rows.rescale),
+    "linear": (linear.fold, linear.fold_backward),
+    "rows": (linear.dot, linear.gather, linear.scatter, linear.rescale),
 }
 
 
@@ -53,9 +53,13 @@ class DeviceTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, numbers: Tensor) -> DeviceTensor:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, numbers.size(), strides=numbers.stride(), storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype, device=torch.device("cpu"),
-        )  # fmt: skip
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=torch.device("cpu"),
+        )
         made.numbers = numbers
         return made
 

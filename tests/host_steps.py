@@ -12,6 +12,7 @@ import fastpref
 from fastpref.losses import Entry
 from tests.gpu_stand_in import on_gpu
 from tests.host_waits import Trace, host_trace
+from tests.tolerance import ALL_STATS
 
 TOKENS, FEATURES, VOCABULARY = 9, 16, 5000  # two tiles of the vocabulary
 SCORED = (5, 3, 4, 6)  # labels of each sequence
@@ -127,7 +128,6 @@ def from_logits(function: str, packed: bool = False, **fixed: Any) -> Step:
     return step
 
 
-EVERY_STATISTIC = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 CHUNK = 9  # rows: no two pairs fit
 
 LINEAR: dict[str, Step] = {
@@ -137,7 +137,7 @@ LINEAR: dict[str, Step] = {
     "tokens, filtered, save": tokens(mode="save", filter_eps=1e-4),
     "tokens, filtered, recompute": tokens(mode="recompute", filter_eps=1e-4, stats=("dropped_mass",)),
     "tokens, gradient of the entropy": tokens(stats=("entropy",)),
-    "tokens, every statistic": tokens(stats=EVERY_STATISTIC),
+    "tokens, every statistic": tokens(stats=ALL_STATS),
     "sequences": sequences(),
     "sequences, mean": sequences(reduction="mean"),
     "sequences, packed": sequences(packed=True),
@@ -169,7 +169,7 @@ CHUNKED: dict[str, Step] = {
 }
 LOGITS: dict[str, Step] = {
     "tokens from logits": from_logits("token_logprobs"),
-    "tokens from logits, statistics": from_logits("token_logprobs", stats=EVERY_STATISTIC),
+    "tokens from logits, statistics": from_logits("token_logprobs", stats=ALL_STATS),
     "tokens from logits, in place": from_logits("token_logprobs", inplace_backward=True),
     "sequences from logits": from_logits("sequence_logprobs"),
     "sequences from logits, mean, statistics": from_logits("sequence_logprobs", reduction="mean", stats=("entropy",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,9 +30,13 @@ print(fastpref.__file__, f"{logps.item():.6f}", f"{logits.grad[0, 0, 1].item():.
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False,
+        [str(part) for part in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -67,6 +72,19 @@ def test_reference_states_every_public_function_that_computes_with_its_signature
         assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(fastpref, name)), name
 
 
+def test_the_version_is_stated_once() -> None:
+    """`fastpref.__version__` is the source; the package's metadata, the changelog and the citation agree with it."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert not re.search(r'^version = "', pyproject, re.MULTILINE)
+    assert 'version = { attr = "fastpref.__version__" }' in pyproject
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(.+?)\] - (?:\d{4}-\d\d-\d\d|Unreleased)$", changelog, re.MULTILINE)
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert cited is not None
+    assert newest[1] == cited[1] == fastpref.__version__
+
+
 def test_import_is_light() -> None:
     heavy = {"triton", "transformers", "tokenizers", "matplotlib", "typer", "rich", "trl", "torch.utils.cpp_extension"}
     loaded = run(sys.executable, "-c", "import sys, fastpref; print(*sys.modules)", cwd=ROOT).split()
@@ -98,7 +116,7 @@ def test_kernels_is_no_package() -> None:
 def test_nothing_above_the_operators_names_a_device() -> None:
     """PyTorch's dispatcher is the only one: the fused launch of a loss asks `ops`, and nothing else asks at all."""
     for path in (ROOT / "fastpref").rglob("*.py"):
-        if "cli" in path.parts:
+        if {"cli", "testing"} & set(path.parts):
             continue
         for word in ("is_cuda", '"cuda"', "torch.cuda", '"xpu"', "import triton"):
             assert word not in path.read_text(), f"{path}: {word}"
@@ -133,6 +151,8 @@ class TestWheel:
             if path.suffix in (".py", ".cpp", ".h", ".typed")
         }
         assert packed == wanted
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        assert f"\nVersion: {fastpref.__version__}\n" in zipfile.ZipFile(wheel).read(metadata).decode()
 
     def test_works_from_another_folder(self, wheel: Path, tmp_path: Path) -> None:
         site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

@@ -1,4 +1,4 @@
-"""What tests assert by the rule of `fastpref.cli.check.allowance`: `error(ours) ≤ 2 · error(eager) + 4 ulp`."""
+"""Assertions by the rule of `fastpref.testing.accuracy`: `error(fastpref) ≤ 2 · error(eager) + 4 ulp`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
-from fastpref.cli.check.allowance import judge, mean_magnitude
+from fastpref.testing.accuracy import judge, mean_magnitude
+from fastpref_kernels.contract import LINEAR_STATISTICS, STATISTICS
 
-ALL_STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+ALL_STATS = tuple(STATISTICS)
+EVERY_STATISTIC = sum(LINEAR_STATISTICS.values())  # as an operator's bits
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def assert_accurate(
     ours: Tensor, eager: Tensor, truth: Tensor, name: str = "value", *, summed: float = 0.0, slack: float = 1.0
 ) -> None:
-    """Apply the rule; an infinity or NaN of the truth must be the same in ours, and none may be ours alone.
+    """Apply the accuracy rule. Infinities and NaN must be the same in `ours` as in `truth`.
 
     Args:
-        ours: what is judged.
-        eager: the same from eager PyTorch in the same dtype.
-        truth: the same in float64.
-        name: for the message.
-        summed: where terms cancel, their magnitude: a ulp is then theirs.
-        slack: multiplies what is allowed.
+        ours: the tensor to judge.
+        eager: the result of eager PyTorch in the same dtype.
+        truth: the result in float64.
+        name: the name of the tensor in the message.
+        summed: the magnitude of the terms of a sum that cancels; a ulp is then taken at this magnitude.
+        slack: a factor on the allowance.
     """
     fault = judge(ours, eager, truth, summed=summed, slack=slack).fault
     assert fault is None, f"{name}: {fault}"
@@ -40,7 +42,7 @@ def run(
     layout: Callable[[Tensor], Tensor],
     options: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """Call a log-prob function on `layout(base)`: its outputs by name, and `gradient`, that of `base`.
+    """Call a log-prob function on `layout(base)`; return its outputs by name, and the gradient of `base` as `gradient`.
 
     The incoming gradients of `logprobs` and `entropy` are the same float32 numbers for every dtype.
     """
@@ -64,9 +66,9 @@ def assert_matches_reference(
     slack: float = 1.0,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Hold `fastpref.<name>` against `fastpref.reference.<name>`: every output and the gradient. Returns ours.
+    """Judge the outputs and the gradient of `fastpref.<name>` by those of `fastpref.reference.<name>`; return them.
 
-    With `stats`, also without them: a kernel that has none to make may go another way.
+    A call with `stats` is also judged without them, because a kernel may take another path then.
     """
     if options.get("stats"):
         assert_matches_reference(name, base, labels, layout, slack=slack, **{**options, "stats": ()})
@@ -82,6 +84,6 @@ def assert_matches_reference(
 
 
 def magnitude(logits: Tensor, options: dict[str, Any]) -> float:
-    """The largest mean |z| of a row: what the terms of a mean logit, which cancel, are measured by."""
+    """Return the largest mean |z| of a row, the `summed` of a mean logit, whose terms cancel."""
     transform = ("temperature", "logit_scale", "softcap")
     return mean_magnitude(logits, **{name: options[name] for name in transform if name in options})

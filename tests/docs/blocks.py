@@ -1,4 +1,4 @@
-"""How each kind of code block of the documentation is run: Python, shell, and the text that a block prints."""
+"""Run the code blocks of the documentation: Python, shell, and the text that a block prints."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sybil.parsers.markdown import CodeBlockParser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SNIPPET = re.compile(r"--8<--\n(.+)\n--8<--\n?")  # in lines of their own: in one it is Python, and would be formatted
-# Commands that answer in seconds. Of all others it is seen that they exist and take the arguments.
+SNIPPET = re.compile(r"--8<--\n(.+)\n--8<--\n?")  # on three lines: on one, a formatter would read it as Python
+# Commands that take seconds. All others are only checked to exist and to accept their arguments.
 RUN = ("doctor", "check")
-# A script that writes to these pages: what it would write is `test_tables.py`'s to hold.
+# A script that writes to these pages, and is not run: `test_tables.py` tests what it would write.
 WRITES = "docs/tables.py"
 
 _evaluate = PythonEvaluator()
@@ -33,7 +33,7 @@ _done: set[tuple[str, ...]] = set()  # commands that several pages show are run 
 
 
 def python(example: Example) -> None:
-    """Run a block in its page's namespace; a block that is a file of the repository, as that file without its main."""
+    """Run a block in the namespace of its page. Run a block that includes a file as that file, without its main."""
     example.namespace.setdefault("__name__", "page")
     printed = io.StringIO()
     file = SNIPPET.fullmatch(example.parsed)
@@ -47,7 +47,7 @@ def python(example: Example) -> None:
 
 
 def text(example: Example) -> str | None:
-    """What the block before printed: the same words, and numbers that another machine may round otherwise."""
+    """Compare with the output of the previous block: equal words, and numbers up to the rounding of another machine."""
     wanted, found = (x.split() for x in (str(example.parsed), example.namespace.pop("__printed__", "")))
     if len(wanted) == len(found) and all(map(_alike, wanted, found)):
         return None
@@ -55,7 +55,7 @@ def text(example: Example) -> str | None:
 
 
 def _alike(wanted: str, found: str) -> bool:
-    """The same, or numbers: errors, which have an exponent, within a factor of 8, others within 1%."""
+    """Return whether words are equal, or numbers that agree to 1%, or to a factor of 8 if written with an exponent."""
     if wanted == found:
         return True
     try:
@@ -68,7 +68,7 @@ def _alike(wanted: str, found: str) -> bool:
 
 
 def shell(example: Example) -> str | None:
-    """Run each line, or see that it could be run; the first that could not is the failure."""
+    """Run each command, or check that it could run. Return the fault of the first that fails."""
     lines = str(example.parsed).replace("\\\n", " ").splitlines()
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -95,9 +95,7 @@ def _unknown(*arguments: str) -> str:
 def _process(*command: str) -> str | None:
     # Threads that wait for each other on cores that others use take ten times as long.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment
-    )  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment)
     return None if done.returncode == 0 else done.stdout + done.stderr
 
 
@@ -106,9 +104,9 @@ def _make(*targets: str) -> str | None:
 
 
 def _pip(action: str, *packages: str) -> str | None:
-    """Every name is a requirement, and every extra of fastpref's one that it has."""
+    """Check that every argument is a requirement, and that every extra of fastpref exists."""
     if action != "install":
-        return f"what pip {action} would do is not known here"
+        return f"only pip install is known here; got pip {action}"
     table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = re.findall(r"^([a-z]+) = \[$", table, re.MULTILINE)
     for package in packages:
@@ -132,14 +130,14 @@ def _fastpref(*arguments: str) -> str | None:
     try:
         command.make_context(arguments[0], list(arguments[1:]))
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what a command line refuses, by typer's own click or another
+        if not hasattr(error, "format_message"):  # an error of the command line, of typer or click
             raise
         return error.format_message()
     return None
 
 
 def _python(script: str, *arguments: str) -> str | None:
-    """In this process, which has imported what takes most of a script's time."""
+    """Run a script in this process, which has already imported what takes most of its time."""
     if script == WRITES:
         return None if (ROOT / script).exists() else f"there is no {script}"
     with mock.patch.object(sys, "argv", [script, *arguments]), redirect_stdout(io.StringIO()):
@@ -148,14 +146,14 @@ def _python(script: str, *arguments: str) -> str | None:
 
 
 def _torchrun(*arguments: str) -> str | None:
-    """What several ranks run has a test of its own, which starts them and holds them against one."""
+    """Check that the script has a test that starts its ranks."""
     from torch.distributed.run import get_args_parser
 
     script = Path(get_args_parser().parse_args(arguments).training_script)
     held = ROOT / "tests" / "examples" / f"test_{script.name}"
     if (ROOT / script).exists() and held.exists() and "torch.distributed.run" in held.read_text():
         return None
-    return f"{script} must exist, and {held} start it"
+    return f"{script} must exist, and {held} must start it with torchrun"
 
 
 def _bash(script: str, *arguments: str) -> str | None:
@@ -168,16 +166,16 @@ _SYBIL = Sybil([CodeBlockParser(language, evaluator) for language, evaluator in 
 
 
 def _is_hidden(example: Example) -> bool:
-    """Whether it is in a comment, which readers do not see."""
+    """Return whether a block is in a comment, which readers do not see."""
     return example.document.text.startswith("<!--", example.start)
 
 
 def parse(page: Path) -> tuple[Document, list[Example]]:
-    """A page and all its blocks that have an evaluator, in their order."""
+    """Return a page and all its blocks that have an evaluator, in order."""
     document = _SYBIL.parse(page)
     return document, list(document.examples())
 
 
 def visible(examples: list[Example]) -> list[Example]:
-    """Those that readers see."""
+    """Return the blocks that readers see."""
     return [example for example in examples if not _is_hidden(example)]

@@ -1,4 +1,4 @@
-"""Modules in the place of trainers that need GPUs to install, for pages that patch them."""
+"""Imitate trainers that need GPUs to install, for pages that patch them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import Any
 
 import pytest
 
-from fastpref.integrations import _seam, openrlhf, verl
+from fastpref.integrations import _replace
+from fastpref.integrations.openrlhf import _patch as openrlhf
+from fastpref.integrations.verl import _patch as verl
 
 INSTALLED = {"openrlhf": "0.11.2", "verl": "0.9.1"}
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give `patch()` what it looks for: functions of the signatures that it replaces, and those that use them."""
-    own = _seam.version
-    monkeypatch.setattr(_seam, "version", lambda name: INSTALLED.get(name) or own(name))
-    for seam in (openrlhf._seam, verl._seam):
-        for path, objects in seam.places.items():
-            for ours in objects:
-                setattr(_module(path, monkeypatch), ours.__name__, _copied(ours))
-        for place, names in seam.users.items():
-            path, qualified = place.split(":")
+    """Create what `patch()` checks: functions with the replaced signatures, and functions that use them."""
+    own = _replace.version
+    monkeypatch.setattr(_replace, "version", lambda name: INSTALLED.get(name) or own(name))
+    for library in (openrlhf, verl):
+        for path, ours in library.OBJECTS.items():
+            module, name = path.split(":")
+            setattr(_module(module, monkeypatch), name, _copied(ours))
+        for path, names in library.KNOWN.uses.items():
+            module, qualified = path.split(":")
             *owners, name = qualified.split(".")
-            holder: Any = _module(path, monkeypatch)
+            holder: Any = _module(module, monkeypatch)
             for owner in owners:
                 setattr(holder, owner, type(owner, (), {}))
                 holder = getattr(holder, owner)

@@ -1,4 +1,4 @@
-"""Every code block of every page runs, in its order, each page in a namespace of its own."""
+"""Run every code block of every page in order, each page in its own namespace."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ pytest.importorskip("transformers")
 from fastpref.integrations import openrlhf, trl, verl
 from tests.docs import blocks, stand_ins
 
-# Their libraries warn, of what is not ours to change.
+# Pages that use libraries that warn.
 TRAINERS = {"trainers.md"}
 
 
 @pytest.fixture(autouse=True)
 def as_before(threads: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    torch.set_num_threads(1)  # as fast as two on models so small
+    torch.set_num_threads(1)  # models this small are no faster with more
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stand_ins.install(monkeypatch)
     yield
@@ -57,7 +57,7 @@ def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", blocks.PAGES, ids=_name)
 def test_no_block_slips_through(page: Path) -> None:
-    """Fences, counted by themselves, are as many as the blocks that readers see and that have an evaluator."""
+    """Every fenced block that readers see has an evaluator."""
     fences = re.findall(r"^[ \t]*(?:```|~~~)(.*)$", page.read_text(), re.MULTILINE)
     _, examples = blocks.parse(page)
     shown = blocks.visible(examples)
@@ -76,7 +76,7 @@ def test_most_pages_have_blocks() -> None:
     [
         ("make no-such-target", "no-such-target"),
         ("pip install '.[no-such-extra]'", "has the extras"),
-        ("fastpref demo --no-such-option", "No such option"),
+        ("fastpref bench --no-such-option", "No such option"),
         ("fastpref no-such-command", "has no no-such-command"),
         ("torchrun --nproc-per-node 2 examples/no_such_script.py", "must exist"),
         ("rm -r docs", "no evaluator"),
@@ -90,7 +90,7 @@ def test_a_command_that_would_fail_fails(block: str, fault: str, tmp_path: Path)
         example.evaluate()
 
 
-def test_what_is_said_to_be_printed_is_compared(tmp_path: Path) -> None:
+def test_output_that_differs_fails(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     for said, right in (("logp -1.0 1.2e-06", True), ("logp -1.1 1.2e-06", False), ("logp -1.0 1.2e-04", False)):
         page.write_text(f'```python\nprint("logp -1.0 1.0e-06")\n```\n\n```text\n{said}\n```\n')

@@ -1,8 +1,8 @@
-"""What PyTorch expects of a differentiable operator: finite differences, opcheck, compile, autocast, and the graph."""
+"""The log-probs' operators under gradcheck, opcheck, torch.compile, autocast and autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,11 +60,15 @@ class TestGradcheck:
 
 
 def scoring(options: dict[str, Any], reduction: str) -> tuple[Any, ...]:
-    """The operators' common arguments, from the public functions' keywords."""
+    """Return the operators' common arguments for keywords of the public functions."""
     return (
-        -100, options.get("shift", True), options.get("logit_scale", 1.0), options.get("temperature", 1.0),
-        options.get("softcap"), reduction,
-    )  # fmt: skip
+        -100,
+        options.get("shift", True),
+        options.get("logit_scale", 1.0),
+        options.get("temperature", 1.0),
+        options.get("softcap"),
+        reduction,
+    )
 
 
 def forward_arguments(logits: Tensor, labels: Tensor, case: str) -> tuple[Any, ...]:
@@ -73,13 +77,23 @@ def forward_arguments(logits: Tensor, labels: Tensor, case: str) -> tuple[Any, .
     return {
         "tokens": (logits, labels, None, None, *scoring({}, "none"), none),
         "tokens, statistics, transformed": (
-            logits, labels, None, None, *scoring(OPTIONS["transformed"], "none"), every,
+            logits,
+            labels,
+            None,
+            None,
+            *scoring(OPTIONS["transformed"], "none"),
+            every,
         ),
         "sequences, weighted": (logits, labels, None, weights, *scoring({}, "sum"), none),
         "packed mean": (
-            logits.reshape(1, 8, 7), labels.reshape(1, 8), BOUNDS, None, *scoring({"shift": False}, "mean"), every,
+            logits.reshape(1, 8, 7),
+            labels.reshape(1, 8),
+            BOUNDS,
+            None,
+            *scoring({"shift": False}, "mean"),
+            every,
         ),
-    }[case]  # fmt: skip
+    }[case]
 
 
 CASES = ("tokens", "tokens, statistics, transformed", "sequences, weighted", "packed mean")
@@ -129,13 +143,6 @@ class TestOpcheck:
         wanted = torch.ops.fastpref.logprobs_backward(*arguments)
         torch.ops.fastpref.logprobs_backward_(*arguments)
         assert torch.equal(logits, wanted)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def dpo_step(logits: Tensor, labels: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +331,7 @@ class Bigram(nn.Module):
 
 
 def plain_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a training loop in plain PyTorch does."""
+    """Return the sequence log-probs of a training loop in plain PyTorch."""
     logits, labels = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:]
     logps = F.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return (logps * (labels != -100)).sum(-1)

@@ -1,4 +1,4 @@
-"""The process's default device and dtype reach nothing that a public function computes."""
+"""Results do not depend on the process's default device and dtype."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 import fastpref
 from fastpref import nn, reference
+from fastpref.integrations import openrlhf, verl
 from fastpref.losses import RLHF, TABLE, wpo_weights
-from fastpref_kernels.gae import _powers
+from fastpref_kernels.eager.gae import _powers
+from tests.tolerance import ALL_STATS
 
 BATCH, TOKENS, WIDTH, VOCABULARY = 4, 6, 3, 11
 PACKED = torch.tensor([0, 5, 9, 16, 24])
@@ -58,7 +60,7 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str
     logits, hidden, weight = normal(BATCH, TOKENS, VOCABULARY), normal(BATCH, TOKENS, WIDTH), normal(VOCABULARY, WIDTH)
     ld = {"ld_alpha": 0.5, "shared_lengths": SHARED}
     packed = {"cu_seqlens": PACKED, "ld_alpha": 0.5, **TRANSFORM}
-    stats = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    stats = ALL_STATS
     flat = labels().view(-1)
     references = {"ref_chosen_logps": normal(2), "ref_rejected_logps": normal(2) - 1}
     for package in (fastpref, reference):
@@ -76,23 +78,31 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str
             linear = {"mode": mode, "chunk_rows": chunk_rows, "filter_eps": 1e-3, "stats": ("dropped_mass", *stats)}
             arguments = (hidden, weight, labels())
             yield (
-                f"{of}.linear_dpo_loss:{mode}-{chunk_rows}", package.linear_dpo_loss, arguments,
+                f"{of}.linear_dpo_loss:{mode}-{chunk_rows}",
+                package.linear_dpo_loss,
+                arguments,
                 {**references, **linear, "bias": normal(VOCABULARY), "loss_type": {"simpo": 1.0, "aot": 0.5}, **ld},
-            )  # fmt: skip
+            )
             yield (
-                f"{of}.linear_dpo_loss:reference-{mode}-{chunk_rows}", package.linear_dpo_loss, arguments,
+                f"{of}.linear_dpo_loss:reference-{mode}-{chunk_rows}",
+                package.linear_dpo_loss,
+                arguments,
                 {"ref_hidden": hidden + 1, "ref_weight": weight, **linear, "sft_weight": 0.5},
-            )  # fmt: skip
+            )
             yield (
-                f"{of}.linear_preference_loss:{mode}-{chunk_rows}", package.linear_preference_loss,
-                (*arguments, lambda logps: logps.logsumexp(-1)), {"group_size": 2, **linear, "ld_alpha": 0.5},
-            )  # fmt: skip
+                f"{of}.linear_preference_loss:{mode}-{chunk_rows}",
+                package.linear_preference_loss,
+                (*arguments, lambda logps: logps.logsumexp(-1)),
+                {"group_size": 2, **linear, "ld_alpha": 0.5},
+            )
         yield f"{of}.implicit_reward", package.implicit_reward, (normal(BATCH), normal(BATCH)), {}
         yield f"{of}.ranks_from_scores", package.ranks_from_scores, (normal(BATCH, 5),), {}
     yield (
-        "linear_token_logprobs:save", fastpref.linear_token_logprobs, (hidden, weight, labels()),
+        "linear_token_logprobs:save",
+        fastpref.linear_token_logprobs,
+        (hidden, weight, labels()),
         {"mode": "save", "shift": False},
-    )  # fmt: skip
+    )
     weights = (normal(BATCH, TOKENS), normal(BATCH, TOKENS), labels() >= 0)
     yield "wpo_weights", wpo_weights, weights, {}
     for entry in (*TABLE, *RLHF):
@@ -110,6 +120,15 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str
     tokens = tuple(normal(BATCH, TOKENS) + i / 4 for i in range(3))
     yield "nn.PPOPolicyLoss", lambda *tokens: nn.PPOPolicyLoss()(*tokens), tokens, {}
     yield "nn.PPOValueLoss", lambda *tokens: nn.PPOValueLoss()(*tokens), tokens, {}
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    yield "openrlhf.PolicyLoss", lambda *tokens: openrlhf.PolicyLoss(0.1, 0.3, 1.5)(*tokens), tokens, {}
+    yield "openrlhf.ValueLoss", lambda *tokens: openrlhf.ValueLoss()(*tokens), tokens, {}
+    yield "openrlhf.get_advantages_and_returns", openrlhf.get_advantages_and_returns, (*tokens[:2], mask, 0.9, 0.8), {}
+    policy = (*tokens, mask, 0.1)
+    yield "verl.compute_policy_loss", verl.compute_policy_loss, policy, {"cliprange_high": 0.3}
+    yield "verl.compute_value_loss", verl.compute_value_loss, (*tokens, mask, 0.2), {}
+    whitened = (*tokens[:2], labels() >= 0, 0.9, 0.8)
+    yield "verl.compute_gae_advantage_return", verl.compute_gae_advantage_return, whitened, {}
 
 
 @contextmanager
@@ -145,9 +164,11 @@ DEFAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 @pytest.mark.parametrize(("function", "arguments", "options"), [c[1:] for c in calls()], ids=[c[0] for c in calls()])
 @pytest.mark.usefixtures("implementation")
 def test_results_do_not_depend_on_them(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
     default: Callable[[], AbstractContextManager[Any]],
-) -> None:  # fmt: skip
+) -> None:
     wanted = evaluate(function, arguments, options)
     _powers.cache_clear()  # it would keep what the call above has made
     with default():

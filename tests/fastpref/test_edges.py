@@ -32,7 +32,7 @@ def make(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
 
 
 def both(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token and per sequence log-probs, and the gradient of their sum and of the entropy's."""
+    """Return log-probs per token and per sequence, and the gradient of their sum and the entropy's."""
     leaf = logits.clone().requires_grad_()
     tokens = token_logprobs(leaf, labels, stats=("entropy",), **options)
     sequences = sequence_logprobs(leaf, labels, **options)
@@ -42,7 +42,7 @@ def both(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor
 
 
 def others_unharmed(logits: Tensor, labels: Tensor, harmed: int) -> None:
-    """The sequence is NaN, in its log-prob; every other one is what it is without it, bit for bit."""
+    """Check that the log-prob of one sequence is NaN and that the others keep every bit."""
     _, sequences, gradient = both(logits, labels)
     kept = [i for i in range(logits.shape[0]) if i != harmed]
     _, alone, alone_gradient = both(logits[kept], labels[kept])
@@ -53,7 +53,7 @@ def others_unharmed(logits: Tensor, labels: Tensor, harmed: int) -> None:
 
 
 def one_bad_logit(dtype: torch.dtype, value: float) -> None:
-    """`value` in a scored row, not at its label: its sequence alone is harmed."""
+    """Check that `value` in a scored row, not at its label, harms only its own sequence."""
     for column in (0, 17, V - 1):
         logits, labels = make(dtype)
         labels[1, 3] = 5
@@ -332,7 +332,7 @@ def test_edge(text: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("unpoisoned")
 def test_gradient_of_more_than_two_to_the_31_elements() -> None:
-    """N·V ≥ 2³¹ elements, in the one tensor that has to be that large: a fresh gradient."""
+    """A gradient of 2³¹ elements or more is right. It is the only tensor that has to be that large."""
     if _available_gibibytes() < 8:
         pytest.skip("needs 8 GiB of free memory for a 4 GiB gradient")
     vocabulary, time = 2**16 + 1, 2**15
@@ -385,37 +385,58 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], 
     "stats a string": ("token", (LOGITS, LABELS), {"stats": "lse"}, TypeError, ("stats", "'lse'", "tuple")),
     "reduction none": ("sequence", (LOGITS, LABELS), {"reduction": "none"}, ValueError, ("reduction", "none", "mean")),
     "cu_seqlens of floats": (
-        "sequence", PACKED, {"cu_seqlens": BOUNDS.float()}, TypeError, ("cu_seqlens", "torch.float32", "int32"),
+        "sequence",
+        PACKED,
+        {"cu_seqlens": BOUNDS.float()},
+        TypeError,
+        ("cu_seqlens", "torch.float32", "int32"),
     ),
     "cu_seqlens of two dimensions": (
-        "sequence", PACKED, {"cu_seqlens": BOUNDS[None]}, ValueError, ("cu_seqlens", "(1, 3)", "(S+1,)"),
+        "sequence",
+        PACKED,
+        {"cu_seqlens": BOUNDS[None]},
+        ValueError,
+        ("cu_seqlens", "(1, 3)", "(S+1,)"),
     ),
     "cu_seqlens empty": ("sequence", PACKED, {"cu_seqlens": BOUNDS[:0]}, ValueError, ("cu_seqlens", "(0,)", "(S+1,)")),
     "cu_seqlens elsewhere": (
-        "sequence", PACKED, {"cu_seqlens": BOUNDS.to("meta")}, ValueError, ("cu_seqlens", "meta", "cpu"),
+        "sequence",
+        PACKED,
+        {"cu_seqlens": BOUNDS.to("meta")},
+        ValueError,
+        ("cu_seqlens", "meta", "cpu"),
     ),
     "cu_seqlens with a batch": (
-        "sequence", (LOGITS, LABELS), {"cu_seqlens": BOUNDS}, ValueError, ("cu_seqlens", "(2, 3, 5)", "(1, N, V)"),
+        "sequence",
+        (LOGITS, LABELS),
+        {"cu_seqlens": BOUNDS},
+        ValueError,
+        ("cu_seqlens", "(2, 3, 5)", "(1, N, V)"),
     ),
     "ld_alpha a string": ("sequence", (LOGITS, LABELS), {"ld_alpha": "x"}, TypeError, ("ld_alpha", "'x'", "finite")),
     "ld_alpha NaN": ("sequence", (LOGITS, LABELS), {"ld_alpha": math.nan}, ValueError, ("ld_alpha", "nan", "finite")),
     "shared_lengths without ld_alpha": (
-        "sequence", (LOGITS, LABELS), {"shared_lengths": LABELS[:, 0]}, ValueError, ("shared_lengths", "ld_alpha"),
+        "sequence",
+        (LOGITS, LABELS),
+        {"shared_lengths": LABELS[:, 0]},
+        ValueError,
+        ("shared_lengths", "ld_alpha"),
     ),
     "shared_lengths of another number": (
-        "sequence", (LOGITS, LABELS), {"ld_alpha": 0.5, "shared_lengths": LABELS[:1, 0]}, ValueError,
+        "sequence",
+        (LOGITS, LABELS),
+        {"ld_alpha": 0.5, "shared_lengths": LABELS[:1, 0]},
+        ValueError,
         ("shared_lengths", "(1,)", "(2,)"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "arguments", "options", "kind", "words"), REFUSED.values(), ids=REFUSED)
-@pytest.mark.parametrize("package", ["fastpref", "reference"])
 def test_refused(
-    package: str, name: str, arguments: tuple[Any, ...], options: dict[str, Any], kind: Any, words: tuple[str, ...]
+    name: str, arguments: tuple[Any, ...], options: dict[str, Any], kind: Any, words: tuple[str, ...]
 ) -> None:
-    public = {"token": token_logprobs, "sequence": sequence_logprobs}[name]
-    function = public if package == "fastpref" else getattr(reference, public.__name__)
+    function = {"token": token_logprobs, "sequence": sequence_logprobs}[name]
     with pytest.raises(kind) as caught:
         function(*arguments, **options)
     for word in words:

@@ -1,4 +1,4 @@
-"""What the functions from hidden states promise beside their values: what is skipped, chosen, kept and let go."""
+"""Filters, modes, memory and scratch of the functions from hidden states."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 import fastpref
 from fastpref import linear_logprobs as module
+from fastpref._core import group_loss
 from fastpref_kernels import linear
 from fastpref_kernels.cpu import linear as cpu_linear
-from fastpref_kernels.linear import rows as linear_rows
+from fastpref_kernels.eager import linear as linear_rows
 
 V = 3 * linear.COLUMNS + 5
 
@@ -76,15 +77,30 @@ class TestFilter:
         scoring = (-100, False, 1.0, 1.0, None)
 
         def work(filter_eps: float | None) -> int:
-            logps, norm, shares, *_ = linear.logprobs(
+            logps, norm, shares, *_ = linear.linear_logprobs(
                 backend, hidden, weight, None, labels, None, None, *scoring, 0, None, None, filter_eps
             )
             made.clear()
             totals = torch.empty_like(hidden), torch.empty_like(weight), None
-            linear.accumulate_gradients(
-                backend, torch.ones_like(logps), None, hidden, weight, None, labels, None, norm, None, shares, *totals,
-                True, *scoring, None, None, filter_eps,
-            )  # fmt: skip
+            linear.linear_logprobs_backward_(
+                backend,
+                torch.ones_like(logps),
+                None,
+                hidden,
+                weight,
+                None,
+                labels,
+                None,
+                norm,
+                None,
+                shares,
+                *totals,
+                True,
+                *scoring,
+                None,
+                None,
+                filter_eps,
+            )
             return sum(made)
 
         assert work(1e-3) * V == work(None) * linear.COLUMNS
@@ -99,7 +115,7 @@ class TestFilter:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, where: Any) -> list[int]:
-    """The numbers of rows that a module makes room for, from now on."""
+    """Record the numbers of rows that a module makes room for."""
     rows: list[int] = []
     make = where.exponentials
 
@@ -117,9 +133,13 @@ class TestMode:
         [(10**9, torch.float32, "save"), (10, torch.float32, "recompute"), (10**9, torch.float16, "recompute")],
     )
     def test_auto_says_what_it_chose(
-        self, budget: int, dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch,
+        self,
+        budget: int,
+        dtype: torch.dtype,
+        mode: str,
+        monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
-    ) -> None:  # fmt: skip
+    ) -> None:
         monkeypatch.setattr(module, "SAVE_BUDGET", budget)
         hidden = torch.randn(2, 3, 4, dtype=dtype, requires_grad=True)
         with caplog.at_level(logging.DEBUG, logger="fastpref"):
@@ -127,7 +147,7 @@ class TestMode:
         assert f'"{mode}"' in caplog.text
 
     def test_nothing_is_kept_without_a_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No room for exponentials where no backward may follow, and three products fewer."""
+        """Without gradients no exponentials are stored, and three products fewer are made."""
         kept = recorded(monkeypatch, module)
         hidden, weight, labels = peaked()
         fastpref.linear_token_logprobs(hidden, weight, labels)
@@ -137,7 +157,7 @@ class TestMode:
         assert kept == [0, 0, 10]
 
     def test_a_loss_holds_whole_groups_of_at_most_chunk_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stores = recorded(monkeypatch, fastpref.linear_preference)
+        stores = recorded(monkeypatch, group_loss)
         kept = recorded(monkeypatch, module)
         hidden, weight, labels = torch.randn(8, 5, 4, requires_grad=True), torch.randn(11, 4), torch.zeros(8, 5).long()
         for chunk_rows in (100, 23, 8, 7):
@@ -149,7 +169,7 @@ class TestMode:
 
 
 class LargestMade(TorchDispatchMode):
-    """The bytes of the largest tensor that is made, and not a view of `held`."""
+    """Records the bytes of the largest tensor that is made and is not a view of `held`."""
 
     def __init__(self, held: Tensor) -> None:
         super().__init__()
@@ -164,7 +184,7 @@ class LargestMade(TorchDispatchMode):
 
 
 class TestAnchors:
-    """Kept exponentials of tiles whose row has since moved its anchor."""
+    """Stored exponentials are scaled where a later tile moves the anchor of their row."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_moving_one_holds_a_tile_and_no_more(self, dtype: torch.dtype) -> None:
@@ -174,7 +194,7 @@ class TestAnchors:
         labels = torch.zeros(1, rows, dtype=torch.long)
         given = (hidden, weight, None, labels, None, store, -100, False, 1.0, 1.0, None)
         with LargestMade(store) as made:
-            _, norm, *_ = linear.logprobs(cpu_linear.BACKEND, *given, 2, None, None, None)
+            _, norm, *_ = linear.linear_logprobs(cpu_linear.BACKEND, *given, 2, None, None, None)
         assert made.nbytes <= rows * linear.COLUMNS * 8
         z = hidden[0].double() @ weight.double().T - norm[0, 0, :, None]
         torch.testing.assert_close(store[:, 1:].double(), z[:, 1:].exp(), rtol=1e-2, atol=1e-5)
@@ -206,7 +226,7 @@ class TestScratch:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators(dtype: torch.dtype) -> None:
-    """Schemas, fakes and mutations are what they say."""
+    """The operators pass `opcheck`: schemas, fakes and mutations."""
     hidden, weight = torch.randn(2, 4, 6).to(dtype), torch.randn(9, 6).to(dtype)
     bias, labels = torch.randn(9).to(dtype), torch.randint(9, (2, 4))
     store = torch.empty(6, 32, dtype=dtype)[:, :9]
@@ -233,8 +253,8 @@ def test_operators(dtype: torch.dtype) -> None:
         fold = (hidden, weight, bias, of_shard, None, store, *scoring_here, stats, None, None, filter_eps)
         torch.library.opcheck(operators.linear_fold.default, fold, test_utils=checks)
         sums, masses = operators.linear_fold(*fold)
-        settle = (hidden, of_shard, None, shard, sums, sums, masses, store, *scoring_here, stats, None, filter_eps)
-        torch.library.opcheck(operators.linear_finalize.default, settle, test_utils=checks)
+        finalize = (hidden, of_shard, None, shard, sums, sums, masses, store, *scoring_here, stats, None, filter_eps)
+        torch.library.opcheck(operators.linear_finalize.default, finalize, test_utils=checks)
     total = torch.randn(5, 6)
     for upstream in (None, torch.tensor(2.0)):
         torch.library.opcheck(operators.scaled_gradient.default, (total, upstream, dtype), test_utils=checks)

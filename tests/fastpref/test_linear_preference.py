@@ -1,10 +1,8 @@
-"""Preference losses from hidden states: against the loss of the log-probs of the product, put together here."""
+"""Preference losses from hidden states against the loss of the log-probs of the product, every loss type included."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,72 +12,26 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
+from fastpref.losses import LOSS_TYPES
+from tests.helpers.linear_preference import (
+    PAIRS,
+    TIME,
+    VOCABULARY,
+    assert_near,
+    composed,
+    gradients,
+    incoming,
+    leaves_of,
+    make,
+    pack,
+    plackett_luce,
+)
+from tests.helpers.marks import both, packages
 from tests.tolerance import ALL_STATS, assert_accurate
 
-PAIRS, TIME, FEATURES, VOCABULARY = 3, 7, 5, 23
 FIELDS = ("loss", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
-both = pytest.mark.usefixtures("implementation")
 # label_smoothing, average_logps, ld_alpha: any two of them in all four ways.
 COMBINATIONS = ((0.0, False, None), (0.2, True, None), (0.0, True, 0.3), (0.2, False, 0.3))
-packages = pytest.mark.parametrize("package", [fastpref, reference], ids=["fastpref", "reference"])
-# By how much a value may miss the truth, in parts of its largest magnitude, or of 1.
-RELATIVE = {torch.float32: 2e-5, torch.float64: 1e-12}
-Operands = dict[str, Tensor]
-
-
-def make(sequences: int = 2 * PAIRS, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Operands, Tensor]:
-    """Hidden states, weight and bias, and labels of unequal numbers of scored tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    operands = {
-        "hidden": normal(sequences, TIME, FEATURES),
-        "weight": normal(VOCABULARY, FEATURES),
-        "bias": normal(VOCABULARY),
-    }
-    labels = torch.randint(VOCABULARY, (sequences, TIME), generator=generator)
-    for sequence in range(sequences):
-        labels[sequence, : 1 + sequence % 3] = -100
-        labels[sequence, TIME - sequence % 2 :] = -100
-    return operands, labels
-
-
-def pack(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same sequences without the padding at their ends."""
-    ends = [TIME - sequence % 2 for sequence in range(hidden.shape[0])]
-    kept = torch.cat([torch.arange(TIME) < end for end in ends])
-    bounds = torch.tensor([0, *itertools.accumulate(ends)])
-    return hidden.flatten(0, 1)[kept], labels.flatten()[kept], bounds
-
-
-def leaves_of(operands: Operands, dtype: torch.dtype | None = None) -> Operands:
-    return {name: value.to(dtype or value.dtype, copy=True).requires_grad_() for name, value in operands.items()}
-
-
-def composed(operands: Operands, labels: Tensor, average_logps: bool, options: dict[str, Any]) -> Tensor:
-    """Sequence log-probs from the logits themselves, float64."""
-    z = operands["hidden"].double() @ operands["weight"].double().T + operands["bias"].double()
-    kept = {name: options[name] for name in ("cu_seqlens", "ld_alpha", "shared_lengths", "shift") if name in options}
-    return reference.sequence_logprobs(z, labels, reduction="mean" if average_logps else "sum", **kept)
-
-
-def incoming(loss: Tensor) -> Tensor:
-    return torch.linspace(0.7, 2.1, loss.numel(), dtype=torch.float64).to(loss.dtype).view(loss.shape)
-
-
-def assert_near(found: Tensor, truth: Tensor, dtype: torch.dtype, name: str) -> None:
-    assert found.shape == truth.shape, name
-    assert found.dtype == dtype, name
-    size = truth.abs().max().item() if name.startswith("d") else max(1.0, truth.abs().max().item())
-    error = (found.detach().double() - truth.detach()).abs().max().item()
-    assert error <= RELATIVE[dtype] * size, f"{name}: {error:.2e} of {size:.2e}"
-
-
-def gradients(leaves: Operands) -> dict[str, Tensor]:
-    assert all(leaf.grad is not None for leaf in leaves.values())
-    return {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 class TestDpoAgainstTheDefinition:
@@ -104,9 +56,14 @@ class TestDpoAgainstTheDefinition:
             chosen, rejected = composed(truth_leaves, labels, average, options).chunk(2)
             given = {} if source == "free" else {"ref_chosen_logps": ref[0], "ref_rejected_logps": ref[1]}
             truth = reference.dpo_loss(
-                chosen, rejected, **given, beta=0.3, label_smoothing=smoothing, reduction=reduction,
+                chosen,
+                rejected,
+                **given,
+                beta=0.3,
+                label_smoothing=smoothing,
+                reduction=reduction,
                 reference_free=source == "free",
-            )  # fmt: skip
+            )
             truth.loss.backward(incoming(truth.loss))
             wanted = {**dict(zip(FIELDS, (*truth, chosen, rejected), strict=True)), **gradients(truth_leaves)}
             if source == "log-probs":
@@ -119,9 +76,14 @@ class TestDpoAgainstTheDefinition:
             for chunk_rows in (1, 12, None) if package is fastpref and dtype == torch.float32 else (12,):
                 leaves = leaves_of(operands)
                 found = package.linear_dpo_loss(
-                    leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"], average_logps=average,
-                    chunk_rows=chunk_rows, **options,
-                )  # fmt: skip
+                    leaves["hidden"],
+                    leaves["weight"],
+                    labels,
+                    bias=leaves["bias"],
+                    average_logps=average,
+                    chunk_rows=chunk_rows,
+                    **options,
+                )
                 assert found._fields == (*FIELDS, "lse", "is_top1")
                 found.loss.backward(incoming(found.loss))
                 values = {**found._asdict(), **gradients(leaves)}
@@ -153,9 +115,14 @@ class TestDpoAgainstTheDefinition:
         def outcome(package: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
             leaves = leaves_of(operands, dtype)
             found = package.linear_dpo_loss(
-                leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"], reference_free=True, mode=mode,
+                leaves["hidden"],
+                leaves["weight"],
+                labels,
+                bias=leaves["bias"],
+                reference_free=True,
+                mode=mode,
                 chunk_rows=chunk_rows,
-            )  # fmt: skip
+            )
             found.loss.backward(incoming(found.loss))
             return found, gradients(leaves)
 
@@ -172,15 +139,20 @@ class TestDpoAgainstTheDefinition:
     @both
     @pytest.mark.parametrize("chunk_rows", [None, 1, 12])
     def test_a_loss_scale_comes_last(self, chunk_rows: int | None) -> None:
-        """What float16 would lose of a gradient as small as this is there after a GradScaler's factor."""
+        """A gradient too small for float16 is kept under a GradScaler's factor."""
         operands, labels = make(dtype=torch.float16)
 
         def outcome(package: Any, dtype: torch.dtype, scale: float) -> dict[str, Tensor]:
             leaves = leaves_of(operands, dtype)
             found = package.linear_dpo_loss(
-                leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"], reference_free=True, beta=1e-6,
+                leaves["hidden"],
+                leaves["weight"],
+                labels,
+                bias=leaves["bias"],
+                reference_free=True,
+                beta=1e-6,
                 chunk_rows=chunk_rows,
-            )  # fmt: skip
+            )
             (found.loss * scale).backward()
             return gradients(leaves)
 
@@ -202,9 +174,14 @@ class TestDpoAgainstTheDefinition:
         for package in (fastpref, reference):
             leaves = leaves_of(operands)
             found = package.linear_dpo_loss(
-                leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"], **refs, chunk_rows=chunk_rows,
+                leaves["hidden"],
+                leaves["weight"],
+                labels,
+                bias=leaves["bias"],
+                **refs,
+                chunk_rows=chunk_rows,
                 **options,
-            )  # fmt: skip
+            )
             found.loss.backward()
             results.append({**found._asdict(), **gradients(leaves)})
         for name, value in results[1].items():
@@ -215,9 +192,14 @@ class TestDpoAgainstTheDefinition:
         operands, labels = make()
         options = {"ld_alpha": 0.4, "shared_lengths": torch.tensor([1, 2, 3, 100, 0, 1])}
         found = fastpref.linear_dpo_loss(
-            operands["hidden"], operands["weight"], labels, bias=operands["bias"], reference_free=True,
-            chunk_rows=chunk_rows, **options,
-        )  # fmt: skip
+            operands["hidden"],
+            operands["weight"],
+            labels,
+            bias=operands["bias"],
+            reference_free=True,
+            chunk_rows=chunk_rows,
+            **options,
+        )
         logps = composed(operands, labels, False, options)
         torch.testing.assert_close(torch.cat((found.chosen_logps, found.rejected_logps)), logps)
 
@@ -246,13 +228,6 @@ class TestDpoAgainstTheDefinition:
             assert torch.equal(a, c)
 
 
-def plackett_luce(logps: Tensor) -> Tensor:
-    """(G, K) best first -> (G,): −Σ_i [a_i − logΣ_{j≥i} exp a_j]."""
-    a = 0.5 * logps
-    rest = [a[:, i:].logsumexp(-1) for i in range(a.shape[1])]
-    return -(a - torch.stack(rest, -1)).sum(-1)
-
-
 class TestGroupsAgainstTheDefinition:
     @packages
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -275,10 +250,19 @@ class TestGroupsAgainstTheDefinition:
             for chunk_rows in (1, 18, None) if package is fastpref and dtype == torch.float32 else (18,):
                 leaves = leaves_of(operands)
                 found = package.linear_preference_loss(
-                    leaves["hidden"], leaves["weight"], labels, plackett_luce, bias=leaves["bias"], group_size=3,
-                    reduction=reduction, average_logps=average, stats=("entropy",), chunk_rows=chunk_rows,
-                    **options, **ld,
-                )  # fmt: skip
+                    leaves["hidden"],
+                    leaves["weight"],
+                    labels,
+                    plackett_luce,
+                    bias=leaves["bias"],
+                    group_size=3,
+                    reduction=reduction,
+                    average_logps=average,
+                    stats=("entropy",),
+                    chunk_rows=chunk_rows,
+                    **options,
+                    **ld,
+                )
                 assert found._fields == ("loss", "logps", "entropy")
                 found.loss.backward(incoming(found.loss))
                 values = {**found._asdict(), **gradients(leaves)}
@@ -298,9 +282,14 @@ class TestGroupsAgainstTheDefinition:
         ):
             leaves = leaves_of(operands)
             found = getattr(fastpref, name)(
-                leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"], ld_alpha=0.5, chunk_rows=chunk_rows,
+                leaves["hidden"],
+                leaves["weight"],
+                labels,
+                bias=leaves["bias"],
+                ld_alpha=0.5,
+                chunk_rows=chunk_rows,
                 **arguments,
-            )  # fmt: skip
+            )
             found.loss.backward()
             results.append({"loss": found.loss, **gradients(leaves)})
         for name, value in results[0].items():
@@ -311,307 +300,109 @@ class TestGroupsAgainstTheDefinition:
     def test_groups_of_one_and_of_all(self, chunk_rows: int | None, group_size: int) -> None:
         operands, labels = make()
         found = fastpref.linear_preference_loss(
-            operands["hidden"], operands["weight"], labels, lambda a: a.exp().sum(-1), bias=operands["bias"],
-            group_size=group_size, reduction="none", chunk_rows=chunk_rows,
-        )  # fmt: skip
+            operands["hidden"],
+            operands["weight"],
+            labels,
+            lambda a: a.exp().sum(-1),
+            bias=operands["bias"],
+            group_size=group_size,
+            reduction="none",
+            chunk_rows=chunk_rows,
+        )
         logps = composed(operands, labels, False, {}).view(group_size, -1).T
         torch.testing.assert_close(found.logps, logps)
         torch.testing.assert_close(found.loss, logps.exp().sum(-1))
 
 
-def dpo(leaves: Operands, labels: Tensor, **options: Any) -> Any:
-    return fastpref.linear_dpo_loss(
-        leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), reference_free=True, **options
+PER_PAIR = torch.linspace(0.5, 1.5, PAIRS, dtype=torch.float64)
+REFS = -10 * torch.rand(2, PAIRS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+# 9 scored rows a pair at the most: all pairs in one chunk, one pair a chunk, and no whole pair in any.
+chunks = pytest.mark.parametrize("chunk_rows", [None, 11, 4])
+
+
+def cases(name: str) -> list[dict[str, Any]]:
+    """Return options of the plain type, and of the type with every option that it takes."""
+    plain: dict[str, Any] = {"loss_type": name}
+    if name == "exo_pair":
+        plain["label_smoothing"] = 0.2
+    takes = LOSS_TYPES[name].takes
+    full: dict[str, Any] = {
+        "margin": PER_PAIR,
+        "weights": PER_PAIR.flip(0),
+        "length_normalize": True,
+        "f_divergence": "js",
+        "label_smoothing": 0.1,
+        "delta": 0.2,
+        "gamma": 0.8,
+        "discopop_tau": 0.5,
+    }
+    full = {option: value for option, value in full.items() if option in takes}
+    if name != "sft":
+        full |= {"sft_weight": 0.4, "sft_reduction": "sequence"}
+    return [plain, {**plain, **full, "beta": 0.3}]
+
+
+def evaluate(package: Any, dtype: torch.dtype, *, packed: bool = False, **options: Any) -> dict[str, Tensor]:
+    operands, labels = make()
+    leaves = leaves_of(operands, dtype)
+    hidden: Tensor = leaves["hidden"]
+    where = {}
+    if packed:
+        hidden, labels, where["cu_seqlens"] = pack(hidden, labels)
+    given = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    out = package.linear_dpo_loss(
+        hidden, leaves["weight"], labels, *REFS.to(dtype), bias=leaves["bias"], **where, **given
     )
+    out.loss.backward()
+    return {**out._asdict(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 
 
-def ranked(leaves: Operands, labels: Tensor, **options: Any) -> Any:
-    return fastpref.linear_preference_loss(
-        leaves["hidden"], leaves["weight"], labels, plackett_luce, bias=leaves.get("bias"), group_size=3, **options
-    )
+@chunks
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_every_type(name: str, packed: bool, chunk_rows: int | None) -> None:
+    for options in cases(name):
+        ours = evaluate(fastpref, torch.float32, packed=packed, chunk_rows=chunk_rows, **options)
+        truth = evaluate(reference, torch.float64, **options)
+        for field, value in truth.items():
+            assert_near(ours[field], value, torch.float32, field)
 
 
-@both
-@pytest.mark.parametrize("loss", [dpo, ranked])
-@pytest.mark.parametrize("chunk_rows", [None, 1, 18])
-class TestGraph:
-    def test_only_the_loss_is_differentiable(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        found = loss(leaves_of(operands), labels, chunk_rows=chunk_rows, stats=("entropy", "lse", "dropped_mass"))
-        assert [name for name, value in found._asdict().items() if value.requires_grad] == ["loss"]
-        assert found._fields[-3:] == ("entropy", "lse", "dropped_mass")
-        assert found.entropy.shape == (2 * PAIRS, TIME - 1)
-        assert not found.dropped_mass.any()
-
-    def test_no_grad(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        leaves = leaves_of(operands)
-        wanted = loss(leaves, labels, chunk_rows=chunk_rows)
-        with torch.no_grad():
-            found = loss(leaves, labels, chunk_rows=chunk_rows)
-        for got, value in zip(found, wanted, strict=True):
-            assert not got.requires_grad
-            torch.testing.assert_close(got, value.detach())
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-    def test_retain_graph_gives_the_same_gradient_again(
-        self, dtype: torch.dtype, chunk_rows: int | None, loss: Callable[..., Any]
-    ) -> None:
-        operands, labels = make(dtype=dtype)
-        leaves = leaves_of(operands)
-        value = loss(leaves, labels, chunk_rows=chunk_rows).loss
-        inputs = list(leaves.values())
-        first = torch.autograd.grad(3.0 * value, inputs, retain_graph=True)
-        second = torch.autograd.grad(3.0 * value, inputs, retain_graph=True)
-        single = torch.autograd.grad(value, inputs, retain_graph=True)
-        for one, other, alone in zip(first, second, single, strict=True):
-            assert torch.equal(one, other)
-            close = 2 * torch.finfo(dtype).eps * one.abs().max().item()
-            torch.testing.assert_close(one, 3 * alone, rtol=0, atol=max(close, 1e-6))
-        value.backward()
-        with pytest.raises(RuntimeError, match="second time"):
-            value.backward()
-
-    @pytest.mark.parametrize(
-        "frozen", [("weight", "bias"), ("hidden", "bias"), ("hidden", "weight"), ("weight",)], ids=",".join
-    )
-    def test_frozen_operands_get_no_gradient(
-        self, frozen: tuple[str, ...], chunk_rows: int | None, loss: Callable[..., Any]
-    ) -> None:
-        operands, labels = make()
-        wanted, leaves = leaves_of(operands), leaves_of(operands)
-        for name in frozen:
-            leaves[name].requires_grad_(False)
-        loss(wanted, labels, chunk_rows=chunk_rows).loss.backward()
-        loss(leaves, labels, chunk_rows=chunk_rows).loss.backward()
-        for name, leaf in leaves.items():
-            if name in frozen:
-                assert leaf.grad is None
-            else:
-                torch.testing.assert_close(leaf.grad, wanted[name].grad)
-
-    def test_expanded_incoming_gradient(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        found = []
-        for expand in (True, False):
-            leaves = leaves_of(operands)
-            losses = loss(leaves, labels, chunk_rows=chunk_rows, reduction="none").loss
-            upstream = torch.tensor(1.7, dtype=torch.float64).expand(losses.shape)
-            losses.backward(upstream if expand else upstream.contiguous())
-            found.append(gradients(leaves))
-        for name, value in found[0].items():
-            assert torch.equal(value, found[1][name])
-
-    def test_gradients_accumulate(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        once, twice = leaves_of(operands), leaves_of(operands)
-        loss(once, labels, chunk_rows=chunk_rows).loss.backward()
-        for _ in range(2):
-            loss(twice, labels, chunk_rows=chunk_rows).loss.backward()
-        for name, value in gradients(twice).items():
-            torch.testing.assert_close(value, 2 * gradients(once)[name])
-
-    @pytest.mark.usefixtures("unpoisoned")
-    def test_two_runs_agree_bit_for_bit(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make(dtype=torch.float32)
-        runs = []
-        for _ in range(2):
-            leaves = leaves_of(operands)
-            found = loss(leaves, labels, chunk_rows=chunk_rows)
-            found.loss.backward()
-            runs.append((*found, *gradients(leaves).values()))
-        for one, other in zip(*runs, strict=True):
-            assert torch.equal(one, other)
-
-    def test_everything_masked(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        operands["hidden"].fill_(math.nan)
-        leaves = leaves_of(operands)
-        found = loss(leaves, torch.full_like(labels, -100), chunk_rows=chunk_rows)
-        found.loss.backward()
-        assert found.loss.isfinite()
-        for value in gradients(leaves).values():
-            assert (value == 0).all()
-
-    def test_no_sequences(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        operands["hidden"] = operands["hidden"][:0]
-        for reduction in ("mean", "sum"):
-            leaves = leaves_of(operands)
-            found = loss(leaves, labels[:0], chunk_rows=chunk_rows, reduction=reduction)
-            found.loss.backward()
-            assert found.loss.item() == 0
-            assert not any(value.any() for value in gradients(leaves).values())
-
-    def test_nan_in_a_row_that_is_not_scored_has_no_effect(
-        self, chunk_rows: int | None, loss: Callable[..., Any]
-    ) -> None:
-        operands, labels = make()
-        runs = []
-        for poisoned in (False, True):
-            if poisoned:
-                operands["hidden"][:, -1] = math.nan
-                operands["hidden"][2, :2] = math.nan
-            leaves = leaves_of(operands)
-            found = loss(leaves, labels, chunk_rows=chunk_rows)
-            found.loss.backward()
-            runs.append((*found, *gradients(leaves).values()))
-        for one, other in zip(*runs, strict=True):
-            assert torch.equal(one, other)
-
-    def test_nan_in_a_scored_row_harms_its_group_alone(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        clean = loss(operands, labels, chunk_rows=chunk_rows, reduction="none").loss
-        operands["hidden"][1, 4] = math.nan
-        found = loss(operands, labels, chunk_rows=chunk_rows, reduction="none").loss
-        assert found.isnan().nonzero().flatten().tolist() == [1]
-        torch.testing.assert_close(found[~found.isnan()], clean[~found.isnan()])
-
-    def test_label_out_of_range_is_named(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        labels[4, 3] = VOCABULARY
-        with pytest.raises(IndexError, match=rf"{VOCABULARY}\b.*\[4, 2\].*\[0, {VOCABULARY}\)"):
-            loss(leaves_of(operands), labels, chunk_rows=chunk_rows)
-
-    def test_autocast(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make(dtype=torch.float32)
-        leaves = leaves_of(operands)
-        rounded = leaves_of({name: value.bfloat16() for name, value in operands.items()}, torch.float64)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = loss(leaves, labels, chunk_rows=chunk_rows)
-        found.loss.backward()
-        truth = loss(rounded, labels)
-        truth.loss.backward()
-        for value, wanted in zip(found, truth, strict=True):
-            assert value.dtype == torch.float32
-            torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-4)
-        for name, value in gradients(leaves).items():
-            assert value.dtype == torch.float32
-            wanted = gradients(rounded)[name]
-            torch.testing.assert_close(value.double(), wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
-
-    def test_int32_labels_and_strided_operands(self, chunk_rows: int | None, loss: Callable[..., Any]) -> None:
-        operands, labels = make()
-        wanted = leaves_of(operands)
-        loss(wanted, labels, chunk_rows=chunk_rows).loss.backward()
-        leaves = leaves_of(operands)
-        strided = {
-            "hidden": leaves["hidden"].transpose(0, 1).contiguous().transpose(0, 1),
-            "weight": leaves["weight"].T.contiguous().T,
-            "bias": leaves["bias"].repeat_interleave(2)[::2],
-        }
-        loss(strided, labels.int().T.contiguous().T, chunk_rows=chunk_rows).loss.backward()
-        for name, value in gradients(leaves).items():
-            torch.testing.assert_close(value, gradients(wanted)[name])
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("unpoisoned", "fresh_compiler")
-@pytest.mark.parametrize("stats", [(), ("entropy",)], ids=["plain", "statistics"])
-@pytest.mark.parametrize("pairs_of_a_chunk", [1, PAIRS])
-def test_dpo_compiles_to_one_graph(stats: tuple[str, ...], pairs_of_a_chunk: int) -> None:
-    operands, labels = make(dtype=torch.float32)
-    chunk_rows = pairs_of_a_chunk * 2 * labels.shape[1]
-    refs = torch.full((PAIRS,), -15.0), torch.full((PAIRS,), -16.0)
-
-    def step(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ref: tuple[Tensor, Tensor]) -> Any:
-        return fastpref.linear_dpo_loss(hidden, weight, labels, *ref, bias=bias, stats=stats, chunk_rows=chunk_rows)
-
-    runs = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = leaves_of(operands)
-        found = function(*leaves.values(), labels, refs)
-        found.loss.backward()
-        runs.append({**found._asdict(), "margins": found.margins, **gradients(leaves)})
-    for name, value in runs[0].items():
-        torch.testing.assert_close(runs[1][name], value, rtol=1e-6, atol=1e-6)
-
-
-OPERANDS, LABELS = make()
-REF = torch.zeros(PAIRS, dtype=torch.float64)
-PACKED, PACKED_LABELS, BOUNDS = pack(OPERANDS["hidden"], LABELS)
-GIVEN: dict[str, Any] = {"ref_chosen_logps": REF, "ref_rejected_logps": REF}
-HIDDEN_REF: dict[str, Any] = {"ref_hidden": OPERANDS["hidden"], "ref_weight": OPERANDS["weight"]}
-# What is wrong: the arguments that differ from a good call, the error, and what its text must hold.
-REFUSED_DPO: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
-    "no reference": ({}, ValueError, ("ref_chosen_logps", "ref_hidden", "reference_free")),
-    "half a reference": ({"ref_chosen_logps": REF}, ValueError, ("ref_rejected_logps", "reference_free")),
-    "both references": ({**GIVEN, **HIDDEN_REF}, ValueError, ("not both", "ref_chosen_logps", "ref_hidden")),
-    "both references, free": (
-        {**GIVEN, **HIDDEN_REF, "reference_free": True}, ValueError, ("not both", "ref_rejected_logps", "ref_weight"),
-    ),
-    "ref_hidden alone": ({"ref_hidden": OPERANDS["hidden"]}, ValueError, ("ref_weight", "ref_hidden")),
-    "ref_weight alone": ({"ref_weight": OPERANDS["weight"]}, ValueError, ("ref_hidden", "ref_weight")),
-    "ref_bias alone": ({"ref_bias": OPERANDS["bias"]}, ValueError, ("ref_hidden", "ref_bias")),
-    "ref_bias beside log-probs": ({**GIVEN, "ref_bias": OPERANDS["bias"]}, ValueError, ("not both", "ref_bias")),
-    "ref_hidden of another shape": (
-        {**HIDDEN_REF, "ref_hidden": OPERANDS["hidden"][:, 1:]}, ValueError, ("labels", "ref_hidden", "(6, 6)"),
-    ),
-    "ref_weight of another width": (
-        {**HIDDEN_REF, "ref_weight": OPERANDS["weight"][:, 1:]}, ValueError, ("ref_weight", "ref_hidden", "(23, 4)"),
-    ),
-    "ref_weight of another dtype": (
-        {**HIDDEN_REF, "ref_weight": OPERANDS["weight"].float()}, TypeError, ("ref_weight", "torch.float32"),
-    ),
-    "an odd number of sequences": (
-        {**GIVEN, "hidden": OPERANDS["hidden"][:5], "labels": LABELS[:5]}, ValueError, ("even", "5", "rejected"),
-    ),
-    "an odd number of packed sequences": (
-        {**GIVEN, "hidden": PACKED, "labels": PACKED_LABELS, "cu_seqlens": BOUNDS[[0, 1, 2, 6]]}, ValueError,
-        ("even", "3"),
-    ),
-    "one sequence": (
-        {**GIVEN, "hidden": OPERANDS["hidden"][0], "labels": LABELS[0]}, ValueError, ("even", "1", "rejected"),
-    ),
-    "references of another length": ({**GIVEN, "ref_chosen_logps": REF[:2]}, ValueError, ("ref_chosen_logps", "(2,)")),
-    "references of integers": ({**GIVEN, "ref_chosen_logps": REF.long()}, TypeError, ("ref_chosen_logps", "int64")),
-    "beta 0": ({**GIVEN, "beta": 0.0}, ValueError, ("beta", "0.0", "above 0")),
-    "loss_type unknown": ({**GIVEN, "loss_type": "sigmoidal"}, ValueError, ("loss_type", "'sigmoidal'", "'sigmoid'")),
-    "label_smoothing 2": ({**GIVEN, "label_smoothing": 2.0}, ValueError, ("label_smoothing", "2.0")),
-    "reduction unknown": ({**GIVEN, "reduction": "max"}, ValueError, ("reduction", "'max'", "'none'")),
-    "weight of another width": ({**GIVEN, "weight": OPERANDS["weight"][:, 1:]}, ValueError, ("weight", "(23, 4)")),
-    "bias elsewhere": ({**GIVEN, "bias": OPERANDS["bias"].to("meta")}, ValueError, ("bias", "meta", "cpu")),
-    "mode unknown": ({**GIVEN, "mode": "fast"}, ValueError, ("mode", "'fast'", "'save'")),
-    "chunk_rows 0": ({**GIVEN, "chunk_rows": 0}, ValueError, ("chunk_rows", "0")),
-    "a statistic unknown": ({**GIVEN, "stats": ("kl",)}, ValueError, ("stats", "'kl'", "'dropped_mass'")),
-    "shared_lengths without ld_alpha": (
-        {**GIVEN, "shared_lengths": LABELS[:, 0]}, ValueError, ("shared_lengths", "ld_alpha"),
-    ),
-}  # fmt: skip
-REFUSED_GROUPS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
-    "groups that do not divide": ({"group_size": 4}, ValueError, ("group_size", "4", "6")),
-    "group_size 0": ({"group_size": 0}, ValueError, ("group_size", "0", "1 or more")),
-    "group_size a float": ({"group_size": 3.0}, TypeError, ("group_size", "3.0", "int")),
-    "one loss for all": ({"loss_fn": lambda a: a.sum()}, ValueError, ("loss_fn", "shape ()", "(2,)")),
-    "a loss for each member": ({"loss_fn": lambda a: a}, ValueError, ("loss_fn", "shape (2, 3)", "(2,)")),
-    "no tensor": ({"loss_fn": lambda a: 1.0}, TypeError, ("loss_fn", "float 1.0", "(2,)")),
-    "a tensor of bools": ({"loss_fn": lambda a: a[:, 0] > 0}, TypeError, ("loss_fn", "torch.bool", "(2,)")),
-    "halves of three": ({"ld_alpha": 0.5}, ValueError, ("ld_alpha", "shared_lengths", "group_size=3")),
-    "reduction unknown": ({"reduction": "max"}, ValueError, ("reduction", "'max'", "'none'")),
-    "hidden of one dimension": ({"hidden": OPERANDS["bias"]}, ValueError, ("hidden", "(23,)", "(B, T, H)")),
-}
+@chunks
+def test_several_types(chunk_rows: int | None) -> None:
+    options: dict[str, Any] = {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 0.5)}
+    ours = evaluate(fastpref, torch.float32, chunk_rows=chunk_rows, **options)
+    truth = evaluate(reference, torch.float64, **options)
+    for field, value in truth.items():
+        assert_near(ours[field], value, torch.float32, field)
 
 
 @packages
-@pytest.mark.parametrize(("changed", "kind", "words"), REFUSED_DPO.values(), ids=REFUSED_DPO)
-def test_dpo_refuses(package: Any, changed: dict[str, Any], kind: type[Exception], words: tuple[str, ...]) -> None:
-    with pytest.raises(kind) as caught:
-        package.linear_dpo_loss(**{**OPERANDS, "labels": LABELS, **changed})
-    for word in words:
-        assert word in str(caught.value)
+def test_lengths_are_the_numbers_of_scored_labels_unless_given(package: Any) -> None:
+    _, labels = make()
+    counted = (labels[:, 1:] != -100).sum(1)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), counted.chunk(2), strict=True))
+    loss = evaluate(package, torch.float64, loss_type="simpo")["loss"]
+    assert torch.equal(loss, evaluate(package, torch.float64, loss_type="simpo", **lengths)["loss"])
+    lengths["chosen_lengths"] = lengths["chosen_lengths"] + 1
+    assert not torch.equal(loss, evaluate(package, torch.float64, loss_type="simpo", **lengths)["loss"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "orpo"}, {"sft_weight": 0.1}, {"length_normalize": True}, {"loss_type": "sft"}]
+)
+def test_means_are_not_divided_again(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"average_logps=True takes means, and loss_type .* divides by lengths"):
+        evaluate(fastpref, torch.float32, average_logps=True, **options)
 
 
 @packages
-@pytest.mark.parametrize(("changed", "kind", "words"), REFUSED_GROUPS.values(), ids=REFUSED_GROUPS)
-def test_groups_refuse(package: Any, changed: dict[str, Any], kind: type[Exception], words: tuple[str, ...]) -> None:
-    arguments = {**OPERANDS, "labels": LABELS, "loss_fn": plackett_luce, "group_size": 3, **changed}
-    with pytest.raises(kind) as caught:
-        package.linear_preference_loss(**arguments)
-    for word in words:
-        assert word in str(caught.value)
+def test_types_without_a_reference_need_none_and_ignore_one(package: Any) -> None:
+    operands, labels = make()
+    call = (operands["hidden"], operands["weight"], labels)
+    alone = package.linear_dpo_loss(*call, loss_type="cpo")
+    with_one = package.linear_dpo_loss(*call, *REFS, loss_type="cpo")
+    assert torch.equal(alone.loss, with_one.loss)
+    assert torch.equal(alone.chosen_rewards, with_one.chosen_rewards)
+    with pytest.raises(ValueError, match="ref_chosen_logps"):
+        package.linear_dpo_loss(*call, loss_type=("cpo", "sigmoid"))

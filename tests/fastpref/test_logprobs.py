@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference, sequence_logprobs, token_logprobs
+from tests.helpers.marks import both, dtypes, narrow
 from tests.tolerance import ALL_STATS, DTYPES, assert_accurate, assert_matches_reference, run
 
 VOCABULARIES = (1, 2, 3, 7, 16, 31, 61, 127, 257, 1023, 1025, 4099, 50257)
@@ -25,14 +26,12 @@ TRANSFORMS = {
     "softcap": {"softcap": 5.0},
     "all": {"temperature": 1.3, "logit_scale": 0.6, "softcap": 4.0},
 }
-both = pytest.mark.usefixtures("implementation")
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def make(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: float = 3.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Logits of `shape`, and labels that hold the first and last vocabulary entries and three tenths ignored."""
+    """Return logits of `shape`, and labels with the first and last vocabulary entries and three tenths ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
     labels = torch.randint(shape[-1], shape[:-1], generator=generator)
@@ -153,7 +152,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 @both
 class TestStrides:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+    @narrow
     @pytest.mark.parametrize(("shape", "layout"), LAYOUTS.values(), ids=LAYOUTS)
     def test_logits(self, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         base = (3 * torch.randn(shape)).to(dtype)
@@ -194,7 +193,7 @@ class TestStrides:
 class TestPacked:
     bounds = torch.tensor([0, 0, 4, 5, 5, 11, 13, 13])
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+    @narrow
     @pytest.mark.parametrize("reduction", ["sum", "mean"])
     @pytest.mark.parametrize("shift", [True, False])
     def test_against_the_definition(self, shift: bool, reduction: str, dtype: torch.dtype) -> None:
@@ -283,7 +282,7 @@ class TestLengthDesensitised:
 
 
 class TestDigits:
-    """Where a log-softmax in float32 loses them, or a kernel anchored at the label would overflow."""
+    """Log-probs where a float32 log-softmax loses digits, or a kernel anchored at the label would overflow."""
 
     @both
     @pytest.mark.parametrize("vocabulary", [2, 3, 1000, 50257])
@@ -476,7 +475,7 @@ class TestInplaceBackward:
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("stats", [(), ALL_STATS], ids=["plain", "statistics"])
 class TestBits:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+    @narrow
     @pytest.mark.parametrize("name", ["token_logprobs", "sequence_logprobs"])
     def test_two_runs_agree(self, name: str, dtype: torch.dtype, stats: tuple[str, ...]) -> None:
         logits, labels = make((4, 16, 5003), dtype)
@@ -501,7 +500,7 @@ class TestBits:
         weight = torch.randn(32)
 
         def results(logits: Tensor, labels: Tensor, at: int) -> list[Tensor]:
-            """Everything that belongs to the first 33 tokens of sequence `at`."""
+            """Return all results and gradients of the first 33 tokens of sequence `at`."""
             leaf = logits.clone().requires_grad_()
             result = sequence_logprobs(leaf, labels, reduction=reduction, stats=stats)
             logps, *statistics = result if stats else (result,)
@@ -558,7 +557,7 @@ for name in sys.argv[1:]:
     ids=["native", "eager"],
 )
 def test_no_copy_of_the_logits(native: str, limit: float, cases: list[str]) -> None:
-    """Forward and backward of 49 or 98 MiB of logits hold little beyond the logits and their gradient, in MiB."""
+    """Forward and backward of 49 or 98 MiB of logits hold little memory beyond the logits and their gradient."""
     # The threshold makes malloc give the logits' blocks back at once, so that none is there to be used unseen.
     environment = {**os.environ, "FASTPREF_NATIVE": native, "MALLOC_MMAP_THRESHOLD_": str(2**23)}
     command = [sys.executable, "-c", MEMORY, *cases]

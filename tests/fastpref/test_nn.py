@@ -24,6 +24,8 @@ from torch import Tensor
 import fastpref
 from fastpref import losses, nn
 from fastpref.losses import TABLE, Loss
+from tests.helpers.dpo import required
+from tests.helpers.losses import fields
 
 Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]
 every_loss = pytest.mark.parametrize("loss", TABLE, ids=lambda loss: loss.name)
@@ -32,7 +34,7 @@ every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: mod
 
 
 def module_of(function_name: str) -> Any:
-    """A module has its function's name without underscores; of a loss without one this raises."""
+    """Return the module of a loss. Its name is the function's without underscores."""
     return {name.lower(): getattr(nn, name) for name in nn.__all__}[function_name.replace("_", "")]
 
 
@@ -42,7 +44,7 @@ def function_of(module: Any) -> Any:
 
 
 def split(module: Any, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a function's keywords those of the constructor, and those of the call."""
+    """Return the keywords of a function that its module's constructor takes, and those that the call takes."""
     fixed = inspect.signature(module).parameters
     constructor = {k: v for k, v in options.items() if k in fixed and not isinstance(v, Tensor)}
     return constructor, {k: v for k, v in options.items() if k not in constructor}
@@ -53,7 +55,7 @@ def tokens(*shape: int, count: int) -> tuple[Tensor, ...]:
 
 
 def call_of(module: Any) -> tuple[Tensor, ...]:
-    """Positional arguments of a typical call."""
+    """Return the positional arguments of a typical call."""
     if module in (nn.PPOPolicyLoss, nn.PPOValueLoss):
         return (*tokens(3, 5, count=3), torch.rand(3, 5) < 0.7)
     if module is nn.KTOSplitLoss:
@@ -68,10 +70,6 @@ def call(loss_fn: Any) -> Any:
     return loss_fn(*call_of(type(loss_fn)), **more)
 
 
-def flat(result: Any) -> list[Tensor]:
-    return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
-
-
 class TestEveryLoss:
     @every_loss
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -84,12 +82,12 @@ class TestEveryLoss:
         for function, keywords in ((module(**constructor), at_call), (loss.function, options)):
             leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
             result = function(*leaves, **keywords)
-            flat(result)[0].sum().backward()
+            fields(result)[0].sum().backward()
             results.append((result, [t.grad for t in leaves if t.grad is not None]))
         (got, slopes), (wanted, wanted_slopes) = results
         assert type(got) is type(wanted)
         assert len(slopes) == len(wanted_slopes) > 0
-        for a, b in zip((*flat(got), *slopes), (*flat(wanted), *wanted_slopes), strict=True):
+        for a, b in zip((*fields(got), *slopes), (*fields(wanted), *wanted_slopes), strict=True):
             assert torch.equal(a, b)
 
     @every_loss
@@ -131,7 +129,7 @@ class TestEveryModule:
         loss_fn = module(**option)
         other = copied(loss_fn)
         assert repr(other) == repr(loss_fn)
-        assert all(torch.equal(a, b) for a, b in zip(flat(call(other)), flat(call(loss_fn)), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(fields(call(other)), fields(call(loss_fn)), strict=True))
 
     @every_module
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -141,7 +139,7 @@ class TestEveryModule:
         loss_fn = module()
         arguments, more = call_of(module), {"kl": 0.3} if module is nn.KTOLoss else {}
         compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
-        for got, wanted in zip(flat(compiled(*arguments, **more)), flat(loss_fn(*arguments, **more)), strict=True):
+        for got, wanted in zip(fields(compiled(*arguments, **more)), fields(loss_fn(*arguments, **more)), strict=True):
             torch.testing.assert_close(got, wanted)
 
     @every_module
@@ -214,9 +212,9 @@ class TestConstruction:
         tensors, each = call_of(module), torch.rand(5, dtype=torch.float64)
         fixed, plain = module(margin=0.7), module()
         for given, wanted in ((None, 0.7), (each, each), (0.0, 0.0)):
-            got = flat(fixed(*tensors, margin=given))[0]
-            assert torch.equal(got, flat(plain(*tensors, margin=wanted))[0])
-        assert flat(fixed(*tensors))[0] != flat(plain(*tensors))[0]
+            got = fields(fixed(*tensors, margin=given))[0]
+            assert torch.equal(got, fields(plain(*tensors, margin=wanted))[0])
+        assert fields(fixed(*tensors))[0] != fields(plain(*tensors))[0]
 
     def test_weights_of_the_call(self) -> None:
         tensors, weights = call_of(nn.DPOLoss), torch.rand(5, dtype=torch.float64)
@@ -303,9 +301,14 @@ class TestOpenRLHF:
         # Integers, as the mask of a sampled sequence is made from its attention mask.
         mask = (torch.rand(batch, length) < 0.6).long()
         return SimpleNamespace(
-            action_log_probs=old, advantages=advantages, values=values, returns=returns, rollout_log_probs=rollout,
-            action_mask=mask, info={},
-        )  # fmt: skip
+            action_log_probs=old,
+            advantages=advantages,
+            values=values,
+            returns=returns,
+            rollout_log_probs=rollout,
+            action_mask=mask,
+            info={},
+        )
 
     @staticmethod
     def part(experience: Any, rows: slice) -> Any:
@@ -422,14 +425,14 @@ class TestOpenRLHF:
 
 
 def instantiate(config: dict[str, Any]) -> Any:
-    """What torchtune makes of a config's node: the component of a dotted path, called with the other entries."""
+    """Return torchtune's component of a config's node: what a dotted path names, called with the other entries."""
     path, name = config["_component_"].rsplit(".", 1)
     return getattr(importlib.import_module(path), name)(**{k: v for k, v in config.items() if k != "_component_"})
 
 
 @dataclass
 class ChosenRejectedOutputs:
-    """torchtune's, at bd2a0fc."""
+    """The class of that name in torchtune, at bd2a0fc."""
 
     chosen_logps: Tensor | None
     rejected_logps: Tensor | None
@@ -501,7 +504,7 @@ class TestTorchtune:
             torch.testing.assert_close(recipe._loss_fn(outputs, None).loss / self.ACCUMULATED, loss)
 
     def test_is_reference_free(self) -> None:
-        free = [name for name in losses.LOSS_TYPES if nn.DPOLoss(loss_type=name, **smoothed(name)).is_reference_free]
+        free = [name for name in losses.LOSS_TYPES if nn.DPOLoss(loss_type=name, **required(name)).is_reference_free]
         assert free == ["simpo", "cpo", "orpo", "sft"]
         assert not nn.DPOLoss(loss_type=["cpo", "sigmoid"]).is_reference_free
         assert nn.DPOLoss(reference_free=True).is_reference_free
@@ -522,7 +525,3 @@ class TestTorchtune:
         wanted = self.two_outputs(SimpleNamespace(_loss_fn=nn.DPOLoss()), policy, reference)
         compiled = torch.compile(nn.DPOLoss(), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(self.two_outputs(SimpleNamespace(_loss_fn=compiled), policy, reference), wanted)
-
-
-def smoothed(loss_type: str) -> dict[str, Any]:
-    return {"label_smoothing": 0.1} if loss_type == "exo_pair" else {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,34 +19,80 @@ import fastpref
 from fastpref import dpo_loss, linear_dpo_loss, nn, pairwise_reward_loss, reference
 from fastpref.distributed import sum_parts
 from fastpref.losses import RLHF, TABLE
+from tests.helpers.losses import fields
 
 PAIRS = 4
 HIDDEN, WEIGHT = torch.randn(2 * PAIRS, 5, 3), torch.randn(7, 3)
 LABELS = torch.randint(7, (2 * PAIRS, 5))
 LOGITS = torch.randn(2 * PAIRS, 5, 7)
 REFERENCES = {"ref_chosen_logps": torch.randn(PAIRS), "ref_rejected_logps": torch.randn(PAIRS)}
-
 # Wrong values for each kind of option.
-NO_NUMBER: tuple[Any, ...] = ("0.1", "x", None, [0.1], {"a": 1.0}, True, 1j, torch.tensor(0.5))
+NO_NUMBER: tuple[Any, ...] = ("0.1", "x", None, [0.1], (0.1, 0.2, 0.3), {"a": 1.0}, True, 1j, torch.tensor(0.5))
 OUT_OF_RANGE = (math.nan, math.inf, -math.inf)
+NOT_ABOVE_ZERO = (-1, -1.0, Fraction(-1, 2))
+# Options that hold integers or names, alone or in a container: what is wrong is a type, or a value, of either.
+EITHER_ERROR = ("loss_type", "loss_weights", "chunk_rows", "scored_rows", "keep")
+NO_PAIR: tuple[Any, ...] = (
+    "23",
+    b"23",
+    (0.1, "0.2"),
+    [None, 0.2],
+    [True, 0.2],
+    (0.1, math.nan),
+    [[0.1], 0.2],
+    (0, 0),
+    0,
+)
 NO_INT: tuple[Any, ...] = ("1", None, [1], 1.5, math.nan, True, 2**63)
-NO_BOOL: tuple[Any, ...] = ("false", "true", None, 0, 1, 1.0, [True])
-NO_CHOICE: tuple[Any, ...] = ("Mean!", None, ["mean"], {"mean": 1}, 1, True, math.nan)
+NO_BOOL: tuple[Any, ...] = ("false", "true", None, 0, 1, 0.0, 1.0, [True], math.nan)
+NO_CHOICE: tuple[Any, ...] = ("Mean!", "Token", "", None, ["mean"], {"mean": 1}, {"token"}, 1, True, math.nan)
 NO_NAMES: tuple[Any, ...] = (None, 1, True, {"lse": 1}, "lse", ["lsee"], [None], [["lse"]], {"lse"}, ["lse", "lse"])
 NO_LOSS_TYPES: tuple[Any, ...] = (
-    None, 1.0, True, "dpo", [], {}, ["sigmoid", None], [["sigmoid"]], {"sigmoid", "hinge"}, {"dpo": 1.0},
-    {"sigmoid": None}, {"sigmoid": "1"}, {"sigmoid": math.nan}, {"sigmoid": True}, {1: 1.0}, iter(["sigmoid"]),
-)  # fmt: skip
+    None,
+    1.0,
+    True,
+    "dpo",
+    [],
+    {},
+    ["sigmoid", None],
+    [["sigmoid"]],
+    {"sigmoid", "hinge"},
+    {"dpo": 1.0},
+    {"sigmoid": None},
+    {"sigmoid": "1"},
+    {"sigmoid": math.nan},
+    {"sigmoid": True},
+    {1: 1.0},
+    iter(["sigmoid"]),
+)
 NO_WEIGHTS: tuple[Any, ...] = (1.0, "1", b"1", [1.0, 2.0], [None], ["1"], [math.nan], [True], {"sigmoid": 1.0}, {1.0})
 
 
+class Case(NamedTuple):
+    """An option of a function, what it is called with beside the option, and values that the option must refuse."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    option: str
+    default: Any
+    wrong: Sequence[Any]
+
+
+def numbers(values: Sequence[Any] = NO_NUMBER) -> tuple[Any, ...]:
+    """Return values without None and tensors, which some options take."""
+    return tuple(value for value in values if value is not None and not isinstance(value, Tensor))
+
+
 def optional(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return values without None."""
     return tuple(value for value in values if value is not None)
 
 
-def wrong_values(name: str, default: Any) -> Sequence[Any]:
-    """Return values that an option must refuse."""
-    counts = (*(value for value in optional(NO_NUMBER) if not isinstance(value, Tensor)), *OUT_OF_RANGE, -1)
+def wrong_values(name: str, default: Any, *, of_pairs: bool) -> Sequence[Any]:
+    """Return values that an option must refuse; `of_pairs` says whether it is one of a loss of pairs."""
+    counts = (*numbers(), *OUT_OF_RANGE, -1)
     of_name: dict[str, Sequence[Any]] = {
         "loss_type": NO_LOSS_TYPES,
         "loss_weights": NO_WEIGHTS,
@@ -56,9 +102,11 @@ def wrong_values(name: str, default: Any) -> Sequence[Any]:
         "scored_rows": (*optional(NO_INT), -1, [1], [4] * 9, [4, -1], [4, 1.5], 1, [0, 0]),
         "ignore_index": NO_INT,
         "keep": (*optional(NO_INT), -1),
-        "dp_size": (*NO_INT, 0),
+        "dp_size": (*NO_INT, "8", [8], 0, -1),
         "margin": (*optional(NO_NUMBER), *OUT_OF_RANGE),
-        "kl": (*(value for value in NO_NUMBER if not isinstance(value, Tensor)), *OUT_OF_RANGE),
+        "kl": (None, *numbers(), *OUT_OF_RANGE),
+        "clip": (*NO_NUMBER, *OUT_OF_RANGE, *NOT_ABOVE_ZERO, *NO_PAIR),
+        "denominator": (*counts, torch.ones(2)),
         "batch_num_tokens": counts,
         "global_batch_size": counts,
     }
@@ -68,35 +116,37 @@ def wrong_values(name: str, default: Any) -> Sequence[Any]:
         return NO_BOOL
     if isinstance(default, str):
         return NO_CHOICE
-    least = {"delta": (), "f_alpha": (), "gamma": ()}.get(name, (-1, -1.0, Fraction(-1, 2)))
     if default is None:
-        positive = {"softcap": (0, 0.0, -1), "filter_eps": (0, 1, 1.0, -1e-3), "ld_alpha": ()}
-        return (*optional(NO_NUMBER), *OUT_OF_RANGE, *positive.get(name, least))
-    return (*NO_NUMBER, *OUT_OF_RANGE, *least)
+        ranges = {"softcap": (0, 0.0, -1), "filter_eps": (0, 1, 1.0, -1e-3), "ld_alpha": ()}
+        return (*optional(NO_NUMBER), *OUT_OF_RANGE, *ranges.get(name, NOT_ABOVE_ZERO))
+    any_number = name in ("delta", "f_alpha") or (name == "gamma" and of_pairs)
+    return (*NO_NUMBER, torch.ones(2), *OUT_OF_RANGE, *(() if any_number else NOT_ABOVE_ZERO))
 
 
 def functions() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
     """Yield a name, a public function or module's constructor, and arguments that it takes."""
-    for package in (fastpref, reference):
-        of = package.__name__
-        for name in ("token_logprobs", "sequence_logprobs"):
-            yield f"{of}.{name}", getattr(package, name), (LOGITS, LABELS), {}
-            yield f"{of}.linear_{name}", getattr(package, f"linear_{name}"), (HIDDEN, WEIGHT, LABELS), {}
-        yield f"{of}.linear_dpo_loss", package.linear_dpo_loss, (HIDDEN, WEIGHT, LABELS), REFERENCES
-        arguments = (HIDDEN, WEIGHT, LABELS, lambda logps: logps.sum(-1))
-        yield f"{of}.linear_preference_loss", package.linear_preference_loss, arguments, {"group_size": 2}
-        yield f"{of}.implicit_reward", package.implicit_reward, tuple(REFERENCES.values()), {}
+    for name in ("token_logprobs", "sequence_logprobs"):
+        yield f"fastpref.{name}", getattr(fastpref, name), (LOGITS, LABELS), {}
+        yield f"fastpref.linear_{name}", getattr(fastpref, f"linear_{name}"), (HIDDEN, WEIGHT, LABELS), {}
+    yield "fastpref.linear_dpo_loss", fastpref.linear_dpo_loss, (HIDDEN, WEIGHT, LABELS), REFERENCES
+    arguments = (HIDDEN, WEIGHT, LABELS, lambda logps: logps.sum(-1))
+    yield "fastpref.linear_preference_loss", fastpref.linear_preference_loss, arguments, {"group_size": 2}
+    yield "fastpref.implicit_reward", fastpref.implicit_reward, tuple(REFERENCES.values()), {}
     # One row of each function, whose other options have their defaults.
     for entry in {entry.function: entry for entry in reversed(TABLE)}.values():
         drawn, options = entry.example(torch.Generator().manual_seed(0), PAIRS)
-        for function, of in ((entry.function, "fastpref"), (entry.reference, "reference")):
-            yield f"{of}.{entry.function.__name__}", function, drawn, options
+        yield f"fastpref.{entry.function.__name__}", entry.function, drawn, options
     modules = ("DPOLoss", "KTOLoss", "KTOSplitLoss", "PairwiseRewardLoss", "BestOfKLoss", "RankingLoss")
     for name in (*modules, "PlackettLuceLoss", "PPOPolicyLoss", "PPOValueLoss"):
         yield f"nn.{name}", getattr(nn, name), (), {}
     tokens = tuple(torch.randn(3, PAIRS, 5))
     for name in ("PPOPolicyLoss", "PPOValueLoss"):
         yield f"nn.{name}.forward", getattr(nn, name)().forward, tokens, {}
+        step = functools.partial(getattr(nn, name)(reduction="sequence").forward, *tokens)
+        yield f"nn.{name}.forward of sequences", step, (), {}
+    for entry in RLHF:
+        drawn, options = entry.example(torch.Generator().manual_seed(0), PAIRS)
+        yield f"fastpref.{entry.name}", entry.function, drawn, options
     yield "release_memory", fastpref.release_memory, (), {}
 
 
@@ -110,17 +160,28 @@ def scalar_options(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-CASES = [
-    (f"{name}-{option}", function, arguments, options, option, default)
-    for name, function, arguments, options in functions()
-    for option, default in scalar_options(function).items()
-]
+def cases() -> Iterator[Case]:
+    for name, function, arguments, options in functions():
+        for option, default in scalar_options(function).items():
+            wrong = wrong_values(option, default, of_pairs="loss_type" in inspect.signature(function).parameters)
+            yield Case(f"{name}-{option}", function, arguments, options, option, default, wrong)
+    controller = {"init": 0.1, "target": 6.0, "horizon": 1000.0}
+    for option, default in controller.items():
+        wrong = (*wrong_values(option, default, of_pairs=False), 0)
+        yield Case(f"controller-{option}", fastpref.AdaptiveKLController, (), controller, option, default, wrong)
+    step, update = {"kl": 5.0, "n": 10}, fastpref.AdaptiveKLController(**controller).update
+    wrong = {"kl": (None, "5", [5.0], torch.ones(2), True, 1j, math.nan), "n": wrong_values("n", 10, of_pairs=False)}
+    for option, default in step.items():
+        yield Case(f"controller.update-{option}", update, (), step, option, default, wrong[option])
+
+
+CASES = list(cases())
 
 
 def shows(words: str, value: Any) -> bool:
     """Return whether an error shows what was given, or the element of it that is wrong."""
     if isinstance(value, Tensor):
-        return str(value.dtype) in words
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}" in words
     held = [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, (list, set)) else []
     return any(repr(given) in words for given in (value, *held))
 
@@ -133,21 +194,54 @@ def refused(function: Callable[..., Any], arguments: tuple[Any, ...], options: d
     return None
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "options", "option", "default"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
-)
-def test_a_wrong_option_is_refused_by_name(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], option: str, default: Any
-) -> None:
+def wanted_error(case: Case, value: Any) -> type[Exception] | None:
+    """Return the type of the error that a value must raise, or None where either will do."""
+    if isinstance(case.default, (bool, float)) and type(value) in (str, list, dict):
+        return TypeError
+    if case.option in EITHER_ERROR or not isinstance(case.default, (str, bool, float, type(None))):
+        return None
+    if isinstance(value, (type(None), bool, dict, complex)):
+        return TypeError
+    if isinstance(value, (int, float)) and not isinstance(case.default, (str, bool)):
+        return ValueError
+    return None
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_wrong_option_is_refused_by_name(case: Case) -> None:
     failures = []
-    for value in wrong_values(option, default):
-        error = refused(function, arguments, {**options, option: value})
+    for value in case.wrong:
+        error = refused(case.function, case.arguments, {**case.options, case.option: value})
         words = str(error)
-        if error is None or option not in words or " must " not in words or not shows(words, value):
+        if error is None or not re.match(rf"(a weight in )?{case.option}\b.* must ", words) or not shows(words, value):
             failures.append(f"{value!r}: {type(error).__name__} {words}")
-        if isinstance(default, (bool, float)) and type(value) in (str, list, dict) and not isinstance(error, TypeError):
-            failures.append(f"{value!r}: {type(error).__name__} and no TypeError")
+        wanted = wanted_error(case, value)
+        if wanted is not None and not isinstance(error, wanted):
+            failures.append(f"{value!r}: {type(error).__name__} and no {wanted.__name__}")
     assert not failures, "\n".join(failures)
+
+
+def test_every_option_of_ppo_is_here() -> None:
+    found = {(case.name.split("-")[0].removeprefix("fastpref."), case.option) for case in CASES}
+    options = {
+        (entry.name, option)
+        for entry in RLHF
+        for option, parameter in inspect.signature(entry.function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert options <= found
+    assert {"clip", "dual_clip", "gamma", "lam", "kl_coef", "estimator", "shift_mean", "reduction", "denominator"} < {
+        option for _, option in options
+    }
+
+
+def test_a_refused_update_leaves_the_controller_as_it_was() -> None:
+    controller = fastpref.AdaptiveKLController(0.1, 6.0, 1000)
+    for case in CASES:
+        if case.name.startswith("controller.update"):
+            for value in case.wrong:
+                assert refused(controller.update, (), {**case.options, case.option: value}) is not None
+    assert controller.value == 0.1
 
 
 @pytest.mark.parametrize("number", [Fraction(1, 4), 1, np.float32(0.25), np.float64(0.25), np.int64(1)], ids=repr)
@@ -173,6 +267,25 @@ def test_every_real_number_is_taken(number: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("two", [2, np.float32(2), np.int64(2), Fraction(2)], ids=lambda x: type(x).__name__)
+def test_every_real_number_is_taken_by_ppo(two: Any) -> None:
+    rlhf = {entry.name: entry for entry in RLHF}
+    for name, given, wanted in (
+        ("ppo_policy_loss", {"clip": two, "dual_clip": two}, {"clip": 2.0, "dual_clip": 2.0}),
+        ("ppo_policy_loss", {"clip": [two, 1]}, {"clip": (2.0, 1.0)}),
+        ("ppo_loss", {"value_clip": two, "value_coef": two}, {"value_clip": 2.0, "value_coef": 2.0}),
+        ("kl_shaped_rewards", {"kl_coef": two}, {"kl_coef": 2.0}),
+        ("gae", {"gamma": two / 2, "lam": two / 2}, {"gamma": 1.0, "lam": 1.0}),
+        ("ptx_loss", {"gamma": two, "denominator": two}, {"gamma": 2.0, "denominator": 2.0}),
+    ):
+        tensors, _ = rlhf[name].example(torch.Generator().manual_seed(0), PAIRS)
+        for found, right in zip(*(fields(rlhf[name].function(*tensors, **x)) for x in (given, wanted)), strict=True):
+            assert torch.equal(found, right)
+    controller = fastpref.AdaptiveKLController(two, two, 100)
+    controller.update(4 * two, two)
+    assert controller.value == pytest.approx(2 * (1 + 0.2 * 2 / 100))
+
+
 def test_every_integer_is_taken() -> None:
     options = {"chunk_rows": np.int64(4), "ignore_index": np.int64(3), "group_size": np.int64(2)}
     for package in (fastpref, reference):
@@ -181,51 +294,6 @@ def test_every_integer_is_taken() -> None:
             for given in (options, {name: int(value) for name, value in options.items()})
         ]
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-
-
-class TestLossTypes:
-    """A mapping of loss types to their weights, and what is no sequence and no mapping."""
-
-    WEIGHTED: Mapping[str, float] = MappingProxyType({"sigmoid": 0.5, "hinge": 3.0})
-
-    @staticmethod
-    def expected(beta: float, *logps: Tensor) -> float:
-        w, l, rw, rl = (tensor.tolist() for tensor in logps)  # noqa: E741
-        gaps = [beta * (a - b - (c - d)) for a, b, c, d in zip(w, l, rw, rl, strict=True)]
-        losses = [0.5 * math.log1p(math.exp(-gap)) + 3.0 * max(0.0, 1 - gap) for gap in gaps]
-        return math.fsum(losses) / len(losses)
-
-    def test_a_mapping_weighs_the_losses(self) -> None:
-        logps = tuple(torch.randn(4, PAIRS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
-        wanted = self.expected(0.2, *logps)
-        assert abs(wanted - float(dpo_loss(*logps, beta=0.2, loss_type=["sigmoid", "hinge"]).loss)) > 0.5
-        for function in (dpo_loss, reference.dpo_loss):
-            got = function(*logps, beta=0.2, loss_type=self.WEIGHTED).loss
-            assert float(got) == pytest.approx(wanted, rel=1e-14)
-        assert float(nn.DPOLoss(beta=0.2, loss_type=self.WEIGHTED)(*logps).loss) == pytest.approx(wanted, rel=1e-14)
-
-    def test_of_hidden_states(self) -> None:
-        hidden, weight = HIDDEN.double(), WEIGHT.double()
-        refs = {name: value.double() for name, value in REFERENCES.items()}
-        logps = reference.linear_sequence_logprobs(hidden, weight, LABELS).tensor_split(2)
-        wanted = self.expected(0.1, *logps, *refs.values())
-        for package in (fastpref, reference):
-            result = package.linear_dpo_loss(hidden, weight, LABELS, **refs, loss_type=self.WEIGHTED)
-            assert float(result.loss) == pytest.approx(wanted, rel=1e-12)
-
-    @pytest.mark.parametrize("package", [fastpref, reference], ids=lambda package: package.__name__)
-    def test_what_says_the_weights_twice_is_refused(self, package: Any) -> None:
-        x = torch.zeros(2)
-        for options in ({"loss_type": self.WEIGHTED}, {"loss_type": {"sigmoid": 1.0}}):
-            with pytest.raises(ValueError, match=r"loss_weights must be None where loss_type is a mapping.*\[0\.5, 3"):
-                package.dpo_loss(x, x, x, x, **options, loss_weights=[0.5, 3])
-
-    def test_a_set_is_refused_with_weights_or_without(self) -> None:
-        x = torch.zeros(2)
-        for weights in (None, [0.5, 3.0]):
-            for kinds in ({"sigmoid", "hinge"}, frozenset({"sigmoid", "hinge"})):
-                with pytest.raises(TypeError, match=r"loss_type must be a name, a sequence .*set"):
-                    dpo_loss(x, x, x, x, loss_type=kinds, loss_weights=weights)  # type: ignore[arg-type]
 
 
 def vector_arguments() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any], list[str]]]:
@@ -242,19 +310,14 @@ def vector_arguments() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]
         given = {name: value for name, value in pairs.items() if name in takes or (name in options and name in pairs)}
         arguments = {**dict(zip(parameters, drawn, strict=False)), **options, **given, **getattr(entry, "options", {})}
         calls += [(f"fastpref.{entry.name}", entry.function, arguments)]
-        calls += [(f"reference.{entry.name}", entry.reference, arguments)]
-    for package in (fastpref, reference):
-        of = package.__name__
-        calls += [
-            (f"{of}.implicit_reward", package.implicit_reward, {"logps": ones, "ref_logps": ones}),
-            (f"{of}.sequence_logprobs", package.sequence_logprobs, {"logits": LOGITS, "labels": LABELS, **shared}),
-            (f"{of}.linear_sequence_logprobs", package.linear_sequence_logprobs, linear),
-            (f"{of}.linear_dpo_loss", package.linear_dpo_loss, {**linear, **REFERENCES, **pairs}),
-            (
-                f"{of}.linear_preference_loss", package.linear_preference_loss,
-                {**linear, "loss_fn": lambda logps: logps.sum(-1), "group_size": 2},
-            ),
-        ]  # fmt: skip
+    arguments = {**linear, "loss_fn": lambda logps: logps.sum(-1), "group_size": 2}
+    calls += [
+        ("fastpref.implicit_reward", fastpref.implicit_reward, {"logps": ones, "ref_logps": ones}),
+        ("fastpref.sequence_logprobs", fastpref.sequence_logprobs, {"logits": LOGITS, "labels": LABELS, **shared}),
+        ("fastpref.linear_sequence_logprobs", fastpref.linear_sequence_logprobs, linear),
+        ("fastpref.linear_dpo_loss", linear_dpo_loss, {**linear, **REFERENCES, **pairs}),
+        ("fastpref.linear_preference_loss", fastpref.linear_preference_loss, arguments),
+    ]
     names = list(inspect.signature(nn.KTOSplitLoss.forward).parameters)[1:]
     calls += [("nn.KTOSplitLoss", nn.KTOSplitLoss(), dict.fromkeys(names, ones))]
     calls += [("nn.PairwiseRewardLoss", nn.PairwiseRewardLoss(), {"chosen": ones, "rejected": ones, "margin": ones})]
@@ -301,6 +364,16 @@ class TestShapes:
         with pytest.raises(ValueError, match=r"^policy_logps must .*: pass policy_logps\.squeeze\(-1\)$"):
             fastpref.kto_loss(x, x, x > 0, kl=0.0)
 
+    @pytest.mark.parametrize("place", range(3))
+    @pytest.mark.parametrize("function", [fastpref.ppo_value_loss, fastpref.gae])
+    def test_a_value_head_gives_one_dimension_too_many(self, function: Callable[..., Any], place: int) -> None:
+        count = 3 if function is fastpref.ppo_value_loss else 2
+        tensors = [*torch.randn(count, 3, 4), torch.ones(3, 4, dtype=torch.bool)]
+        tensors[place] = tensors[place].unsqueeze(-1)
+        names = list(inspect.signature(function).parameters)
+        with pytest.raises(ValueError, match=rf"^{names[place]} must be .*: pass {names[place]}\.squeeze\(-1\)"):
+            function(*tensors)
+
     def test_no_remedy_is_made_up(self) -> None:
         x = torch.zeros(PAIRS)
         for wrong in (torch.zeros(PAIRS, 2), torch.zeros(PAIRS + 1), torch.zeros(())):
@@ -331,18 +404,17 @@ class TestIntegers:
 
     def test_bools_are_no_numbers(self) -> None:
         x = torch.zeros(PAIRS)
-        for function in (pairwise_reward_loss, reference.pairwise_reward_loss, nn.PairwiseRewardLoss()):
+        for function in (pairwise_reward_loss, nn.PairwiseRewardLoss()):
             with pytest.raises(TypeError, match=r"^margin must be .*torch\.bool"):
                 function(x, x, margin=x > 0)
 
 
 class TestLayouts:
-    """Sparse tensors in the place of each that is computed with."""
+    """A sparse tensor is refused in the place of each dense one."""
 
     @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
-    @pytest.mark.parametrize("package", [fastpref, reference], ids=lambda package: package.__name__)
     @pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")
-    def test_sparse_is_refused(self, package: Any, layout: torch.layout) -> None:
+    def test_sparse_is_refused(self, layout: torch.layout) -> None:
         calls: list[tuple[str, tuple[str, ...], tuple[Tensor, ...]]] = [
             ("token_logprobs", ("logits", "labels"), (LOGITS[0], LABELS[0])),
             ("linear_token_logprobs", ("hidden", "weight", "labels"), (HIDDEN[0], WEIGHT, LABELS[0])),
@@ -357,7 +429,7 @@ class TestLayouts:
                     continue
                 sparse = (*arguments[:i], argument.to_sparse(layout=layout), *arguments[i + 1 :])
                 with pytest.raises(TypeError, match=rf"^{names[i]} must be .*; got a sparse_(coo|csr)"):
-                    getattr(package, name)(*sparse)
+                    getattr(fastpref, name)(*sparse)
 
 
 @pytest.mark.parametrize(

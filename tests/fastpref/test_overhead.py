@@ -1,4 +1,4 @@
-"""How much happens on the host in a small call. Counts tell it the same on every machine, which times do not."""
+"""Counts of what the host does in a small call. They are the same on every machine, unlike times."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TestFromHiddenStates:
         reason="this torch binds a Function's arguments in C++, always",
     )
     def test_few_functions_are_entered(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Among others, the arguments are not bound to a signature, as `autograd.Function.apply` does."""
+        """Few functions are entered; `autograd.Function.apply` would bind the arguments to a signature, for one."""
         assert python_calls(lambda: fastpref.linear_token_logprobs(*batch)) <= 120
 
 
@@ -133,7 +133,7 @@ class TestLosses:
 
 
 class TestLossesOnAGPU:
-    """Losses as tensors of a GPU take them, to the launch, which does nothing here."""
+    """Losses on tensors of a stand-in for a GPU, up to the launch, which does nothing here."""
 
     @pytest.fixture(autouse=True)
     def stubbed(self) -> Iterator[None]:

@@ -1,22 +1,16 @@
-"""Any shape, mask and option that hypothesis thinks of: the operators against the definition."""
+"""The operators against the definition, for shapes, masks and options that hypothesis draws."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref import ranking_loss, reference
-from tests.tolerance import ALL_STATS, DTYPES, assert_accurate, assert_matches_reference
-
-# Derandomised, so that a run is a run; the poison of the memory lasts from one example to the next, as it should.
-any_of = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+from tests.helpers.marks import examples
+from tests.tolerance import ALL_STATS, DTYPES, assert_matches_reference
 
 
 @st.composite
@@ -32,7 +26,7 @@ def transforms(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def inputs(draw: st.DrawFn, time: int) -> tuple[Tensor, Tensor, int]:
-    """Logits (B, T, V) as some view of a base, their labels, and the ignore index."""
+    """Draw logits (B, T, V) as a view of a base, their labels, and the ignore index."""
     batch, vocabulary = draw(st.integers(0, 4)), draw(st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 2049])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     scale = draw(st.sampled_from([0.1, 3.0, 30.0]))
@@ -59,7 +53,7 @@ layouts = st.sampled_from(
 )
 
 
-@any_of
+@examples(60)
 @given(data=st.data(), time=st.integers(0, 7), options=transforms(), stats=statistics, shift=st.booleans())
 def test_token_logprobs(data: Any, time: int, options: dict[str, Any], stats: tuple[str, ...], shift: bool) -> None:
     logits, labels, ignore_index = data.draw(inputs(time))
@@ -77,63 +71,66 @@ def test_token_logprobs(data: Any, time: int, options: dict[str, Any], stats: tu
     )
 
 
-@any_of
+@examples(60)
 @given(
-    data=st.data(), time=st.integers(0, 7), options=transforms(), stats=statistics, shift=st.booleans(),
-    reduction=st.sampled_from(["sum", "mean"]), ld_alpha=st.sampled_from([None, 0.0, 0.5]),
-)  # fmt: skip
+    data=st.data(),
+    time=st.integers(0, 7),
+    options=transforms(),
+    stats=statistics,
+    shift=st.booleans(),
+    reduction=st.sampled_from(["sum", "mean"]),
+    ld_alpha=st.sampled_from([None, 0.0, 0.5]),
+)
 def test_sequence_logprobs(
-    data: Any, time: int, options: dict[str, Any], stats: tuple[str, ...], shift: bool, reduction: str,
+    data: Any,
+    time: int,
+    options: dict[str, Any],
+    stats: tuple[str, ...],
+    shift: bool,
+    reduction: str,
     ld_alpha: float | None,
-) -> None:  # fmt: skip
+) -> None:
     logits, labels, ignore_index = data.draw(inputs(time))
     lengths = None
     if ld_alpha is not None and logits.shape[0] % 2:
         lengths = torch.tensor(data.draw(st.lists(st.integers(0, 8), min_size=(n := logits.shape[0]), max_size=n)))
     assert_matches_reference(
-        "sequence_logprobs", logits, labels, ignore_index=ignore_index, shift=shift, stats=stats, reduction=reduction,
-        ld_alpha=ld_alpha, shared_lengths=lengths, slack=SLACK, **options,
-    )  # fmt: skip
+        "sequence_logprobs",
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        shift=shift,
+        stats=stats,
+        reduction=reduction,
+        ld_alpha=ld_alpha,
+        shared_lengths=lengths,
+        slack=SLACK,
+        **options,
+    )
 
 
-@any_of
+@examples(60)
 @given(
-    data=st.data(), lengths=st.lists(st.integers(0, 5), max_size=6), options=transforms(), shift=st.booleans(),
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 5), max_size=6),
+    options=transforms(),
+    shift=st.booleans(),
     reduction=st.sampled_from(["sum", "mean"]),
-)  # fmt: skip
+)
 def test_packed(data: Any, lengths: list[int], options: dict[str, Any], shift: bool, reduction: str) -> None:
     logits, labels, ignore_index = data.draw(inputs(sum(lengths)))
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     first = logits[:1] if logits.shape[0] else logits.new_zeros(1, *logits.shape[1:])
     row = labels[:1] if labels.shape[0] else labels.new_zeros(1, labels.shape[1])
     assert_matches_reference(
-        "sequence_logprobs", first, row, cu_seqlens=bounds.to(data.draw(st.sampled_from([torch.int32, torch.int64]))),
-        ignore_index=ignore_index, shift=shift, reduction=reduction, stats=("entropy",), slack=SLACK, **options,
-    )  # fmt: skip
-
-
-@any_of
-@given(data=st.data(), batch=st.integers(0, 4), answers=st.integers(2, 12), dtype=st.sampled_from(DTYPES[1:]))
-def test_ranking_loss(data: Any, batch: int, answers: int, dtype: torch.dtype) -> None:
-    """However answers are ranked and masked, a prompt's loss and gradient are those of its counted answers alone."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
-    rewards = (10 * torch.randn(batch, answers, generator=generator)).to(dtype)
-    ranks = torch.randint(data.draw(st.integers(1, answers)), (batch, answers), generator=generator)
-    mask = torch.rand(batch, answers, generator=generator) < data.draw(st.sampled_from([0.3, 0.8, 1.0]))
-    leaf = rewards.masked_fill(~mask, float("nan")).requires_grad_()
-    losses = ranking_loss(leaf, ranks, mask=mask, reduction="none")
-    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    for b in range(batch):
-        keep = mask[b]
-        if keep.sum() < 2:
-            assert losses[b] == 0
-            assert not gradient[b].any()
-            continue
-        alone = {}
-        for kind in (dtype, torch.float64):
-            kept = rewards[b, keep].to(kind)[None].requires_grad_()
-            loss = reference.ranking_loss(kept, ranks[b, keep][None])
-            alone[kind] = (loss, torch.autograd.grad(loss, kept)[0][0])
-        assert_accurate(losses[b], alone[dtype][0], alone[torch.float64][0], "loss", slack=SLACK)
-        assert_accurate(gradient[b, keep], alone[dtype][1], alone[torch.float64][1], "gradient", slack=SLACK)
-        assert not gradient[b, ~keep].any()
+        "sequence_logprobs",
+        first,
+        row,
+        cu_seqlens=bounds.to(data.draw(st.sampled_from([torch.int32, torch.int64]))),
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        stats=("entropy",),
+        slack=SLACK,
+        **options,
+    )

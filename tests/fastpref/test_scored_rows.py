@@ -1,4 +1,4 @@
-"""`scored_rows` says how many labels are scored: it changes no answer, and a CPU refuses a number that is too small."""
+"""`scored_rows`, the number of scored labels, changes no answer, and a CPU refuses a number that is too small."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastpref
-from fastpref.linear_preference import _even_runs, _runs
+from fastpref._core.runs import _even_runs, _runs
 from fastpref_kernels import ops
 
 H, V = 8, 40
@@ -19,7 +19,7 @@ COUNTS = [3, 1, 4, 2]
 
 
 def batch(packed: bool = False) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Four sequences, of which so many labels are scored as `COUNTS` says."""
+    """Return four sequences, with as many scored labels as `COUNTS` says."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 6, H, generator=generator, requires_grad=True)
     weight = torch.randn(V, H, generator=generator, requires_grad=True)
@@ -84,7 +84,7 @@ def test_a_tensor_is_refused_because_reading_it_waits() -> None:
 
 
 def test_another_number_compiles_once_more_and_then_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose operators are told the number."""
+    """The operators are told the number, as on a GPU."""
     monkeypatch.setattr(ops, "on_host", lambda tensor: False)
     counter = CompileCounter()
     hidden, weight, labels, _ = batch()
@@ -100,7 +100,7 @@ def test_another_number_compiles_once_more_and_then_never(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 def test_a_graph_on_a_host_counts_for_itself(mode: str) -> None:
-    """It cannot check the number, and needs none."""
+    """A compiled graph cannot check the number, and needs none."""
     hidden, weight, labels, _ = batch()
     compiled = torch.compile(fastpref.linear_token_logprobs, backend="aot_eager", fullgraph=True)
     found = compiled(hidden, weight, labels, mode=mode, scored_rows=1)

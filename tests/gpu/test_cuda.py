@@ -11,11 +11,11 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
-from fastpref.cli.check.case import DTYPES
-from fastpref.cli.check.product_cases import product_cases
 from fastpref.cli.check.report import describe
 from fastpref.cli.check.run import run
 from fastpref.losses import TABLE, Loss
+from fastpref.testing.case import DTYPES
+from fastpref.testing.product_cases import product_cases
 from tests.synchronisation import no_synchronisation
 from tests.tolerance import assert_matches_reference
 

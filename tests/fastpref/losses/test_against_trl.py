@@ -47,9 +47,22 @@ pytest.importorskip("trl")
 V = 11
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
 LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
 
 
@@ -84,7 +97,7 @@ class Bigram(nn.Module):
 
 
 def batch(pairs: int = 5, time: int = 9, prompt: int = 2) -> dict[str, Tensor]:
-    """[chosen; rejected] sequences: a prompt, a completion of one token or more, and padding."""
+    """Return [chosen; rejected] sequences of a prompt, a completion of one token or more, and padding."""
     ids = torch.randint(V, (2 * pairs, time))
     ends = torch.randint(prompt + 2, time + 1, (2 * pairs, 1))
     place = torch.arange(time)
@@ -124,7 +137,7 @@ def trainer(name: str, model: nn.Module, ref_model: nn.Module | None = None, **a
 def trl_dpo(
     model: Bigram, ref: Bigram, inputs: dict[str, Tensor], loss_type: str | list[str] = "sigmoid", **attributes: Any
 ) -> tuple[Tensor, dict[str, float]]:
-    """TRL's loss and what it logs."""
+    """Return TRL's loss and what it logs."""
     types = [loss_type] if isinstance(loss_type, str) else loss_type
     settings = {
         "loss_types": types,
@@ -142,9 +155,14 @@ def trl_dpo(
 
 
 def our_dpo(
-    model: Bigram, ref: Bigram, inputs: dict[str, Tensor], *, ld_alpha: float | None = None, weighting: bool = False,
+    model: Bigram,
+    ref: Bigram,
+    inputs: dict[str, Tensor],
+    *,
+    ld_alpha: float | None = None,
+    weighting: bool = False,
     **options: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     labels = labels_of(inputs)
     n = (labels[:, 1:] != -100).sum(1)
     shared = torch.minimum(*n.chunk(2)).repeat(2) if ld_alpha is not None else None
@@ -166,10 +184,15 @@ def close(got: Any, wanted: Any, tolerance: float = 1e-12) -> None:
 
 
 def compare(
-    loss_type: str | list[str], ours: dict[str, Any], theirs: dict[str, Any], *, dtype: torch.dtype = torch.float64,
-    tolerance: float = 1e-12, scale: float = 1.0,
-) -> None:  # fmt: skip
-    """The loss, the gradient of the model and the logged rewards, for a β that is not the default too."""
+    loss_type: str | list[str],
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-12,
+    scale: float = 1.0,
+) -> None:
+    """Compare the loss, the model's gradient and the logged rewards, at the default β and at another."""
     for beta in (0.1, 0.6):
         model, ref, inputs = Bigram(1, dtype, scale), Bigram(2, dtype, scale), batch()
         wanted, logged = trl_dpo(model, ref, inputs, loss_type, beta=beta, **theirs)
@@ -187,7 +210,7 @@ def compare(
 
 
 def needed(loss_type: str) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """What ours is told for TRL's formula, what TRL is, and how near they come."""
+    """Return the options of our loss and of TRL's for the same formula, and how near the results come."""
     if loss_type == "ipo":
         return {"length_normalize": True}, {}, 1e-12
     if loss_type == "exo_pair":
@@ -206,18 +229,28 @@ class TestDpo:
             trl_dpo(Bigram(1), Bigram(2), batch(), "none of them")
         assert set(str(raised.value).split("'")[1::2]) == set(LOSS_TYPES)
 
-    @pytest.mark.parametrize(("loss_type", "eps"), [
-        ("robust", 0.1), ("robust", 0.45), ("aot", 0.2), ("aot_unpaired", 0.2), ("exo_pair", 0.3),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("loss_type", "eps"),
+        [
+            ("robust", 0.1),
+            ("robust", 0.45),
+            ("aot", 0.2),
+            ("aot_unpaired", 0.2),
+            ("exo_pair", 0.3),
+        ],
+    )
     def test_label_smoothing(self, loss_type: str, eps: float) -> None:
         tolerance = 1e-7 if loss_type == "exo_pair" else 1e-12
         compare(loss_type, {"label_smoothing": eps}, {"label_smoothing": eps}, tolerance=tolerance)
 
-    @pytest.mark.parametrize(("types", "weights"), [
-        (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
-        (["hinge", "apo_zero"], None),
-        (["sigmoid_norm", "discopop", "sppo_hard", "nca_pair"], [1.0, 0.5, -0.25, 2.0]),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("types", "weights"),
+        [
+            (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
+            (["hinge", "apo_zero"], None),
+            (["sigmoid_norm", "discopop", "sppo_hard", "nca_pair"], [1.0, 0.5, -0.25, 2.0]),
+        ],
+    )
     def test_lists(self, types: list[str], weights: list[float] | None) -> None:
         compare(types, {"loss_weights": weights}, {"loss_weights": weights})
 
@@ -227,9 +260,13 @@ class TestDpo:
         ours, theirs, tolerance = needed(loss_type)
         alpha = name == "alpha_divergence"  # float32 alone, there
         compare(
-            loss_type, {**ours, "f_divergence": DIVERGENCES[name]}, {**theirs, "f_divergence_type": name},
-            dtype=torch.float32 if alpha else torch.float64, tolerance=2e-5 if alpha else tolerance, scale=0.5,
-        )  # fmt: skip
+            loss_type,
+            {**ours, "f_divergence": DIVERGENCES[name]},
+            {**theirs, "f_divergence_type": name},
+            dtype=torch.float32 if alpha else torch.float64,
+            tolerance=2e-5 if alpha else tolerance,
+            scale=0.5,
+        )
 
     @pytest.mark.parametrize("alpha", [0.25, 1.0, 1.5])
     def test_alpha(self, alpha: float) -> None:
@@ -253,7 +290,7 @@ class TestDpo:
 
 
 class TestDpoDifferences:
-    """TRL as the list above says it is: when one of these fails, TRL has changed."""
+    """TRL differs as listed above. Where one of these fails, TRL has changed."""
 
     model, ref = Bigram(1), Bigram(2)
 
@@ -332,15 +369,24 @@ def experimental(name: str, model: nn.Module, **attributes: Any) -> Any:
 
     made = object.__new__(cpo.CPOTrainer if name == "cpo" else orpo.ORPOTrainer)
     made.__dict__.update(
-        accelerator=ACCELERATOR, model=model, is_encoder_decoder=False, pad_token_id=0, padding_value=0,
-        aux_loss_enabled=False, alpha=0.0, beta=0.1, label_smoothing=0.0, cpo_alpha=0.0, simpo_gamma=0.5,
-    )  # fmt: skip
+        accelerator=ACCELERATOR,
+        model=model,
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        padding_value=0,
+        aux_loss_enabled=False,
+        alpha=0.0,
+        beta=0.1,
+        label_smoothing=0.0,
+        cpo_alpha=0.0,
+        simpo_gamma=0.5,
+    )
     made.__dict__.update(attributes)
     return made
 
 
 def as_pairs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch as CPO and ORPO take it."""
+    """Return the batch as CPO and ORPO take it."""
     columns = {**inputs, "labels": labels_of(inputs)}
     del columns["completion_mask"]
     halves = {name: values.chunk(2) for name, values in columns.items()}

@@ -1,4 +1,4 @@
-"""Losses of K answers to one prompt, and the ranks they take, against brute force: a pair or a place at a time."""
+"""Losses of a ranking of K answers, and the ranks of scores, against brute force: a pair or a place at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,69 +19,92 @@ from fastpref import (
     plackett_luce_loss,
     ranking_loss,
     ranks_from_scores,
+    reference,
 )
+from tests.helpers.marks import examples, wide_dtypes
+from tests.helpers.masks import some_answers, some_orders
+from tests.oracles.reward import plackett_luce, plackett_luce_gradient, ranking
+from tests.tolerance import DTYPES, assert_accurate
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BAD = (math.nan, math.inf, -math.inf)
 
 
-def softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+class TestRanking:
+    @pytest.mark.parametrize("answers", [2, 3, 4, 7, 9, 16, 33, 64])
+    def test_formula(self, answers: int) -> None:
+        rewards = 2 * torch.randn(6, answers, dtype=torch.float64)
+        ranks = torch.randint(max(2, answers // 2), (6, answers))
+        mask = torch.rand(6, answers) < 0.7
+        mask[0] = False
+        got = ranking_loss(rewards, ranks, mask=mask, reduction="none")
+        for b in range(6):
+            wanted = ranking(rewards[b].tolist(), ranks[b].tolist(), mask[b].tolist())
+            assert got[b].item() == pytest.approx(wanted, rel=1e-12)
+        # And the mean is over all prompts, those without a pair among them.
+        torch.testing.assert_close(ranking_loss(rewards, ranks, mask=mask), got.sum() / 6)
 
+    def test_without_ties_the_divisor_is_k_choose_two(self) -> None:
+        rewards = torch.zeros(1, 9)
+        got = ranking_loss(rewards, torch.randperm(9)[None])
+        assert got.item() == pytest.approx(math.log(2))
 
-def log_sum_exp(values: list[float]) -> float:
-    top = max(values)
-    return top + math.log(math.fsum(math.exp(v - top) for v in values))
+    def test_two_answers_are_the_pairwise_loss(self) -> None:
+        chosen, rejected = torch.randn(2, 5, dtype=torch.float64)
+        leaf = torch.stack((rejected, chosen), 1).requires_grad_()
+        pair = torch.stack((rejected, chosen), 1).requires_grad_()
+        got = ranking_loss(leaf, torch.tensor([[1, 0]]).expand(5, 2), reduction="none")
+        wanted = pairwise_reward_loss(pair[:, 1], pair[:, 0], reduction="none")
+        torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-15)
+        got.sum().backward()
+        wanted.sum().backward()
+        torch.testing.assert_close(leaf.grad, pair.grad, rtol=1e-14, atol=1e-15)
 
+    def test_all_ties_are_zero_with_zero_gradient(self) -> None:
+        rewards = torch.randn(3, 4).requires_grad_()
+        loss = ranking_loss(rewards, torch.full((3, 4), 2), reduction="none")
+        loss.sum().backward()
+        assert loss.tolist() == [0, 0, 0]
+        assert rewards.grad is not None
+        assert (rewards.grad == 0).all()
 
-def plackett_luce(rewards: list[float], ranks: list[int], mask: list[bool] | None = None) -> float:
-    """Place by place: the best of those left is drawn from a softmax over them."""
-    left = [i for i in range(len(rewards)) if mask is None or mask[i]]
-    left.sort(key=lambda i: ranks[i])
-    ordered = [rewards[i] for i in left]
-    return math.fsum(log_sum_exp(ordered[i:]) - ordered[i] for i in range(len(ordered)))
+    def test_only_the_order_of_ranks_counts(self) -> None:
+        rewards = torch.randn(2, 4, dtype=torch.float64)
+        ranks = torch.tensor([[0, 1, 1, 2], [3, 0, 2, 1]])
+        assert torch.equal(ranking_loss(rewards, ranks), ranking_loss(rewards, ranks.int() * 10 - 7))
 
+    def test_order_of_the_answers_does_not_count(self) -> None:
+        rewards, ranks, order = torch.randn(2, 6, dtype=torch.float64), torch.randint(4, (2, 6)), torch.randperm(6)
+        torch.testing.assert_close(ranking_loss(rewards[:, order], ranks[:, order]), ranking_loss(rewards, ranks))
 
-def plackett_luce_gradient(rewards: list[float], ranks: list[int], mask: list[bool]) -> list[float]:
-    left = sorted((i for i in range(len(rewards)) if mask[i]), key=lambda i: ranks[i])
-    gradient = [0.0] * len(rewards)
-    for place, first in enumerate(left):
-        total = log_sum_exp([rewards[i] for i in left[place:]])
-        for i in left[place:]:
-            gradient[i] += math.exp(rewards[i] - total)
-        gradient[first] -= 1
-    return gradient
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_what_is_masked_is_harmless(self, value: float) -> None:
+        rewards, ranks = torch.randn(3, 5), torch.stack([torch.randperm(5) for _ in range(3)])
+        mask = torch.ones(3, 5, dtype=torch.bool)
+        mask[0, 1] = mask[2, :] = False
+        clean = rewards.clone().requires_grad_()
+        harmed = rewards.masked_fill(~mask, value).requires_grad_()
+        losses = [ranking_loss(r, ranks, mask=mask, reduction="none") for r in (clean, harmed)]
+        assert torch.equal(*losses)
+        gradients = [
+            torch.autograd.grad(loss.sum(), leaf)[0] for loss, leaf in zip(losses, (clean, harmed), strict=True)
+        ]
+        assert torch.equal(*gradients)
+        assert (gradients[1][~mask] == 0).all()
 
-
-def all_pairs(rewards: list[float], ranks: list[int], mask: list[bool] | None = None) -> float:
-    losses = [
-        softplus(rewards[j] - rewards[i] if ranks[i] < ranks[j] else rewards[i] - rewards[j])
-        for i, j in combinations(range(len(rewards)), 2)
-        if (mask is None or (mask[i] and mask[j])) and ranks[i] != ranks[j]
-    ]
-    return math.fsum(losses) / len(losses) if losses else 0.0
-
-
-def orders(batch: int, answers: int) -> Tensor:
-    return torch.stack([torch.randperm(answers) for _ in range(batch)]) if batch else torch.zeros(0, answers).long()
-
-
-def ragged(batch: int, answers: int) -> Tensor:
-    """A mask that leaves none, one, two and all, then any number."""
-    mask = torch.rand(batch, answers) < 0.6
-    for row, count in enumerate((0, 1, 2, answers)):
-        if row < batch:
-            mask[row] = torch.arange(answers) < count
-            mask[row] = mask[row][torch.randperm(answers)]
-    return mask
+    def test_of_implicit_rewards_is_dpo_of_all_pairs(self) -> None:
+        logps, ref = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+        got = ranking_loss(implicit_reward(logps, ref), torch.arange(4)[None])
+        better, worse = zip(*combinations(range(4), 2), strict=True)
+        wanted = dpo_loss(logps[0, better], logps[0, worse], ref[0, better], ref[0, worse]).loss
+        torch.testing.assert_close(got, wanted)
 
 
 class TestPlackettLuce:
     @pytest.mark.parametrize("answers", [1, 2, 3, 4, 7, 9, 16, 33, 64])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @wide_dtypes
     def test_formula(self, answers: int, dtype: torch.dtype) -> None:
         rewards = (2 * torch.randn(7, answers, dtype=torch.float64)).to(dtype).requires_grad_()
-        ranks, mask = orders(7, answers), ragged(7, answers)
+        ranks, mask = some_orders(7, answers), some_answers(7, answers)
         eps = torch.finfo(dtype).eps
         for which in (None, mask):
             each = plackett_luce_loss(rewards, ranks, mask=which, reduction="none")
@@ -112,7 +135,7 @@ class TestPlackettLuce:
         assert each.neg().exp().sum().item() == pytest.approx(1, rel=1e-14)
 
     def test_the_first_places_do_not_depend_on_the_rest(self) -> None:
-        """Summed over the orders of the last two, the probability of the first two is their own."""
+        """Summed over the orders of the last two answers, the probability is that of the first two."""
         rewards = torch.randn(1, 4, dtype=torch.float64)
         ranks = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]])
         both = plackett_luce_loss(rewards.expand(2, 4), ranks, reduction="none").neg().exp().sum()
@@ -129,17 +152,17 @@ class TestPlackettLuce:
         )
 
     def test_a_common_offset_changes_nothing(self) -> None:
-        rewards, ranks = torch.randn(5, 6, dtype=torch.float64), orders(5, 6)
+        rewards, ranks = torch.randn(5, 6, dtype=torch.float64), some_orders(5, 6)
         torch.testing.assert_close(plackett_luce_loss(rewards + 1e3, ranks), plackett_luce_loss(rewards, ranks))
 
     def test_only_the_order_of_ranks_counts(self) -> None:
-        rewards, ranks = torch.randn(5, 6, dtype=torch.float64), orders(5, 6)
+        rewards, ranks = torch.randn(5, 6, dtype=torch.float64), some_orders(5, 6)
         wanted = plackett_luce_loss(rewards, ranks)
         assert torch.equal(plackett_luce_loss(rewards, 10 * ranks - 7), wanted)
         assert torch.equal(plackett_luce_loss(rewards, ranks.int()), wanted)
 
     @pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @wide_dtypes
     def test_extremes(self, scale: float, dtype: torch.dtype) -> None:
         rewards = torch.tensor([[1, -1, 0.5, 0], [-1, 1, 1, -1], [1, 1, 1, 1]], dtype=dtype) * scale
         leaf, ranks = rewards.requires_grad_(), torch.tensor([[0, 3, 1, 2], [0, 1, 2, 3], [3, 2, 1, 0]])
@@ -160,7 +183,7 @@ class TestPlackettLuce:
     def test_nothing_left_to_order(self, count: int) -> None:
         leaf = torch.randn(3, 5).requires_grad_()
         mask = (torch.arange(5) < count).expand(3, 5)
-        each = plackett_luce_loss(leaf, orders(3, 5), mask=mask, reduction="none")
+        each = plackett_luce_loss(leaf, some_orders(3, 5), mask=mask, reduction="none")
         assert each.tolist() == [0, 0, 0]
         assert (torch.autograd.grad(each.sum(), leaf)[0] == 0).all()
 
@@ -203,7 +226,11 @@ class TestPlackettLuce:
             plackett_luce_loss(rewards, ranks, reduction="batchmean")
 
     def test_gradcheck(self) -> None:
-        rewards, ranks, mask = torch.randn(5, 4, dtype=torch.float64).requires_grad_(), orders(5, 4), ragged(5, 4)
+        rewards, ranks, mask = (
+            torch.randn(5, 4, dtype=torch.float64).requires_grad_(),
+            some_orders(5, 4),
+            some_answers(5, 4),
+        )
         for reduction in ("mean", "none"):
             assert torch.autograd.gradcheck(
                 lambda r, how=reduction: plackett_luce_loss(r, ranks, mask=mask, reduction=how), (rewards,)
@@ -211,7 +238,7 @@ class TestPlackettLuce:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_low_precision_is_computed_in_float32(self, dtype: torch.dtype) -> None:
-        rewards, ranks = torch.randn(4, 5).to(dtype), orders(4, 5)
+        rewards, ranks = torch.randn(4, 5).to(dtype), some_orders(4, 5)
         got = plackett_luce_loss(rewards, ranks)
         assert got.dtype == torch.float32
         assert torch.equal(got, plackett_luce_loss(rewards.float(), ranks))
@@ -220,7 +247,7 @@ class TestPlackettLuce:
     @pytest.mark.usefixtures("unpoisoned")
     def test_traces_whole(self) -> None:
         torch.compiler.reset()
-        leaf, ranks, mask = torch.randn(5, 4).requires_grad_(), orders(5, 4), ragged(5, 4)
+        leaf, ranks, mask = torch.randn(5, 4).requires_grad_(), some_orders(5, 4), some_answers(5, 4)
         compiled = torch.compile(plackett_luce_loss, fullgraph=True, backend="aot_eager")
         answers = []
         for function in (plackett_luce_loss, compiled):
@@ -235,7 +262,7 @@ LOSSES = pytest.mark.parametrize("loss", [ranking_loss, plackett_luce_loss], ids
 class TestBoth:
     @LOSSES
     def test_order_of_the_answers_does_not_count(self, loss: Any) -> None:
-        rewards, ranks, mask = torch.randn(6, 7, dtype=torch.float64), orders(6, 7), ragged(6, 7)
+        rewards, ranks, mask = torch.randn(6, 7, dtype=torch.float64), some_orders(6, 7), some_answers(6, 7)
         order = torch.randperm(7)
         there, here = rewards[:, order].requires_grad_(), rewards.clone().requires_grad_()
         moved = loss(there, ranks[:, order], mask=mask[:, order], reduction="none")
@@ -248,7 +275,7 @@ class TestBoth:
     @pytest.mark.parametrize("value", BAD)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_what_is_masked_is_harmless(self, loss: Any, value: float, dtype: torch.dtype) -> None:
-        rewards, ranks, mask = torch.randn(6, 5).to(dtype), orders(6, 5), ragged(6, 5)
+        rewards, ranks, mask = torch.randn(6, 5).to(dtype), some_orders(6, 5), some_answers(6, 5)
         answers = []
         for filled in (rewards, rewards.masked_fill(~mask, value)):
             leaf = filled.clone().requires_grad_()
@@ -261,7 +288,7 @@ class TestBoth:
 
     @LOSSES
     def test_a_masked_answer_is_an_absent_one(self, loss: Any) -> None:
-        rewards, ranks = torch.randn(6, 5, dtype=torch.float64), orders(6, 5)
+        rewards, ranks = torch.randn(6, 5, dtype=torch.float64), some_orders(6, 5)
         mask = torch.ones(6, 5, dtype=torch.bool)
         mask[:, 2] = False
         there = [0, 1, 3, 4]
@@ -269,12 +296,12 @@ class TestBoth:
 
     @LOSSES
     def test_a_mask_of_true_is_none(self, loss: Any) -> None:
-        rewards, ranks = torch.randn(6, 5), orders(6, 5)
+        rewards, ranks = torch.randn(6, 5), some_orders(6, 5)
         assert torch.equal(loss(rewards, ranks, mask=torch.ones(6, 5, dtype=torch.bool)), loss(rewards, ranks))
 
     @LOSSES
     def test_nan_of_one_prompt_stays_there(self, loss: Any) -> None:
-        rewards, ranks = torch.randn(3, 4), orders(3, 4)
+        rewards, ranks = torch.randn(3, 4), some_orders(3, 4)
         wanted = loss(rewards, ranks, reduction="none")
         rewards[1, 2] = math.nan
         got = loss(rewards, ranks, reduction="none")
@@ -289,47 +316,8 @@ class TestBoth:
         assert len(set(ordered)) == 3
 
 
-class TestOfImplicitRewards:
-    """The same losses on β(logp − ref) are K-way DPO."""
-
-    @pytest.mark.parametrize("answers", [2, 4, 9])
-    def test_ranking_is_dpo_of_every_pair(self, answers: int) -> None:
-        logps, ref = torch.randn(2, 3, answers, dtype=torch.float64) * 5
-        ranks, leaf = orders(3, answers), logps.clone().requires_grad_()
-        loss = ranking_loss(implicit_reward(leaf, ref, beta=0.3), ranks)
-        other = logps.clone().requires_grad_()
-        pairs = []
-        for b in range(3):
-            for i, j in combinations(range(answers), 2):
-                w, l = (i, j) if ranks[b, i] < ranks[b, j] else (j, i)  # noqa: E741
-                pairs.append((b, w, l))
-        b, w, l = torch.tensor(pairs).T  # noqa: E741
-        wanted = dpo_loss(other[b, w], other[b, l], ref[b, w], ref[b, l], beta=0.3).loss
-        torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=0)
-        slopes = torch.autograd.grad(loss, leaf), torch.autograd.grad(wanted, other)
-        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)
-        brute = [all_pairs(r, k) for r, k in zip((0.3 * (logps - ref)).tolist(), ranks.tolist(), strict=True)]
-        assert loss.item() == pytest.approx(math.fsum(brute) / 3, rel=1e-12)
-
-    def test_plackett_luce_is_its_ordered_product(self) -> None:
-        logps, ref = torch.randn(2, 3, 5, dtype=torch.float64) * 5
-        ranks = orders(3, 5)
-        got = plackett_luce_loss(implicit_reward(logps, ref, beta=0.3), ranks, reduction="none").tolist()
-        rewards = (0.3 * (logps - ref)).tolist()
-        assert got == pytest.approx(
-            [plackett_luce(r, k) for r, k in zip(rewards, ranks.tolist(), strict=True)], rel=1e-12
-        )
-
-    def test_plackett_luce_of_two_is_dpo(self) -> None:
-        w, l, rw, rl = 5 * torch.randn(4, 6, dtype=torch.float64)  # noqa: E741
-        rewards = implicit_reward(torch.stack((w, l), 1), torch.stack((rw, rl), 1), beta=0.2)
-        ranks = torch.tensor([[0, 1]]).expand(6, 2)
-        for loss in (ranking_loss, plackett_luce_loss):
-            torch.testing.assert_close(loss(rewards, ranks), dpo_loss(w, l, rw, rl, beta=0.2).loss, rtol=1e-13, atol=0)
-
-
 def check_ranks(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> None:
-    """Better scores have lower ranks, equal scores equal ones, and the best of every prompt has rank 0."""
+    """Check that better scores have lower ranks, equal scores equal ranks, and the best of every prompt rank 0."""
     assert ranks.shape == scores.shape
     assert not ranks.is_floating_point()
     for b in range(len(scores)):
@@ -347,7 +335,7 @@ class TestRanksFromScores:
     def test_order(self, answers: int, dtype: torch.dtype) -> None:
         scores = torch.randint(-3, 4, (6, answers)).to(dtype)
         check_ranks(scores, ranks_from_scores(scores))
-        mask = ragged(6, answers)
+        mask = some_answers(6, answers)
         check_ranks(scores, ranks_from_scores(scores, mask=mask), mask)
 
     def test_by_hand(self) -> None:
@@ -369,7 +357,7 @@ class TestRanksFromScores:
 
     @pytest.mark.parametrize("value", BAD)
     def test_what_is_masked_is_harmless(self, value: float) -> None:
-        scores, mask = torch.randn(6, 5), ragged(6, 5)
+        scores, mask = torch.randn(6, 5), some_answers(6, 5)
         harmed = ranks_from_scores(scores.masked_fill(~mask, value), mask=mask)
         check_ranks(scores, harmed, mask)
         rewards = torch.randn(6, 5)
@@ -390,14 +378,14 @@ class TestRanksFromScores:
         assert got == pytest.approx(wanted, rel=1e-12)
         tied = scores.round()
         got = ranking_loss(rewards, ranks_from_scores(tied), reduction="none").tolist()
-        wanted = [all_pairs(r, [-x for x in s]) for r, s in zip(rewards.tolist(), tied.tolist(), strict=True)]
+        wanted = [ranking(r, [-x for x in s]) for r, s in zip(rewards.tolist(), tied.tolist(), strict=True)]
         assert got == pytest.approx(wanted, rel=1e-12)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
     @pytest.mark.usefixtures("unpoisoned")
     def test_traces_whole(self) -> None:
         torch.compiler.reset()
-        scores, mask = torch.randn(4, 5), ragged(4, 5)
+        scores, mask = torch.randn(4, 5), some_answers(4, 5)
         compiled = torch.compile(ranks_from_scores, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(scores, mask=mask), ranks_from_scores(scores, mask=mask))
 
@@ -410,61 +398,17 @@ class TestRanksFromScores:
             ranks_from_scores(torch.zeros(2, 3), mask=torch.ones(2, 3))
 
 
-class TestPairwiseReward:
-    """Margins and centring."""
-
-    @pytest.mark.parametrize("margin", [None, 0.75, "each"])
-    @pytest.mark.parametrize("center", [0.0, 0.01, 1.0])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_values_and_slopes(self, margin: Any, center: float, dtype: torch.dtype) -> None:
-        a, b, each = (2 * torch.randn(6, dtype=torch.float64).to(dtype) for _ in range(3))
-        given = each if margin == "each" else margin
-        chosen, rejected = a.clone().requires_grad_(), b.clone().requires_grad_()
-        loss = pairwise_reward_loss(chosen, rejected, margin=given, center_weight=center, reduction="none")
-        slopes = torch.autograd.grad(loss.sum(), (chosen, rejected))
-        eps = torch.finfo(dtype).eps
-        for i in range(6):
-            x, y = a[i].item(), b[i].item()
-            gap = x - y - (each[i].item() if margin == "each" else margin or 0.0)
-            assert loss[i].item() == pytest.approx(softplus(-gap) + center * (x + y) ** 2, rel=16 * eps, abs=16 * eps)
-            pull, push = 1 / (1 + math.exp(gap)), 2 * center * (x + y)
-            assert slopes[0][i].item() == pytest.approx(push - pull, rel=16 * eps, abs=32 * eps)
-            assert slopes[1][i].item() == pytest.approx(push + pull, rel=16 * eps, abs=32 * eps)
-
-    def test_by_hand(self) -> None:
-        chosen, rejected = torch.tensor([math.log(3)], dtype=torch.float64), torch.zeros(1).double()
-        assert pairwise_reward_loss(chosen, rejected).item() == pytest.approx(math.log(4 / 3), rel=1e-14)
-        at_margin = pairwise_reward_loss(chosen, rejected, margin=math.log(3))
-        assert at_margin.item() == pytest.approx(math.log(2), rel=1e-14)
-        centred = pairwise_reward_loss(torch.ones(1), 2 * torch.ones(1), center_weight=0.5)
-        assert centred.item() == pytest.approx(math.log1p(math.e) + 4.5, rel=1e-6)
-
-    def test_centring_vanishes_at_opposite_rewards(self) -> None:
-        x = torch.randn(5)
-        assert torch.equal(pairwise_reward_loss(x, -x, center_weight=3.0), pairwise_reward_loss(x, -x))
-
-    @pytest.mark.parametrize("scale", [1e2, 1e4])
-    def test_extremes(self, scale: float) -> None:
-        chosen, rejected = torch.tensor([scale, -scale]).requires_grad_(), torch.tensor([-scale, scale])
-        loss = pairwise_reward_loss(
-            chosen, rejected, center_weight=1.0, margin=torch.tensor([1.0, 2.0]), reduction="none"
-        )
-        assert loss.tolist() == pytest.approx([math.exp(1 - 2 * scale), 2 * scale + 2], rel=1e-6, abs=1e-30)
-        assert torch.autograd.grad(loss.sum(), chosen)[0].tolist() == pytest.approx([0, -1], abs=1e-30)
-
-
-any_of = settings(
-    max_examples=100, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-
-
-@any_of
+@examples(100)
 @given(
-    batch=st.integers(0, 4), answers=st.integers(2, 64), seed=st.integers(0, 2**16), dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([0.1, 3.0, 100.0]), density=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
-    index=st.sampled_from([torch.int32, torch.int64]), reduction=st.sampled_from(["mean", "sum", "none"]),
-)  # fmt: skip
+    batch=st.integers(0, 4),
+    answers=st.integers(2, 64),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([0.1, 3.0, 100.0]),
+    density=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)
 def test_anything(
     batch: int,
     answers: int,
@@ -482,7 +426,7 @@ def test_anything(
     ranks = ranks_from_scores(scores, mask=mask)
     check_ranks(scores, ranks, mask)
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    for loss, oracle in ((plackett_luce_loss, plackett_luce), (ranking_loss, all_pairs)):
+    for loss, oracle in ((plackett_luce_loss, plackett_luce), (ranking_loss, ranking)):
         got = loss(rewards, ranks.to(index), mask=mask, reduction=reduction)
         rows = zip(rewards.double().tolist(), ranks.tolist(), mask.tolist(), strict=True)
         wanted = torch.tensor([oracle(*row) for row in rows], dtype=torch.float64)
@@ -491,6 +435,33 @@ def test_anything(
         assert got.dtype == torch.promote_types(dtype, torch.float32)
         # As far off as the roundings of the rewards' differences and of the sums over them.
         torch.testing.assert_close(got.double(), wanted, rtol=16 * eps, atol=16 * eps * scale * answers)
+
+
+@examples(100)
+@given(data=st.data(), batch=st.integers(0, 4), answers=st.integers(2, 12), dtype=st.sampled_from(DTYPES[1:]))
+def test_ranking_loss(data: Any, batch: int, answers: int, dtype: torch.dtype) -> None:
+    """However answers are ranked and masked, a prompt's loss and gradient are those of its counted answers alone."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    rewards = (10 * torch.randn(batch, answers, generator=generator)).to(dtype)
+    ranks = torch.randint(data.draw(st.integers(1, answers)), (batch, answers), generator=generator)
+    mask = torch.rand(batch, answers, generator=generator) < data.draw(st.sampled_from([0.3, 0.8, 1.0]))
+    leaf = rewards.masked_fill(~mask, float("nan")).requires_grad_()
+    losses = ranking_loss(leaf, ranks, mask=mask, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    for b in range(batch):
+        keep = mask[b]
+        if keep.sum() < 2:
+            assert losses[b] == 0
+            assert not gradient[b].any()
+            continue
+        alone = {}
+        for kind in (dtype, torch.float64):
+            kept = rewards[b, keep].to(kind)[None].requires_grad_()
+            loss = reference.ranking_loss(kept, ranks[b, keep][None])
+            alone[kind] = (loss, torch.autograd.grad(loss, kept)[0][0])
+        assert_accurate(losses[b], alone[dtype][0], alone[torch.float64][0], "loss", slack=8.0)
+        assert_accurate(gradient[b, keep], alone[dtype][1], alone[torch.float64][1], "gradient", slack=8.0)
+        assert not gradient[b, ~keep].any()
 
 
 def test_minus_infinity_that_counts_loses_every_pair_and_harms_no_gradient() -> None:
@@ -510,6 +481,8 @@ def test_an_offset_costs_a_masked_plackett_luce_no_digits() -> None:
     far = rewards - 16384  # whose digits are those of multiples of 2^-9
     near = far + 16384
     torch.testing.assert_close(
-        plackett_luce_loss(far, ranks, mask=mask), plackett_luce_loss(near, ranks, mask=mask),
-        rtol=1e-6, atol=1e-6,
-    )  # fmt: skip
+        plackett_luce_loss(far, ranks, mask=mask),
+        plackett_luce_loss(near, ranks, mask=mask),
+        rtol=1e-6,
+        atol=1e-6,
+    )
