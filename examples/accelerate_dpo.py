@@ -1,7 +1,8 @@
-"""DPO in a loop of one's own with accelerate, and the logits never made.
+"""DPO in a plain training loop with accelerate, without materializing the logits.
 
-Needs `pip install . transformers accelerate rich`, and downloads nothing. A prompt counts up from some token; the
-chosen answer counts on, the rejected one is random. Prompts that start at 16 of the 64 tokens are held out.
+Needs `pip install . transformers accelerate rich`, and downloads nothing. A prompt counts up from a random token.
+The chosen answer continues the count, and the rejected one is random. Prompts that start at 16 of the 64 tokens are
+held out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ VOCABULARY, PROMPT, ANSWER = 64, 4, 8
 
 
 def preference_pairs(n: int, starts: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """n pairs of input ids and labels, (2, T) each, the chosen answer first; labels of -100 are not scored."""
+    """Return n pairs of input ids and labels, (2, T) each, the chosen answer first; labels of -100 are not scored."""
     ids = (starts[torch.randint(len(starts), (n, 1, 1))] + torch.arange(PROMPT + ANSWER).expand(2, -1)) % VOCABULARY
     ids[:, 1, PROMPT:] = torch.randint(VOCABULARY, (n, ANSWER))
     labels = ids.index_fill(-1, torch.arange(PROMPT), -100)
@@ -30,7 +31,7 @@ def preference_pairs(n: int, starts: torch.Tensor) -> list[dict[str, torch.Tenso
 
 
 def dpo(policy: torch.nn.Module, reference: torch.nn.Module, batch: dict[str, torch.Tensor]) -> fastpref.PreferenceLoss:
-    """Loss and implicit rewards of B pairs, whose tensors are (B, 2, T)."""
+    """Return the loss and the implicit rewards of B pairs, whose tensors are (B, 2, T)."""
     flat = {name: x.transpose(0, 1).flatten(0, 1) for name, x in batch.items()}  # (2B, T): chosen, then rejected
     logps = policy(**flat, fastpref=True, reduction="sum").logprobs
     with torch.no_grad():
@@ -40,7 +41,7 @@ def dpo(policy: torch.nn.Module, reference: torch.nn.Module, batch: dict[str, to
 
 @torch.no_grad()
 def accuracy(accelerator: Accelerator, policy: torch.nn.Module, reference: torch.nn.Module, pairs: DataLoader) -> float:
-    """Share of pairs whose chosen answer has the larger implicit reward; a tie counts half."""
+    """Return the share of pairs whose chosen answer has the larger implicit reward; a tie counts half."""
     policy.eval()
     gaps = []
     for batch in pairs:

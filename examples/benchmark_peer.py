@@ -1,6 +1,6 @@
-"""A peer of your own in the benchmarks: fastpref bench --peer-file examples/benchmark_peer.py
+"""Your own peer in the benchmarks: fastpref bench --peer-file examples/benchmark_peer.py
 
-An entry's function takes what its subject gives, and is checked against float64 before it is timed.
+The function of an entry takes the inputs of its subject, and is checked against float64 before it is timed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DPO on one process, or on a grid of them: FSDP2 over the data, tensor parallelism over layers and vocabulary.
+"""DPO on one process or on a grid of processes: FSDP2 over the data, tensor parallelism over layers and vocabulary.
 
     pip install '.[demo]'
     python examples/dpo_fsdp_tp.py                                                # one CPU, or one GPU
@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 2 examples/dpo_fsdp_tp.py --tp 2                    # layers and vocabulary over two
     torchrun --nproc-per-node 8 examples/dpo_fsdp_tp.py --tp 4 --vocabulary 128256 --hidden 2048 --layers 16
 
-Whatever the grid, the batch and the loss are the same. A prompt counts up from some token; its chosen answer counts on,
-its rejected one does so with half of its tokens drawn at random. Nothing is downloaded.
+The batch and the loss are the same on every grid. A prompt counts up from a random token. Its chosen answer continues
+the count; its rejected answer does so with half of its tokens replaced by random ones. Nothing is downloaded.
 """
 
 import argparse
@@ -33,12 +33,12 @@ PLAN = {
     "model.layers.*.mlp.gate_proj": ColwiseParallel(),
     "model.layers.*.mlp.up_proj": ColwiseParallel(),
     "model.layers.*.mlp.down_proj": RowwiseParallel(),
-    "lm_head": ColwiseParallel(),  # V/P rows of the head a rank: fastpref takes them as they are
+    "lm_head": ColwiseParallel(),  # each rank has V/P rows of the head, which fastpref takes as they are
 }
 
 
 def pairs(number: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Input ids and labels (2·number, T) of [chosen; rejected]."""
+    """Return input ids and labels (2·number, T) of [chosen; rejected]."""
     start = torch.randint(vocabulary, (number, 1), generator=generator)
     chosen = (start + torch.arange(PROMPT + ANSWER)) % vocabulary
     drawn = torch.randint(vocabulary, chosen.shape, generator=generator)
@@ -49,7 +49,7 @@ def pairs(number: int, vocabulary: int, generator: torch.Generator) -> tuple[Ten
 
 def main(arguments: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description="DPO with FSDP2 and tensor parallelism.")
-    parser.add_argument("--tp", type=int, default=1, help="ranks that share layers and vocabulary; the rest share data")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that split layers and vocabulary")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16, help="pairs a step, over all ranks")
     parser.add_argument("--vocabulary", type=int, default=1021)
@@ -72,9 +72,13 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=2 * args.hidden,
-        num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=8,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
     policy = fastpref.attach(LlamaForCausalLM(config)).to(device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if mesh is not None:
@@ -95,7 +99,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         )
         with torch.no_grad():
             ref = reference(input_ids=ids, labels=labels, fastpref=True, reduction="sum").logprobs
-        # Called where the head is, within the wrapped forward: there its weight is gathered.
+        # The model calls it in place of its head, inside the wrapped forward, where the head's weight is gathered.
         score = functools.partial(
             fastpref.linear_dpo_loss, ref_chosen_logps=ref.chunk(2)[0], ref_rejected_logps=ref.chunk(2)[1], beta=0.5
         )
@@ -113,7 +117,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
             f"loss on {group} × {args.tp} ranks: {losses[0]:.6f} at first, {losses[-1]:.6f} after {len(losses)} steps"
         )
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while another still waits for it takes the other's connection along
+        dist.barrier()  # a rank that exits early closes the connections of ranks that still wait
         dist.destroy_process_group()
     return losses
 

@@ -1,10 +1,10 @@
-"""K-way DPO on a tiny Llama, from hidden states: four ranked answers a prompt, every pair or the ranking as a whole.
+"""K-way DPO on a tiny Llama from hidden states: four ranked answers a prompt, with a pairwise or a Plackett-Luce loss.
 
     pip install '.[demo]'
     python examples/kway_dpo.py [--loss plackett-luce]
 
-A prompt counts up from some token. Its best answer counts on; the others do so with 2, 4 and 6 of their 8 tokens drawn
-at random. Prompts that start at 16 of the 64 tokens are held out. Nothing is downloaded.
+A prompt counts up from a random token. Its best answer continues the count; the others do so with 2, 4 and 6 of their 8
+tokens replaced by random ones. Prompts that start at 16 of the 64 tokens are held out. Nothing is downloaded.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LOSSES = {"ranking": fastpref.ranking_loss, "plackett-luce": fastpref.plackett_l
 
 
 def ranked_answers(prompts: int, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids and labels (K·G, T), member-major, and the members' ranks (G, K), 0 the best."""
+    """Return input ids and labels (K·G, T), member-major, and the ranks of the answers (G, K), 0 for the best."""
     ranks = torch.rand(prompts, K).argsort(-1)
     start = starts[torch.randint(len(starts), (prompts, 1))].repeat(K, 1)
     ids = (start + torch.arange(PROMPT + ANSWER)) % VOCABULARY
@@ -39,13 +39,13 @@ def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def answer_logps(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """(G, K) log-probs of the answers."""
+    """Return the (G, K) log-probs of the answers."""
     logps = fastpref.linear_sequence_logprobs(hidden_states(model, ids), model.lm_head.weight, labels)
     return logps.view(K, -1).T
 
 
 def ranking_accuracy(policy: LlamaForCausalLM, reference: LlamaForCausalLM, data: tuple[Tensor, ...]) -> float:
-    """Share of pairs that the implicit reward orders as the ranks do; a tie counts half."""
+    """Return the share of pairs that the implicit reward orders as the ranks do; a tie counts half."""
     ids, labels, ranks = data
     rewards = fastpref.implicit_reward(answer_logps(policy, ids, labels), answer_logps(reference, ids, labels))
     better = ranks[:, :, None] < ranks[:, None, :]
@@ -66,7 +66,7 @@ def kway_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, data: tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="K-way DPO on a tiny Llama, from hidden states.")
-    parser.add_argument("--loss", choices=LOSSES, default="ranking", help="every pair, or the ranking as a whole")
+    parser.add_argument("--loss", choices=LOSSES, default="ranking", help="all pairs, or the ranking as a whole")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     torch.manual_seed(0)

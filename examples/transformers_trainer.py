@@ -1,7 +1,8 @@
-"""DPO with transformers' own Trainer: its compute_loss overridden, and the logits never made.
+"""DPO with the Trainer of transformers: a subclass overrides compute_loss, and no logits are materialized.
 
-Needs `pip install . transformers accelerate`, and downloads nothing. A prompt counts up from some token; the
-chosen answer counts on, the rejected one is random. Prompts that start at 16 of the 64 tokens are held out.
+Needs `pip install . transformers accelerate`, and downloads nothing. A prompt counts up from a random token.
+The chosen answer continues the count, and the rejected one is random. Prompts that start at 16 of the 64 tokens are
+held out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ VOCABULARY, PROMPT, ANSWER = 64, 4, 8
 
 
 def preference_pairs(n: int, starts: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """n pairs of input ids and labels, (2, T) each, the chosen answer first; labels of -100 are not scored."""
+    """Return n pairs of input ids and labels, (2, T) each, the chosen answer first; labels of -100 are not scored."""
     ids = (starts[torch.randint(len(starts), (n, 1, 1))] + torch.arange(PROMPT + ANSWER).expand(2, -1)) % VOCABULARY
     ids[:, 1, PROMPT:] = torch.randint(VOCABULARY, (n, ANSWER))
     labels = ids.index_fill(-1, torch.arange(PROMPT), -100)
@@ -27,7 +28,7 @@ def preference_pairs(n: int, starts: torch.Tensor) -> list[dict[str, torch.Tenso
 
 
 def dpo(policy: torch.nn.Module, reference: torch.nn.Module, batch: dict[str, torch.Tensor]) -> fastpref.PreferenceLoss:
-    """Loss and implicit rewards of B pairs, whose tensors are (B, 2, T)."""
+    """Return the loss and the implicit rewards of B pairs, whose tensors are (B, 2, T)."""
     flat = {name: x.transpose(0, 1).flatten(0, 1) for name, x in batch.items()}  # (2B, T): chosen, then rejected
     logps = policy(**flat, fastpref=True, reduction="sum").logprobs
     with torch.no_grad():
@@ -39,7 +40,7 @@ class DPOTrainer(Trainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
-        # A batch's mean is to be divided by a step's batches, which the Trainer leaves to models that take keywords.
+        # Makes the Trainer divide the mean of each batch by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
@@ -48,7 +49,7 @@ class DPOTrainer(Trainer):
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of pairs whose chosen answer has the larger implicit reward; a tie counts half."""
+    """Return the share of pairs whose chosen answer has the larger implicit reward; a tie counts half."""
     chosen, rejected = map(torch.as_tensor, prediction.predictions)
     return {"accuracy": ((chosen - rejected).sign() / 2 + 0.5).mean().item()}
 
@@ -65,9 +66,15 @@ def main() -> None:
     train, test = preference_pairs(args.steps * args.batch * args.accumulation, trained), preference_pairs(128, held)
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
-            folder, per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulation,
-            num_train_epochs=1, learning_rate=1e-3, seed=args.seed, save_strategy="no", report_to="none",
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=args.batch,
+            gradient_accumulation_steps=args.accumulation,
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            seed=args.seed,
+            save_strategy="no",
+            report_to="none",
+        )
         trainer = DPOTrainer(policy, options, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
         before = trainer.evaluate()["eval_accuracy"]
         trainer.train()
