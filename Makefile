@@ -5,13 +5,12 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # What the other stacks run: all but the runs of trainers, whose libraries they do not install.
-STACK_TESTS := tests/fastpref tests/kernels tests/triton \
-	--ignore tests/fastpref/cli/test_demo.py --ignore tests/fastpref/cli/test_ppo.py
+STACK_TESTS := tests/fastpref tests/kernels tests/triton
 
 .PHONY: demo test test-oldest test-gpu-stack lint format docs docs-serve bench report roofline wheel clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/fastpref demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)
@@ -26,6 +25,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/typos
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

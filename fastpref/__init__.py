@@ -5,7 +5,7 @@ a training signal. `fastpref.reference` states every one of them in plain PyTorc
 """
 
 from fastpref import losses, nn, reference
-from fastpref._results import KTOResult, PreferenceLoss
+from fastpref._core.results import KTOResult, PreferenceLoss
 from fastpref.integrations.transformers import attach, detach
 from fastpref.linear_logprobs import linear_sequence_logprobs, linear_token_logprobs
 from fastpref.linear_preference import linear_dpo_loss, linear_preference_loss
@@ -30,7 +30,7 @@ from fastpref.losses import (
 )
 from fastpref.memory import release_memory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveKLController",

@@ -1,4 +1,4 @@
-"""`python -m fastpref` is the command line, also where the package is not installed."""
+"""Run the command line as `python -m fastpref`, which also works if the package is not installed."""
 
 from fastpref.cli import main
 
