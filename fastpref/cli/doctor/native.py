@@ -57,7 +57,7 @@ def native_section(may_build: bool) -> tuple[Section, str]:
         section.facts["state"] = "not built: nowhere to put it"
         return section, "PyTorch"
     if not built and not may_build:
-        section.facts["state"] = "not built yet: the first call on a CPU builds them, in about twenty seconds"
+        section.facts["state"] = "not built yet: the first call on a CPU builds them, in about half a minute"
         return section, "C++"
     return section, _load(section, path, built)
 
