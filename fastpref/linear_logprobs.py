@@ -157,7 +157,7 @@ def choose_mode(batch: LinearBatch) -> str:
 
 def score(batch: LinearBatch, reduction: Reduction) -> tuple[Tensor, list[Tensor]]:
     """Return the log-probs, (B, T') or (S,), and the operator's statistics."""
-    hidden, weight, bias, labels, cu_seqlens = batch[:5]
+    hidden, weight, bias, labels, cu_seqlens, *_ = batch
     saves = choose_mode(batch) == "save" and wants_gradient(hidden, weight, bias)
     scored = batch.scored()
     capacity = batch.rows.room(scored) if saves else 0

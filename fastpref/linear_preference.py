@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpref._core.checks import REDUCTIONS, check_bool, check_choice, check_ld
 from fastpref._core.group_loss import Groups, group_loss
 from fastpref._core.groups import LossFunction, Reference, check_group, check_halves, resolve_pair_options
-from fastpref._core.options import LinearOptions, Reduction
+from fastpref._core.options import LinearOptions, Reduction, replaced
 from fastpref._core.preference import PreferenceOptions
 from fastpref._core.resolve import Operands, asked_statistics, count_rows, resolve_linear
 from fastpref._core.results import LinearGroupLoss, LinearPreferenceLoss, linear_group_type, linear_loss_type
@@ -165,7 +165,7 @@ def linear_dpo_loss(
     over = Reduction("mean" if average_logps else "sum", check_ld(ld_alpha, shared_lengths), shared_lengths)
     ref = None
     if reference.hidden is not None and reference.weight is not None:
-        again = linear._replace(mode="recompute")
+        again = replaced(linear, mode="recompute")
         ref = resolve_linear(reference.operands(), labels, options=again, stats=(), prefix="ref_", **common)
     if ref is None or not preference.needs_reference:
         batch = count_rows(batch, scored_rows)
@@ -173,12 +173,12 @@ def linear_dpo_loss(
         # One read serves both models, because a label must be in the smaller vocabulary.
         batch = count_rows(batch, scored_rows, smaller(batch.columns(), ref.columns()))
         with torch.no_grad():
-            ref_logps, _ = score(ref._replace(rows=batch.rows), over)
+            ref_logps, _ = score(replaced(ref, rows=batch.rows), over)
         ref_chosen, ref_rejected = ref_logps.tensor_split(2)
-        reference = reference._replace(chosen_logps=ref_chosen, rejected_logps=ref_rejected)
+        reference = replaced(reference, chosen_logps=ref_chosen, rejected_logps=ref_rejected)
     ref_chosen, ref_rejected = (
         None if logps is None or not preference.needs_reference else logps.detach().to(batch.wide())
-        for logps in reference[:2]
+        for logps in (reference.chosen_logps, reference.rejected_logps)
     )
     per_pair = preference.replace(reduction="none")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpref._core.autograd import apply, once_differentiable, transformed, wants_gradient
 from fastpref._core.groups import LossFunction, check_constant, check_losses, reduce
-from fastpref._core.options import Reduction
+from fastpref._core.options import Reduction, replaced
 from fastpref._core.resolve import LinearBatch, statistic_bits
 from fastpref._core.runs import Plan, make_plan
 from fastpref._core.sequences import (
@@ -240,14 +240,14 @@ def group_loss(batch: LinearBatch, loss_fn: LossFunction, groups: Groups) -> tup
         if mode == "auto":
             # With one chunk, the backward can use the exponentials: its products then need no float32 buffer.
             mode = "recompute" if plan is None else "save"
-        logps, statistics = score(batch._replace(options=batch.options._replace(mode=mode)), groups.over)
+        logps, statistics = score(replaced(batch, options=replaced(batch.options, mode=mode)), groups.over)
         members = logps.view(groups.size, sequences // groups.size).T
         losses = loss_fn(members)
         check_losses(losses, sequences // groups.size)
         if not torch.compiler.is_compiling():
             check_constant(losses, members)
         return reduce(losses, groups.reduction), logps.detach(), [values.detach() for values in statistics]
-    hidden, weight, bias, labels, cu_seqlens = batch[:5]
+    hidden, weight, bias, labels, cu_seqlens, *_ = batch
     told = batch.rows.told
     part = distributed.part_of(batch.shard, labels, cu_seqlens, weight.shape[0], batch.scoring, told is None)
     call = _Call(

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from fastpref._core.checks import REDUCTIONS, check_choice, check_ld, check_mode
+
+_Bundle = TypeVar("_Bundle", bound=tuple[Any, ...])
+
+
+def by_name(bundle: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the fields of a named tuple by name, as `_asdict` does, which Dynamo cannot trace in torch 2.8."""
+    names: tuple[str, ...] = type(bundle)._fields  # type: ignore[attr-defined]
+    return dict(zip(names, bundle, strict=True))
+
+
+def replaced(bundle: _Bundle, **fields: Any) -> _Bundle:
+    """Return a named tuple with other values in some of its fields.
+
+    `_replace` does the same, and Dynamo cannot trace it in torch 2.8.
+    """
+    return type(bundle)(*{**by_name(bundle), **fields}.values())
 
 
 class Reduction(NamedTuple):

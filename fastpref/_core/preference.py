@@ -25,6 +25,7 @@ from fastpref._core.checks import (
     shape_error,
 )
 from fastpref._core.loss_checks import NUMBERS, check_vectors
+from fastpref._core.options import replaced
 from fastpref.reference.losses.loss_types import F_DIVERGENCES, LOSS_TYPES, LossType
 
 SFT_REDUCTIONS = ("token", "sequence")
@@ -58,7 +59,7 @@ class PreferenceOptions(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the given options that must be (B,) tensors, by name."""
-        given = zip(_TENSORS, self[_MARGIN + 1 :], strict=True)
+        given = zip(_TENSORS, tuple(self)[_MARGIN + 1 :], strict=True)
         found = {name: value for name, value in given if value is not None}
         return {**found, "margin": self.margin} if isinstance(self.margin, Tensor) else found  # type: ignore[return-value]
 
@@ -114,7 +115,7 @@ class Preference(NamedTuple):
 
     def replace(self, **options: Any) -> Preference:
         """Return the bundle with other tensors or another reduction, which are not checked."""
-        return self._replace(options=self.options._replace(**options))
+        return replaced(self, options=replaced(self.options, **options))
 
 
 def resolve_preference(options: PreferenceOptions, like: tuple[str, Tensor] | None = None) -> Preference:
@@ -177,12 +178,11 @@ def _with_tensors(
         for name, value in tensors.items():
             check_vector(name, value, NUMBERS, "a floating-point or integer tensor (B,)", like)
     margin = None if "margin" in tensors else options.margin
-    preference = _resolve(*options[:_MARGIN], margin, "margin" in tensors, "weights" in tensors)
+    preference = _resolve(*tuple(options)[:_MARGIN], margin, "margin" in tensors, "weights" in tensors)
     if not tensors:
         return preference
     # The cache holds no tensors, because it would keep them alive.
-    checked = preference.options._replace(**tensors)
-    return Preference(checked, *preference[1:])
+    return replaced(preference, options=replaced(preference.options, **tensors))
 
 
 @remembered
@@ -198,7 +198,7 @@ def _resolve(*arguments: object) -> Preference:
     _check_places(given, types, bool(has_margins), bool(has_weights))
     if not isinstance(options.loss_type, str) or options.loss_weights is not None:
         names, weights = zip(*((kind.name, weight) for kind, weight in types), strict=True)
-        options = options._replace(loss_type=names, loss_weights=weights)
+        options = replaced(options, loss_type=names, loss_weights=weights)
     divides = options.length_normalize or any(kind.normalized for kind, _ in types)
     likelihood = options.sft_weight > 0 or any(kind.likelihood for kind, _ in types)
     return Preference(
@@ -258,7 +258,8 @@ def _checked(options: PreferenceOptions) -> PreferenceOptions:
     check_choice("sft_reduction", options.sft_reduction, SFT_REDUCTIONS)
     check_bool("length_normalize", options.length_normalize)
     check_bool("reference_free", options.reference_free)
-    return options._replace(
+    return replaced(
+        options,
         beta=check_positive("beta", options.beta),
         label_smoothing=check_finite("label_smoothing", options.label_smoothing, least=0.0, most=1.0),
         f_alpha=check_finite("f_alpha", options.f_alpha),

@@ -18,7 +18,7 @@ from fastpref._core.checks import (
     check_transform,
     remembered,
 )
-from fastpref._core.options import LinearOptions
+from fastpref._core.options import LinearOptions, replaced
 from fastpref._core.results import LINEAR_STATISTICS, check_stats, result_type
 from fastpref._core.rows import UNKNOWN, ScoredRows, resolve_rows
 from fastpref._core.sequences import count_sequences
@@ -255,4 +255,4 @@ def count_rows(batch: LinearBatch, scored_rows: Any, vocabulary: int | Tensor | 
     """
     vocabulary = batch.columns() if vocabulary is None else vocabulary
     known = resolve_rows(scored_rows, batch.labels, batch.cu_seqlens, vocabulary, batch.scoring)
-    return batch if known is batch.rows else batch._replace(rows=known)
+    return batch if known is batch.rows else replaced(batch, rows=known)

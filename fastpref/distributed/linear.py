@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastpref._core.autograd import has_values
+from fastpref._core.options import replaced
 from fastpref._core.sharding import Shard
 from fastpref.distributed.reduce import all_reduce, highest, second_highest
 from fastpref_kernels import ops
@@ -58,7 +59,7 @@ def part_of(
         return Part(None, None, labels, scoring)
     ignore_index, shift = scoring.ignore_index, scoring.shift
     here = torch.ops.fastpref.shard_labels(labels, cu_seqlens, shard.bounds, columns, ignore_index, shift, checks)
-    return Part(shard.group, shard.bounds, here, scoring._replace(ignore_index=UNSCORED))
+    return Part(shard.group, shard.bounds, here, replaced(scoring, ignore_index=UNSCORED))
 
 
 def whole_sums(sums: Tensor, group: Any, stats: int) -> Tensor:
@@ -139,7 +140,7 @@ def linear_logprobs(
         return result
     *others, dropped = result.statistics
     dropped = _reduced(dropped[None], found, lambda dropped: all_reduce(dropped, group))[0]
-    return result._replace(statistics=(*others, dropped))
+    return replaced(result, statistics=(*others, dropped))
 
 
 def reduce_hidden(

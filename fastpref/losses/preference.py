@@ -20,6 +20,7 @@ from fastpref._core.checks import (
     describe,
     shape_error,
 )
+from fastpref._core.options import by_name
 from fastpref._core.preference import PairLogps, Preference, PreferenceOptions, Term, check_kto, resolve_pairs
 from fastpref.losses._launch import fused, launch
 from fastpref.reference.losses import preference as formula
@@ -140,7 +141,7 @@ def pair_loss(logps: PairLogps, preference: Preference) -> PreferenceLoss:
     # A launch computes one gradient per pair. With losses that mix pairs and no reduction, a pair has gradients from
     # two losses.
     if not fused(logps[0]) or (options.reduction == "none" and preference.mixes_pairs):
-        return formula.dpo_loss(*logps, **options._asdict())
+        return formula.dpo_loss(*logps, **by_name(options))
     results = [_launch_term(logps, options, term) for term in preference.terms]
     loss = results[0][0]
     for result in results[1:]:
