@@ -255,4 +255,4 @@ def count_rows(batch: LinearBatch, scored_rows: Any, vocabulary: int | Tensor | 
     """
     vocabulary = batch.columns() if vocabulary is None else vocabulary
     known = resolve_rows(scored_rows, batch.labels, batch.cu_seqlens, vocabulary, batch.scoring)
-    return batch if known is batch.rows else replaced(batch, rows=known)
+    return batch if known.total is None else replaced(batch, rows=known)  # nothing is known of a batch before this
