@@ -53,7 +53,7 @@ def ulps(truth: Tensor, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and for how long.
+    """Options of a measurement.
 
     Attributes:
         rounds: how often each row is timed; None takes as many rounds as fit into `seconds`, from 5 to 25.

@@ -44,7 +44,7 @@ class Point:
 
 
 class Watch(Protocol):
-    """What is told how far a run is."""
+    """An observer of the progress of a run."""
 
     def point(self, point: Point, kept: bool) -> None:
         """Called when a point begins; `kept` says that it was measured before."""

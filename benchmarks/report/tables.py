@@ -74,7 +74,7 @@ def summary(machine: Machine, subject: str) -> str:
     return table(["", *(f"{dtype} {heading}" for heading, *_ in FIGURES for dtype in rows)], lines)
 
 
-# What is computed how, the memory that it needs by formula, and the row that measures it.
+# Each way to compute a result, with the formula of its memory and the row that measures it.
 MEMORY = (
     ("from logits, `log_softmax` and `gather` in float32", "2 × 4·B·T·V", "logprobs", "log_softmax + gather"),
     ("from logits, fastpref", "does not grow with V", "logprobs", "fastpref"),

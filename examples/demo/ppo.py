@@ -29,7 +29,7 @@ CLIP = 0.2
 VALUE_CLIP = 1.0
 PTX_GAMMA = 0.3
 KL_COEF = 0.1
-# In samples: over so many, the coefficient changes by at most a fifth.
+# The number of samples over which the coefficient changes by at most a fifth.
 KL_HORIZON = 128.0
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # the libraries depend on it, and fastpref does not
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What an integration relies on in a library. Objects are named by "module:name", such as "trl.core:Trainer.train".
+    """The parts of a library that an integration relies on.
+
+    Objects are named by "module:name", such as "trl.core:Trainer.train".
 
     Args:
         feature: what needs the library, for error messages, such as "FastDPOTrainer".

@@ -44,7 +44,7 @@ UNSUPPORTED = {
 
 @dataclasses.dataclass
 class Attachment:
-    """What `attach` keeps on a model.
+    """The state that `attach` keeps on a model.
 
     Args:
         paths: where the model holds its head.
@@ -63,7 +63,7 @@ class Attachment:
 
 @dataclasses.dataclass(frozen=True)
 class CallOptions:
-    """What a scored call asks for.
+    """The options of a scored call.
 
     Args:
         labels: the labels to score.

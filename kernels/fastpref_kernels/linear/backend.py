@@ -1,4 +1,4 @@
-"""What a device implements for log-probs from hidden states: its products, its row passes and its memory."""
+"""The parts of log-probs from hidden states that each device implements: products, row passes and memory."""
 
 from __future__ import annotations
 

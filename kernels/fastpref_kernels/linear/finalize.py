@@ -120,7 +120,7 @@ def _finish_store(
 
 
 class Wanted(NamedTuple):
-    """What to compute from the sums of rows.
+    """The options of the results that are computed from the sums of rows.
 
     Attributes:
         scoring: the transform of the logits.

@@ -49,8 +49,8 @@ KNOWN: tl.constexpr = tl.constexpr(
     ).value
 )
 
-# What changes from tile to tile and from batch to batch: a new value must not be a new kernel. ALIGN and STORE_ALIGN
-# say how rows are aligned. What a row has one of begins anywhere.
+# These arguments change from tile to tile and from batch to batch; a new value must not compile a new kernel. ALIGN and
+# STORE_ALIGN say how rows are aligned. A tensor with one number for each row begins anywhere.
 LENGTHS = ["C", "column", "stride_z", "stride_store", "state_row", "state_r", "stride_anchors", "stride_masses"]
 PER_ROW = ["targets", "state", "anchors", "masses"]
 
@@ -241,7 +241,7 @@ def fold_kernel(
         rest = tl.zeros((BLOCK,), ACC)
         weighted = tl.zeros((BLOCK,), ACC)
         squares = tl.zeros((BLOCK,), ACC)
-        tl.debug_barrier()  # what was stored above is stored again, by other threads
+        tl.debug_barrier()  # other threads now overwrite the stores above
         for block in range(0, blocks):
             k = block * BLOCK + tl.arange(0, BLOCK)
             u, total, rest, weighted, squares = _add_masked(

@@ -61,7 +61,7 @@ def numbers(stats: int) -> int:
 
 
 class Outputs(NamedTuple):
-    """What a forward kernel writes.
+    """The tensors that a forward kernel writes, and the row to write.
 
     Attributes:
         logps: (B, T').

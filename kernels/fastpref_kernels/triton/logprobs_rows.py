@@ -19,7 +19,7 @@ SMALL_TENSORS = ["labels", "cu_seqlens", "weights", "norm"]
 
 
 class Batch(NamedTuple):
-    """What a kernel is told of the tokens.
+    """The arguments of a kernel that describe the tokens.
 
     Attributes:
         labels: (B, T).

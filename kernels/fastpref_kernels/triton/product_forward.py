@@ -154,7 +154,7 @@ def _fold(u, first, rows, LIMIT: tl.constexpr, STATS: tl.constexpr, CAP: tl.cons
         top = tl.max(u, 1) * rows.rate
         # Nothing but -inf: any anchor gives a sum of 0.
         anchor = tl.where(fits, anchor, tl.where(top == minus_inf, 0.0, top))
-        tl.debug_barrier()  # what was stored above is stored again
+        tl.debug_barrier()  # other threads now overwrite the stores above
         s, w, q = _sums(u, anchor, rows.rate, rows.slope, to, counted & (fits == 0), end, STATS, CAP)
         rest = tl.where(fits, rest, s)
         weighted = tl.where(fits, weighted, w)
