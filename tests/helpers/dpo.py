@@ -18,6 +18,24 @@ TYPES = tuple(LOSS_TYPES)
 FREE = tuple(kind for kind, row in LOSS_TYPES.items() if not row.reference)
 REFERENCED = tuple(kind for kind in TYPES if kind not in FREE)
 NORMALIZED = tuple(kind for kind, row in LOSS_TYPES.items() if row.normalized)
+# The types of `DPOConfig.loss_type` in TRL.
+TRL_LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
 SORTED = ("aot", "aot_unpaired")
 BUT_SFT = tuple(kind for kind in TYPES if kind != "sft")
 LOG2, LOG3 = math.log(2), math.log(3)

@@ -43,26 +43,10 @@ from torch import Tensor, nn
 from fastpref import dpo_loss, kto_loss, pairwise_reward_loss, sequence_logprobs
 
 pytest.importorskip("trl")
+from tests.helpers.dpo import TRL_LOSS_TYPES
 
 V = 11
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
-LOSS_TYPES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
 
 
@@ -219,7 +203,7 @@ def needed(loss_type: str) -> tuple[dict[str, Any], dict[str, Any], float]:
 
 
 class TestDpo:
-    @pytest.mark.parametrize("loss_type", LOSS_TYPES)
+    @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
     def test_loss_types(self, loss_type: str) -> None:
         ours, theirs, tolerance = needed(loss_type)
         compare(loss_type, ours, theirs, tolerance=tolerance)
@@ -227,7 +211,7 @@ class TestDpo:
     def test_these_are_all(self) -> None:
         with pytest.raises(ValueError, match="Unknown loss type") as raised:
             trl_dpo(Bigram(1), Bigram(2), batch(), "none of them")
-        assert set(str(raised.value).split("'")[1::2]) == set(LOSS_TYPES)
+        assert set(str(raised.value).split("'")[1::2]) == set(TRL_LOSS_TYPES)
 
     @pytest.mark.parametrize(
         ("loss_type", "eps"),
@@ -274,7 +258,9 @@ class TestDpo:
         theirs = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
         compare("sigmoid", ours, theirs, dtype=torch.float32, tolerance=2e-5, scale=0.5)
 
-    @pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t not in ("hinge", "sft", "aot", "aot_unpaired")])
+    @pytest.mark.parametrize(
+        "loss_type", [t for t in TRL_LOSS_TYPES if t not in ("hinge", "sft", "aot", "aot_unpaired")]
+    )
     def test_wpo(self, loss_type: str) -> None:
         ours, theirs, tolerance = needed(loss_type)
         compare(loss_type, {**ours, "weighting": True}, {**theirs, "use_weighting": True}, tolerance=tolerance)

@@ -27,6 +27,7 @@ from tests.fastpref.integrations.trl.runs import (
     tokenizer,
     train,
 )
+from tests.helpers.dpo import TRL_LOSS_TYPES
 
 trl = pytest.importorskip("trl", minversion="0.29")
 _dpo_options = pytest.importorskip("fastpref.integrations.trl._dpo_options")
@@ -36,23 +37,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and PEFT warn of things
 
 VERSION = Version(trl.__version__)
 USES_TRLS = "FastDPOTrainer uses the loss of TRL"
-LOSS_TYPES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
 NEEDED = {"exo_pair": {"label_smoothing": 0.01}, "robust": {"label_smoothing": 0.1}}
 
 
@@ -95,7 +79,7 @@ def compare(folder: Path, dpo_calls: list[Any], caplog: Any, **options: Any) -> 
     return wanted
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_loss_types(loss_type: str, tmp_path: Path, dpo_calls: list[Any], caplog: Any) -> None:
     if loss_type not in inspect.getsource(dpo_trainer.DPOTrainer._compute_loss):
         pytest.skip(f"TRL {VERSION} has no {loss_type}")
