@@ -157,9 +157,8 @@ def choose_mode(batch: LinearBatch) -> str:
 
 def score(batch: LinearBatch, reduction: Reduction) -> tuple[Tensor, list[Tensor]]:
     """Return the log-probs, (B, T') or (S,), and the operator's statistics."""
-    hidden, weight, bias, labels, cu_seqlens, *_ = batch
+    hidden, weight, bias, labels, scored, cu_seqlens, *_ = batch
     saves = choose_mode(batch) == "save" and wants_gradient(hidden, weight, bias)
-    scored = batch.scored()
     capacity = batch.rows.room(scored) if saves else 0
     told = batch.rows.told
     part = distributed.part_of(batch.shard, labels, cu_seqlens, weight.shape[0], batch.scoring, told is None)

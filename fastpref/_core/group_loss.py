@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref._core.autograd import apply, once_differentiable, transformed, wants_gradient
-from fastpref._core.groups import LossFunction, check_constant, check_losses, reduce
+from fastpref._core.groups import LossFunction, check_constant, check_losses
 from fastpref._core.options import Reduction, replaced
 from fastpref._core.resolve import LinearBatch, statistic_bits
 from fastpref._core.runs import Plan, make_plan
@@ -29,6 +29,7 @@ from fastpref._core.sequences import (
 from fastpref._core.sharding import Shard
 from fastpref.distributed import linear as distributed
 from fastpref.linear_logprobs import cast, empty, exponentials, score
+from fastpref.reference.losses.reduction import reduce
 from fastpref_kernels import ops
 from fastpref_kernels.contract import Scoring, scored_targets
 
@@ -199,7 +200,7 @@ def _most_columns(weight: Tensor, shard: Shard | None) -> int | None:
 
 def _token_weights(batch: LinearBatch, over: Reduction) -> Tensor:
     """Return the weight of each token (B, T') in the log-prob of its sequence."""
-    scored, cu_seqlens, wide = batch.scored(), batch.cu_seqlens, batch.wide()
+    scored, cu_seqlens, wide = batch.scored, batch.cu_seqlens, batch.wide()
     weights = scored.to(wide)
     if over.ld_alpha is not None:
         weights = weights * ld_weights(scored, cu_seqlens, batch.sequences(), over, wide)
@@ -247,7 +248,7 @@ def group_loss(batch: LinearBatch, loss_fn: LossFunction, groups: Groups) -> tup
         if not torch.compiler.is_compiling():
             check_constant(losses, members)
         return reduce(losses, groups.reduction), logps.detach(), [values.detach() for values in statistics]
-    hidden, weight, bias, labels, cu_seqlens, *_ = batch
+    hidden, weight, bias, labels, _, cu_seqlens, *_ = batch
     told = batch.rows.told
     part = distributed.part_of(batch.shard, labels, cu_seqlens, weight.shape[0], batch.scoring, told is None)
     call = _Call(

@@ -16,13 +16,6 @@ LossFunction = Callable[[Tensor], Tensor]
 """A function from log-probs (G, K) to losses (G,), in which each loss depends on its own group only."""
 
 
-def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """Return the losses (G,), their sum, or their mean. A mean over nothing is 0."""
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" and losses.numel() else losses.sum()
-
-
 def like_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[str, Tensor]:
     """Return the `like` of `check_vector` for labels [chosen; rejected]: a name, and a tensor (B,) for B pairs."""
     return "labels", labels.new_empty(count_sequences(labels, cu_seqlens) // 2)
@@ -113,7 +106,7 @@ def resolve_pair_options(options: PreferenceOptions, batch: LinearBatch, average
     given = options.chosen_lengths, options.rejected_lengths
     if not any(wanted and length is None for wanted, length in zip(needed, given, strict=True)):
         return preference
-    counts = sequence_lengths(batch.scored(), batch.cu_seqlens, batch.sequences()).tensor_split(2)
+    counts = sequence_lengths(batch.scored, batch.cu_seqlens, batch.sequences()).tensor_split(2)
     chosen, rejected = (counted if length is None else length for length, counted in zip(given, counts, strict=True))
     return preference.replace(chosen_lengths=chosen, rejected_lengths=rejected)
 

@@ -47,7 +47,7 @@ def statistic_bits(names: Sequence[str]) -> int:
 
 def asked_statistics(batch: LogitsBatch | LinearBatch, statistics: Sequence[Tensor]) -> list[Tensor]:
     """Select the statistics that a batch asks for from an operator's, in the order of the batch's names."""
-    places = [list(contract.LINEAR_STATISTICS).index(name) for name in batch.stats]
+    places = [contract.PLACE[contract.LINEAR_STATISTICS[name]] for name in batch.stats]
     return [statistics[place].view(-1) if batch.flat else statistics[place] for place in places]
 
 
@@ -158,6 +158,7 @@ class LinearBatch(NamedTuple):
         weight: (V, H), or this rank's rows of it.
         bias: (V,), or this rank's part of it, or None.
         labels: (B, T).
+        scored: (B, T') bool, whether each position is scored.
         cu_seqlens: None, or the packed boundaries (S+1,), with B = 1.
         shard: this rank's part of the vocabulary, or None for the whole.
         scoring: which labels are scored, on which transform of the logits.
@@ -172,6 +173,7 @@ class LinearBatch(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     labels: Tensor
+    scored: Tensor
     cu_seqlens: Tensor | None
     shard: Shard | None
     scoring: Scoring
@@ -181,7 +183,6 @@ class LinearBatch(NamedTuple):
     rows: ScoredRows
     flat: bool
 
-    scored = LogitsBatch.scored
     sequences = LogitsBatch.sequences
 
     def columns(self) -> int | Tensor:
@@ -228,15 +229,19 @@ def resolve_linear(
     hidden, weight, bias, labels, shard = local_head(*operands, labels, process_group)
     check_linear(hidden, weight, labels, bias, cu_seqlens, prefix=prefix, sharded=shard is not None)
     hidden, weight, bias, labels = enter(hidden, weight, bias, labels)
+    scoring = resolve_scoring(*scoring)
     flat = labels.dim() == 1
+    labels = labels[None] if flat else labels
+    ignore_index, shift = scoring.ignore_index, scoring.shift
     return LinearBatch(
         hidden=hidden[None] if hidden.dim() == 2 else hidden,
         weight=weight,
         bias=bias,
-        labels=labels[None] if flat else labels,
+        labels=labels,
+        scored=scored_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift)[1],
         cu_seqlens=cu_seqlens,
         shard=shard,
-        scoring=resolve_scoring(*scoring),
+        scoring=scoring,
         options=options.checked(),
         stats=check_stats(stats, LINEAR_STATISTICS),
         dtype=_compute_dtype(hidden),

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 def make_plan(batch: LinearBatch, group_size: int, limit: int) -> Plan | None:
     """Return runs of groups of at most `limit` scored rows each; None if a single group has more."""
-    known, scored, cu_seqlens, sequences = batch.rows, batch.scored(), batch.cu_seqlens, batch.sequences()
+    known, scored, cu_seqlens, sequences = batch.rows, batch.scored, batch.cu_seqlens, batch.sequences()
     groups = sequences // group_size
     if known.of_sequences is None and not has_values(scored):
         if groups and known.total is not None and known.total <= limit:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref._core.groups import reduce
 from fastpref._core.loss_checks import check_vectors
 from fastpref._core.preference import PreferenceOptions, resolve_pairs, resolve_preference
 from fastpref.losses.preference import implicit_reward, kto_loss, pair_loss
 from fastpref.nn.module import Loss, empty
+from fastpref.reference.losses.reduction import reduce
 from fastpref.reference.results import KTOResult, PreferenceLoss
 
 
