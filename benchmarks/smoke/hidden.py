@@ -17,7 +17,7 @@ from fastpref._core.results import LINEAR_STATISTICS, STATISTICS
 from fastpref.reference.linear_logprobs import linear_logits
 from fastpref.testing.case import TRANSFORM, Arguments, Case, boundaries
 from fastpref.testing.linear_cases import BETA, in_order, linear_case
-from fastpref_kernels.linear import COLUMNS
+from fastpref_kernels.contract import COLUMNS
 from fastpref_kernels.triton import launches
 
 # A whole tile and a narrow one; three whole tiles and a narrow one.

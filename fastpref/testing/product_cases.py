@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpref.testing.case import DTYPES, Arguments, Case, Layout, as_it_is, normal
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.contract import widened
 from fastpref_kernels.cpu import linear as cpu_linear
 from fastpref_kernels.precision import full_float32
 
@@ -119,7 +120,7 @@ def multiply(product: Product, left: Tensor, right: Tensor, start: Tensor) -> Pr
     Raises:
         RuntimeError: the product wrote outside the slice.
     """
-    dtype = linear.widened(left.dtype)
+    dtype = widened(left.dtype)
     wide = start.new_full((start.shape[0], start.shape[1] + 2 * MARGIN), torch.nan, dtype=dtype)
     out, added = wide[:, MARGIN:-MARGIN], start.to(dtype).clone()
     product(out, left, right, False)
@@ -163,7 +164,7 @@ def _multiply(route: Route, layouts: tuple[Layout, Layout], left: Tensor, right:
 
 
 def _definition(layouts: tuple[Layout, Layout], left: Tensor, right: Tensor, start: Tensor) -> Products:
-    dtype = linear.widened(left.dtype)
+    dtype = widened(left.dtype)
     product = layouts[0](left).to(dtype) @ layouts[1](right).to(dtype)
     return Products(product, start.to(dtype) + product)
 

@@ -54,8 +54,8 @@ STATISTICS: dict[str, Statistic] = {
 
 # The place of each statistic among those that an operator returns. Bits are tested as plain ints, which takes a tenth
 # of the time that the members of an enum take.
-_PLACE: dict[Statistic, int] = {member: place for place, member in enumerate(Statistic)}
-_BOOLEAN_PLACE, _DIFFERENTIABLE_PLACE = _PLACE[BOOLEAN], _PLACE[DIFFERENTIABLE]
+PLACE: dict[Statistic, int] = {member: place for place, member in enumerate(Statistic)}
+_DIFFERENTIABLE_PLACE = PLACE[DIFFERENTIABLE]
 
 
 def statistic_dtype(statistic: Statistic, dtype: torch.dtype) -> torch.dtype:
@@ -76,10 +76,8 @@ def empty_statistics(
         dtype: the dtype of the log-probs.
     """
     return [
-        like.new_empty(
-            tuple(shape) if stats >> place & 1 else (0,), dtype=torch.bool if place == _BOOLEAN_PLACE else dtype
-        )
-        for place in range(len(statistics))
+        like.new_empty(tuple(shape) if stats >> place & 1 else (0,), dtype=statistic_dtype(member, dtype))
+        for place, member in enumerate(statistics.values())
     ]
 
 
@@ -124,7 +122,7 @@ class LogprobsResult(NamedTuple):
 
     def statistic(self, member: Statistic) -> Tensor:
         """Return one statistic."""
-        return self.statistics[_PLACE[member]]
+        return self.statistics[PLACE[member]]
 
 
 class LinearResult(NamedTuple):
@@ -151,7 +149,7 @@ class LinearResult(NamedTuple):
 
     def statistic(self, member: Statistic) -> Tensor:
         """Return one statistic."""
-        return self.statistics[_PLACE[member]]
+        return self.statistics[PLACE[member]]
 
 
 class RowSums(NamedTuple):

@@ -203,7 +203,7 @@ def _fold_fake(
 ) -> tuple[Tensor, Tensor]:
     _, _, *scoring, _, _, _, filter_eps = options
     rows = _rows_shape(labels, contract.Scoring(*scoring).shift)
-    chunks = 0 if filter_eps is None else (weight.shape[0] + linear.COLUMNS - 1) // linear.COLUMNS
+    chunks = 0 if filter_eps is None else (weight.shape[0] + contract.COLUMNS - 1) // contract.COLUMNS
     sums = hidden.new_empty((len(contract.RowSums._fields), *rows), dtype=torch.float64)
     return sums, hidden.new_empty((chunks, *rows), dtype=torch.float32)
 
@@ -241,7 +241,7 @@ def _linear_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _loss_fake(reduction: str, *given: Tensor | None) -> tuple[Tensor, Tensor]:
     tensors = [tensor for tensor in given if tensor is not None]
     shape = tensors[0].shape
-    dtype = linear.widened(*(tensor.dtype for tensor in tensors))
+    dtype = contract.widened(*(tensor.dtype for tensor in tensors))
     loss = tensors[0].new_empty(shape[:1] if reduction == "none" else (), dtype=dtype)
     return loss, loss.new_empty(shape if len(shape) == 2 else (len(tensors), *shape))
 
@@ -271,7 +271,7 @@ def _group_fake(rewards: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gae_fake(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = linear.widened(rewards.dtype, values.dtype)
+    dtype = contract.widened(rewards.dtype, values.dtype)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 

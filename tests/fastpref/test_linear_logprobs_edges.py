@@ -10,7 +10,7 @@ import torch
 
 import fastpref
 from fastpref import reference
-from fastpref_kernels.linear import COLUMNS
+from fastpref_kernels.contract import COLUMNS
 from tests.helpers.linear_logprobs import NAMES, assert_matches_reference, make, modes, run
 from tests.helpers.marks import both, narrow, packages
 from tests.tolerance import ALL_STATS

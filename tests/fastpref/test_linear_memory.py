@@ -15,10 +15,11 @@ import fastpref
 from fastpref import linear_logprobs as module
 from fastpref._core import group_loss
 from fastpref_kernels import linear
+from fastpref_kernels.contract import COLUMNS
 from fastpref_kernels.cpu import linear as cpu_linear
 from fastpref_kernels.eager import linear as linear_rows
 
-V = 3 * linear.COLUMNS + 5
+V = 3 * COLUMNS + 5
 
 
 def peaked() -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +28,8 @@ def peaked() -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(2, 6, 8, generator=generator)
     weight = torch.randn(V, 8, generator=generator)
     hidden[..., 0], weight[:, 0] = 1.0, 0.0
-    weight[: linear.COLUMNS, 0] = 12.0
-    labels = torch.randint(linear.COLUMNS, (2, 6), generator=generator)
+    weight[:COLUMNS, 0] = 12.0
+    labels = torch.randint(COLUMNS, (2, 6), generator=generator)
     labels[1, 2] = V - 1
     return hidden, weight, labels
 
@@ -55,12 +56,12 @@ class TestFilter:
         assert (dropped < 3e-3).all()
         # The mass of columns COLUMNS and on, but for the row whose label is among the last of them.
         p = (hidden.double() @ weight.double().T).softmax(-1)
-        tail = p[..., linear.COLUMNS :].sum(-1)
-        tail[1, 2] -= p[1, 2, 3 * linear.COLUMNS :].sum()
+        tail = p[..., COLUMNS:].sum(-1)
+        tail[1, 2] -= p[1, 2, 3 * COLUMNS :].sum()
         torch.testing.assert_close(dropped.double(), tail, rtol=1e-2, atol=1e-7)
         # Two tiles of columns hold no label and no mass: nothing of them was written but zeros.
-        assert (w[linear.COLUMNS : 3 * linear.COLUMNS] == 0).all()
-        assert (exact_w[linear.COLUMNS : 3 * linear.COLUMNS] != 0).any()
+        assert (w[COLUMNS : 3 * COLUMNS] == 0).all()
+        assert (exact_w[COLUMNS : 3 * COLUMNS] != 0).any()
         rounding = 4 * torch.finfo(dtype).eps * exact_x.abs().max()
         assert ((x - exact_x).abs().amax(-1) <= dropped * weight.abs().max() + rounding).all()
 
@@ -103,7 +104,7 @@ class TestFilter:
             )
             return sum(made)
 
-        assert work(1e-3) * V == work(None) * linear.COLUMNS
+        assert work(1e-3) * V == work(None) * COLUMNS
 
     def test_reaches_the_loss(self) -> None:
         hidden, weight, labels = peaked()
@@ -188,18 +189,18 @@ class TestAnchors:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_moving_one_holds_a_tile_and_no_more(self, dtype: torch.dtype) -> None:
-        rows, vocabulary = 6, 64 * linear.COLUMNS
+        rows, vocabulary = 6, 64 * COLUMNS
         hidden, weight = torch.randn(1, rows, 2).to(dtype), torch.randn(vocabulary, 2).to(dtype)
         store = torch.empty(rows, vocabulary, dtype=dtype)
         labels = torch.zeros(1, rows, dtype=torch.long)
         given = (hidden, weight, None, labels, None, store, -100, False, 1.0, 1.0, None)
         with LargestMade(store) as made:
             _, norm, *_ = linear.linear_logprobs(cpu_linear.BACKEND, *given, 2, None, None, None)
-        assert made.nbytes <= rows * linear.COLUMNS * 8
+        assert made.nbytes <= rows * COLUMNS * 8
         z = hidden[0].double() @ weight.double().T - norm[0, 0, :, None]
         torch.testing.assert_close(store[:, 1:].double(), z[:, 1:].exp(), rtol=1e-2, atol=1e-5)
 
-    @pytest.mark.parametrize("columns", [linear.COLUMNS, linear.COLUMNS // 4])
+    @pytest.mark.parametrize("columns", [COLUMNS, COLUMNS // 4])
     @pytest.mark.parametrize("rows", [3, 40])  # one of them moves, or nearly all
     def test_every_piece_is_brought_to_its_rows(self, rows: int, columns: int) -> None:
         pieces = V // columns + 1

@@ -13,11 +13,11 @@ from torch import Tensor
 import fastpref
 from fastpref_kernels.contract import (
     BOOLEAN,
+    COLUMNS,
     DIFFERENTIABLE,
     LINEAR_STATISTICS,
     STATISTICS,
 )
-from fastpref_kernels.linear import COLUMNS
 from tests.helpers.marks import both, packages
 from tests.oracles import statistics as oracles
 from tests.oracles.precision import derivative

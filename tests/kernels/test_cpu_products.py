@@ -13,6 +13,7 @@ import fastpref
 from fastpref import reference
 from fastpref.testing.product_cases import LAYOUTS, ROUTES, SIZES, Product, multiply
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.contract import widened
 from fastpref_kernels.cpu import linear as cpu_linear
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def assert_every_size(product: Product, dtype: torch.dtype, left_layout: str) ->
         for rows, columns, terms in TINY if few else (*TINY, *SIZES, *LARGE):
             left = LAYOUTS[left_layout](normal(rows, terms, dtype=dtype))
             right = LAYOUTS[right_layout](normal(terms, columns, dtype=dtype))
-            start = normal(rows, columns, dtype=linear.widened(dtype))
+            start = normal(rows, columns, dtype=widened(dtype))
             found = multiply(product, left, right, start)
             what = f"{rows} x {terms} {left_layout}, {terms} x {columns} {right_layout}"
             assert_right(found.product, left, right, 0.0, what)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref_kernels import linear
+from fastpref_kernels.contract import UNSCORED
 from fastpref_kernels.eager import linear as rows
 from fastpref_kernels.linear import Rows, Tile
 from fastpref_kernels.linear.backend import row_chunks
@@ -38,7 +39,7 @@ class TestRows:
         assert found.label[:5].tolist() == [3, 4, 1, 2, 0]
         assert (found.place[5:] >= scored.numel()).all()
         assert (found.source[5:] == labels.numel()).all()
-        assert (found.label[5:] == linear.UNSCORED).all()
+        assert (found.label[5:] == UNSCORED).all()
         assert not found.invalid(None, 6, 8).any()
 
     @pytest.mark.parametrize("count", [None, 8])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import linear, ops
-from fastpref_kernels.linear import COLUMNS, Tile
+from fastpref_kernels.contract import COLUMNS
+from fastpref_kernels.linear import Tile
 from tests.tolerance import EVERY_STATISTIC
 
 B, T, H, V = 2, 5, 8, 2 * COLUMNS + 1031

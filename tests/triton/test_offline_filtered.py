@@ -11,20 +11,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
-from fastpref_kernels import linear
+from fastpref_kernels.contract import COLUMNS
 from fastpref_kernels.linear.library import fresh_scratch
 from fastpref_kernels.triton import filtered
 from tests.triton.linkers import skip_without_linker
 
-V = linear.COLUMNS + 1280  # a last tile of its own width
+V = COLUMNS + 1280  # a last tile of its own width
 modes = pytest.mark.parametrize("stored", [True, False], ids=["kept", "recomputed"])
 
 
 def launch(stored: bool, dtype: torch.dtype = torch.bfloat16, *, R: int = 8, V: int = V, H: int = 256) -> None:
     """Launch every kernel of the gradients of R rows."""
     x, weight, bias, (grad, *norm) = torch.zeros(R, H), torch.zeros(V, H), torch.zeros(V), torch.zeros(4, R)
-    keep, kept = torch.zeros(-(-V // linear.COLUMNS), R, dtype=torch.bool), torch.zeros(R, V, dtype=dtype)
-    given = (x.to(dtype), weight.to(dtype), bias.to(dtype), torch.zeros(R, dtype=torch.int64), keep, linear.COLUMNS)
+    keep, kept = torch.zeros(-(-V // COLUMNS), R, dtype=torch.bool), torch.zeros(R, V, dtype=dtype)
+    given = (x.to(dtype), weight.to(dtype), bias.to(dtype), torch.zeros(R, dtype=torch.int64), keep, COLUMNS)
     filtered.filtered_gradients(
         *given, kept if stored else None, torch.stack(norm), grad, (1.0, 1.0, None), x, weight, bias, True,
         fresh_scratch,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import cpu, linear
+from fastpref_kernels.contract import COLUMNS
 from fastpref_kernels.cpu.sizes import ROWS, SUMMED
 from fastpref_kernels.precision import own_precision
 
@@ -149,7 +150,7 @@ def fold_backward(*arguments: Any) -> None:
     (cpu.native() or linear).fold_backward(*arguments)
 
 
-BACKEND = linear.library_backend(fold, fold_backward, lambda: linear.Tile(ROWS, linear.COLUMNS))._replace(
+BACKEND = linear.library_backend(fold, fold_backward, lambda: linear.Tile(ROWS, COLUMNS))._replace(
     product=product, scratch=scratch, empty=empty, gradient_dtype=_gradient_dtype, whole=False, rounds=False
 )
 

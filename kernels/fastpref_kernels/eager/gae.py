@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpref_kernels.linear import widened
+from fastpref_kernels.contract import widened
 from fastpref_kernels.precision import own_precision
 
 # The number of tokens in a block, which is also the number of multiplications per token.

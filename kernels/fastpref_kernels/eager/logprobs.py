@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels.contract import (
+    PLACE,
     STATISTICS,
     Statistic,
     Transform,
@@ -122,7 +123,7 @@ def logprobs(
         for plane, values in enumerate((highest, 1 / total, logp)):
             norm[plane][rows] = values[:, 0]
     if stats & Statistic.ENTROPY:
-        norm[3] = statistics[list(STATISTICS.values()).index(Statistic.ENTROPY)]
+        norm[3] = statistics[PLACE[Statistic.ENTROPY]]
     logps = norm[2]
     if reduction == "none":
         empty = logps.new_empty(0), norm, labels.new_empty(0, dtype=torch.int32)

@@ -21,7 +21,6 @@ not kept, the logits are computed again, and a second fold turns them into the g
 The host never waits for the device if the caller says how many rows are scored: see `rows.py`.
 """
 
-from fastpref_kernels.contract import COLUMNS, ENTROPY_LIMIT, INVALID, LIMIT, UNSCORED, widened
 from fastpref_kernels.eager.linear import fold, fold_backward
 from fastpref_kernels.linear.backend import LOSS_BYTES, Backend, Tile
 from fastpref_kernels.linear.backward import linear_logprobs_backward, linear_logprobs_backward_, scaled_gradient
@@ -31,12 +30,7 @@ from fastpref_kernels.linear.library import empty, library_backend, library_prod
 from fastpref_kernels.linear.rows import Rows
 
 __all__ = [
-    "COLUMNS",
-    "ENTROPY_LIMIT",
-    "INVALID",
-    "LIMIT",
     "LOSS_BYTES",
-    "UNSCORED",
     "Backend",
     "Rows",
     "Tile",
@@ -52,5 +46,4 @@ __all__ = [
     "linear_logprobs_backward_",
     "scaled_gradient",
     "shard_labels",
-    "widened",
 ]

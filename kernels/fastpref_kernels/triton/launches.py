@@ -70,7 +70,7 @@ class ProductLaunch(NamedTuple):
     """How the fused product and fold is divided.
 
     Attributes:
-        blocks: how the product is divided; `block_n` divides `fastpref_kernels.linear.COLUMNS`.
+        blocks: how the product is divided; `block_n` divides `contract.COLUMNS`.
         width: columns of a block that are folded at a time, `block_n` over a power of 2. Fewer columns take fewer
             registers.
         described: whether tensor descriptors load the blocks, where the operands allow it. NVIDIA's GPUs have a unit
